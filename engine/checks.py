@@ -1,0 +1,129 @@
+"""What a call may ask for. Every function here returns its argument in a usable form or raises a named error."""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .contract import LATENT_CHANNELS, MAX_STEPS, VAE_FACTOR, Range, Shapes
+from .errors import (BatchError, GuidanceError, LatentsError, OutputTypeError, PromptError, SeedError, SizeError,
+                     StepsError)
+
+MAX_PROMPT_CHARACTERS = 10_000
+MAX_SEED = 2**64 - 1
+OUTPUT_TYPES = ("pil", "np", "latent")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def check_prompt(text: Any, what: str = "prompt") -> str:
+    """A string of valid Unicode, at most 10,000 characters."""
+    if not isinstance(text, str):
+        raise PromptError(f"{what} is a {type(text).__name__}, not a string; pass a string or a list of strings")
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise PromptError(f"{what} has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are taken. CLIP reads the first 77 tokens only")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PromptError(f"{what} is not valid UTF-8: character {error.start} is {text[error.start]!r}, half of a surrogate pair; "
+                          f"decode the text it came from properly") from error
+    return text
+
+
+def check_prompts(prompt: Any, negative_prompt: Any) -> tuple[list[str], list[str]]:
+    """The prompts of a call and, for each, its negative prompt ("" where there is none)."""
+    if prompt is None:
+        raise PromptError("prompt is missing; pass a string or a list of strings")
+    prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
+    if not prompts:
+        raise PromptError("prompt is an empty list; pass at least one string")
+    if negative_prompt is None:
+        negative_prompt = ""
+    negatives = list(negative_prompt) if isinstance(negative_prompt, (list, tuple)) else [negative_prompt] * len(prompts)
+    if len(negatives) != len(prompts):
+        raise PromptError(f"there are {len(negatives)} negative prompts for {len(prompts)} prompts; pass one for all, or one for each")
+    return [check_prompt(text) for text in prompts], [check_prompt(text, "negative_prompt") for text in negatives]
+
+
+def check_size(value: Any, side: str, allowed: Range) -> int:
+    """Height or width in pixels: a multiple of 8 that the bundle was built for."""
+    value = allowed.opt if value is None else value
+    if not _is_int(value):
+        raise SizeError(f"{side} is {value!r}, not an integer; this bundle allows {describe_sizes(allowed)}")
+    if value % VAE_FACTOR == 0 and value in allowed:
+        return int(value)
+    below = min(max(value // VAE_FACTOR * VAE_FACTOR, allowed.min), allowed.max)
+    above = min(max(-(-value // VAE_FACTOR) * VAE_FACTOR, allowed.min), allowed.max)
+    nearest = f"the nearest size that this bundle allows is {below}" if below == above else \
+        f"the nearest sizes that this bundle allows are {below} and {above}"
+    fault = f"not a multiple of {VAE_FACTOR}" if value % VAE_FACTOR else "not a size that this bundle was built for"
+    raise SizeError(f"{side} {value} is {fault}; {nearest} ({describe_sizes(allowed)}; others: build_engines.py --{side} MIN:OPT:MAX)")
+
+
+def describe_sizes(allowed: Range) -> str:
+    """The sizes of a range in words."""
+    return f"{allowed.opt} only" if allowed.static else f"multiples of {VAE_FACTOR} from {allowed.min} to {allowed.max}"
+
+
+def check_batch(prompts: int, images_per_prompt: Any, shapes: Shapes) -> int:
+    """How many pictures are made together."""
+    if not _is_int(images_per_prompt) or images_per_prompt < 1:
+        raise BatchError(f"num_images_per_prompt is {images_per_prompt!r}; it must be an integer from 1 up")
+    batch, allowed = prompts * int(images_per_prompt), shapes.batch
+    if batch not in allowed:
+        sizes = f"{allowed.opt}" if allowed.static else f"{allowed.min} to {allowed.max}"
+        raise BatchError(f"{prompts} prompts with {images_per_prompt} images each are {batch} pictures in one call; this bundle was built for "
+                         f"{sizes}. Split the call, or build with build_engines.py --batch {allowed.min}:{allowed.opt}:{max(batch, allowed.max)}")
+    return batch
+
+
+def check_steps(value: Any, train_timesteps: int) -> int:
+    """An integer from 1 to 1000, and not more than the model was trained with."""
+    highest = min(MAX_STEPS, train_timesteps)
+    if not _is_int(value) or not 1 <= value <= highest:
+        raise StepsError(f"num_inference_steps is {value!r}; it must be an integer from 1 to {highest}. 20 to 50 are usual")
+    return int(value)
+
+
+def check_number(value: Any, name: str, low: float = -math.inf) -> float:
+    """A finite number, at least `low`."""
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < low:
+        floor = f" from {low:g} up" if math.isfinite(low) else ""
+        raise GuidanceError(f"{name} is {value!r}; it must be a finite number{floor}")
+    return float(value)
+
+
+def check_seeds(seed: Any, batch: int) -> list[int]:
+    """One seed for all pictures of a call, or one for each."""
+    several = isinstance(seed, Sequence) and not isinstance(seed, (str, bytes)) or isinstance(seed, np.ndarray)
+    seeds = list(seed) if several else [seed]
+    if several and len(seeds) != batch:
+        raise SeedError(f"there are {len(seeds)} seeds for {batch} pictures; pass one integer, or one for each picture")
+    for value in seeds:
+        if not _is_int(value) or not 0 <= value <= MAX_SEED:
+            raise SeedError(f"seed {value!r} is not an integer from 0 to 2**64 - 1")
+    return [int(value) for value in seeds]
+
+
+def check_latents(value: Any, shape: tuple[int, ...], what: str = "latents") -> np.ndarray:
+    """A finite float array of that shape, as float32."""
+    if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
+        kind = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
+        raise LatentsError(f"{what} are {kind}; pass a NumPy array of float32 with shape {shape}")
+    if value.shape != shape:
+        raise LatentsError(f"{what} have shape {value.shape} instead of {shape}: pictures, {LATENT_CHANNELS} channels, height / 8, width / 8")
+    if not np.isfinite(value).all():
+        raise LatentsError(f"{what} hold {int((~np.isfinite(value)).sum())} values that are NaN or infinite; they must all be finite")
+    return np.ascontiguousarray(value, np.float32)
+
+
+def check_output_type(value: Any) -> str:
+    """One of "pil", "np", "latent"."""
+    if value not in OUTPUT_TYPES:
+        raise OutputTypeError(f"output_type is {value!r}; it must be one of {', '.join(map(repr, OUTPUT_TYPES))}")
+    return str(value)

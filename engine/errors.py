@@ -1,0 +1,95 @@
+"""Every error that the runtime raises on purpose. The message says what was given, what is allowed and what to do."""
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Base class of the runtime's errors. `exit_code` is what a command line exits with: 2 where the user's input is at
+    fault, 1 where something failed."""
+
+    exit_code = 1
+
+
+class InputError(EngineError, ValueError):
+    """An argument of a call is not acceptable. The base of the errors about single arguments."""
+
+    exit_code = 2
+
+
+class PromptError(InputError):
+    """A prompt is not a string, not valid Unicode, too long, or does not match the number of negative prompts."""
+
+
+class SizeError(InputError):
+    """Height or width is not a multiple of 8, or the bundle was not built for it."""
+
+
+class BatchError(InputError):
+    """The number of pictures in one call is not what the bundle was built for."""
+
+
+class StepsError(InputError):
+    """`num_inference_steps` is not an integer from 1 to 1000, or more than the model was trained with."""
+
+
+class GuidanceError(InputError):
+    """`guidance_scale` or `eta` is not a usable number."""
+
+
+class SeedError(InputError):
+    """A seed is not an integer from 0 to 2**64 - 1, or there is not one for each picture."""
+
+
+class LatentsError(InputError):
+    """Latents have the wrong shape or dtype, or hold values that are not finite."""
+
+
+class OutputTypeError(InputError):
+    """`output_type` is none of "pil", "np" and "latent"."""
+
+
+class UnknownSchedulerError(InputError):
+    """There is no sampler of that name."""
+
+
+class SchedulerConfigError(EngineError):
+    """The model's scheduler_config.json asks for something that the samplers here do not do."""
+
+    exit_code = 2
+
+
+class NumericalError(EngineError):
+    """The model produced values that are not finite; there is no picture to show."""
+
+
+class BundleError(EngineError):
+    """A bundle cannot be used. The base of the errors below."""
+
+    exit_code = 2
+
+
+class BundleNotFoundError(BundleError):
+    """There is no bundle at that path."""
+
+
+class ManifestError(BundleError):
+    """manifest.json is not readable, or lacks something."""
+
+
+class ManifestVersionError(BundleError):
+    """The bundle was written by a version of LatentRT whose format this one does not read."""
+
+
+class UnsafePathError(BundleError):
+    """The manifest names a file outside the bundle, or a symbolic link."""
+
+
+class MissingFileError(BundleError):
+    """A file that the manifest names is not there."""
+
+
+class HashMismatchError(BundleError):
+    """A file is not the one that was built: its size or SHA-256 differs from the manifest's."""
+
+
+class BackendError(EngineError):
+    """The inference library is missing, or refused a graph or a run."""

@@ -1,0 +1,229 @@
+"""Text to picture: the straight-line loop that everything else serves."""
+from __future__ import annotations
+
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from . import checks
+from .backends.onnxruntime import Denoising, OnnxRuntimeBackend
+from .bundle import Bundle
+from .contract import LATENT_CHANNELS, VAE_FACTOR
+from .errors import NumericalError
+from .noise import TorchGenerator, draw
+from .picture import Picture, format_parameters
+from .samplers import LABELS, StepTable, sampler_name, step_table
+from .schedule import Schedule
+from .tokenizer import ClipTokenizer
+from .version import __version__
+
+CACHED_PROMPTS = 64
+"""Prompts whose embeddings are kept; SD 1.5's take 0.24 MB each."""
+
+Callback = Callable[["Pipeline", int, float, dict[str, np.ndarray]], "dict[str, np.ndarray] | None"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a call made.
+
+    images: a list of PIL images, or [B, H, W, 3] float32 in 0..1 ("np"), or latents [B, 4, h, w] ("latent");
+    timings: seconds for "tokenize", "text_encoder", "denoise" (and "steps", a list), "vae_decoder" and "total";
+    seeds: the one seed of the call or one for each picture; evaluations: how often the U-Net ran; interrupted: whether
+    a callback stopped the loop.
+    """
+
+    images: Any
+    timings: dict[str, Any]
+    seeds: list[int]
+    evaluations: int
+    interrupted: bool
+
+
+class Pipeline:
+    """A model that makes pictures from texts. Calls from several threads wait for each other."""
+
+    def __init__(self, bundle: Bundle, backend: OnnxRuntimeBackend) -> None:
+        self.bundle = bundle
+        self._backend = backend
+        self._schedule = Schedule.from_config(bundle.scheduler)
+        self._tokenizer = ClipTokenizer(bundle.tokenizer_file, bundle.special_tokens)
+        self._contexts: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
+        self.interrupt = False
+        """Set to True by a callback, it ends the loop after the current step; the picture is made of what is there."""
+
+    @classmethod
+    def load(cls, folder: str | Path, *, threads: int | None = None, verify: bool = True) -> Pipeline:
+        """The pipeline of the bundle in `folder`, on ONNX Runtime's CPU provider.
+
+        `threads` is the number of threads of one operator, None for every core; `verify=False` skips the SHA-256 of the
+        files. Raises the errors of `Bundle.open`, and BackendError without ONNX Runtime.
+        """
+        bundle = Bundle.open(folder, verify)
+        return cls(bundle, OnnxRuntimeBackend(bundle.graphs, threads, bundle.shapes.static()))
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the graphs and the cached embeddings."""
+        with self._lock:
+            self._backend.close()
+            self._contexts.clear()
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        seed: int | Sequence[int] | None = None,
+        latents: np.ndarray | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callback | None = None,
+        scheduler: str | None = None,
+        progress: bool = True,
+    ) -> Result:
+        """Makes the picture that diffusers' StableDiffusionPipeline makes from the same arguments.
+
+        prompt: one text or several; height, width: pixels, multiples of 8 (default: what the bundle is best at);
+        guidance_scale: above 1 the negative prompt takes part; eta: DDIM's; seed: where diffusers takes a generator on
+        the CPU: an int for all pictures, one int for each, or None for a random one; latents: [B, 4, height/8, width/8]
+        standard normal float32 instead of noise; scheduler: a name of `engine.samplers.SAMPLERS`, None for the model's own;
+        callback_on_step_end(pipeline, evaluation, timestep, {"latents": VP-scaled [B, 4, h, w]}) may return other latents;
+        progress: a bar on a terminal.
+
+        Raises the InputErrors of engine/errors.py before anything runs, and NumericalError rather than a black picture.
+        """
+        started = perf_counter()
+        prompts, negatives = checks.check_prompts(prompt, negative_prompt)
+        batch = checks.check_batch(len(prompts), num_images_per_prompt, self.bundle.shapes)
+        height = checks.check_size(height, "height", self.bundle.shapes.height)
+        width = checks.check_size(width, "width", self.bundle.shapes.width)
+        steps = checks.check_steps(num_inference_steps, self._schedule.train_timesteps)
+        guidance_scale = checks.check_number(guidance_scale, "guidance_scale")
+        eta = checks.check_number(eta, "eta", low=0.0)
+        seeds = checks.check_seeds(secrets.randbits(32) if seed is None else seed, batch)
+        output_type = checks.check_output_type(output_type)
+        shape = (batch, LATENT_CHANNELS, height // VAE_FACTOR, width // VAE_FACTOR)
+        if latents is not None:
+            latents = checks.check_latents(latents, shape)
+        sampler = sampler_name(scheduler, self._schedule)
+        table = step_table(sampler, self._schedule, steps, eta)
+
+        with self._lock:
+            self.interrupt = False
+            texts = negatives + prompts if guidance_scale > 1 else prompts
+            contexts, timings = self._encode(texts)
+            plan = _plan(table, seeds, latents, shape, np.repeat(contexts, num_images_per_prompt, axis=0), guidance_scale)
+
+            denoise_started = perf_counter()
+            session = self._backend.start(plan)
+            step_seconds: list[float] = []
+            for i in _progress(len(table), progress):
+                step_started = perf_counter()
+                session.step(i)
+                if callback_on_step_end is not None:
+                    self._call_back(callback_on_step_end, session, i, float(table.timesteps[i]))
+                step_seconds.append(perf_counter() - step_started)
+                if self.interrupt:
+                    break
+            final = session.latents
+            timings["denoise"], timings["steps"] = perf_counter() - denoise_started, step_seconds
+            if not np.isfinite(final).all():
+                raise NumericalError(f"the latents hold values that are not finite after {len(step_seconds)} evaluations at guidance_scale "
+                                     f"{guidance_scale:g}; the model overflows in {self.bundle.precision}. Build with --precision fp32")
+
+            decode_started = perf_counter()
+            final = np.ascontiguousarray(final)
+            pixels = None if output_type == "latent" else self._backend.decode(final)
+            timings["vae_decoder"] = perf_counter() - decode_started
+
+        images: Any = final
+        if output_type == "np":
+            images = pixels.astype(np.float32) / 255
+        elif output_type == "pil":
+            fields = {"Steps": steps, "Sampler": LABELS[sampler], "CFG scale": guidance_scale, "Seed": seeds[0], "Size": f"{width}x{height}",
+                      "Model": self.bundle.name, "Precision": self.bundle.precision}
+            per_prompt = [(p, n) for p, n in zip(prompts, negatives) for _ in range(num_images_per_prompt)]
+            images = [_picture(pixels[i], *per_prompt[i], fields, seeds, i) for i in range(batch)]
+        timings["total"] = perf_counter() - started
+        return Result(images, timings, seeds, len(step_seconds), self.interrupt)
+
+    def _encode(self, texts: list[str]) -> tuple[np.ndarray, dict[str, Any]]:
+        """Embeddings [len(texts), 77, C] of texts, from the cache or in one call of the text encoder."""
+        started = perf_counter()
+        unknown = [text for text in dict.fromkeys(texts) if text not in self._contexts]
+        ids = self._tokenizer(unknown)
+        tokenized = perf_counter()
+        found = {text: self._contexts[text] for text in texts if text in self._contexts}
+        if unknown:
+            found.update(zip(unknown, self._backend.encode_text(ids)))
+        for text in texts:
+            self._contexts[text] = found[text]
+            self._contexts.move_to_end(text)
+        while len(self._contexts) > CACHED_PROMPTS:
+            self._contexts.popitem(last=False)
+        contexts = np.stack([found[text] for text in texts])
+        return contexts, {"tokenize": tokenized - started, "text_encoder": perf_counter() - tokenized}
+
+    def _call_back(self, callback: Callback, session: Any, index: int, timestep: float) -> None:
+        given = session.latents.copy()
+        returned = callback(self, index, timestep, {"latents": given})
+        if returned and "latents" in returned:
+            session.latents = checks.check_latents(returned["latents"], given.shape, "latents returned by the callback")
+
+
+def _plan(table: StepTable, seeds: list[int], latents: np.ndarray | None, shape: tuple[int, ...], contexts: np.ndarray,
+          guidance_scale: float) -> Denoising:
+    """Noise and tables of one loop. With guidance the rows of the U-Net are all negative prompts, then all prompts."""
+    generators = [TorchGenerator(seed) for seed in seeds]
+    first = draw(generators, shape) if latents is None else latents
+    batch, count = shape[0], len(table)
+    noise = None
+    if table.draws.any():
+        noise = np.stack([draw(generators, shape) if drawn else np.zeros(shape, np.float32) for drawn in table.draws])
+    one = np.eye(batch, dtype=np.float32)
+    guided = len(contexts) == 2 * batch
+    mixing = np.concatenate([(1 - guidance_scale) * one, guidance_scale * one], axis=1) if guided else one
+    row_sample = np.arange(len(contexts), dtype=np.int32) % batch
+    return Denoising(
+        latents=first * np.float32(table.initial_scale),
+        context=np.ascontiguousarray(contexts),
+        row_sample=row_sample,
+        mixing=np.ascontiguousarray(mixing, np.float32),
+        timesteps=np.broadcast_to(table.timesteps.astype(np.float32)[:, None], (count, len(contexts))),
+        updates=np.broadcast_to(table.updates.astype(np.float32)[:, None], (count, batch, *table.updates.shape[1:])),
+        noise=noise,
+    )
+
+
+def _picture(pixels: np.ndarray, prompt: str, negative_prompt: str, fields: dict[str, Any], seeds: list[int], index: int) -> Picture:
+    """A PIL image with what is needed to make it again."""
+    fields = {**fields, "Seed": seeds[index if len(seeds) > 1 else 0]}
+    if len(seeds) == 1 and index > 0:
+        fields["Batch index"] = index
+    return Picture.from_pixels(pixels, format_parameters(prompt, negative_prompt, {**fields, "Version": f"LatentRT {__version__}"}))
+
+
+def _progress(count: int, shown: bool) -> Any:
+    """The numbers of the evaluations, with a bar if standard error is a terminal."""
+    if not shown:
+        return range(count)
+    from tqdm import tqdm
+    return tqdm(range(count), disable=None, desc="denoise", unit="step", leave=False)

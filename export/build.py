@@ -1,0 +1,253 @@
+"""A model becomes a bundle: export what changed, verify, and put the new folder in the old one's place."""
+from __future__ import annotations
+
+import errno
+import gc
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Iterator
+
+import torch
+from filelock import FileLock
+from torch import nn
+
+from engine import __version__
+from engine.backends.onnxruntime import OnnxRuntimeBackend
+from engine.bundle import FORMAT, MANIFEST, Bundle, sha256
+from engine.contract import COMPONENTS, PROMPT_TOKENS, Range, Shapes
+from engine.errors import BundleError
+
+from . import parity
+from .checkpoint import Source
+from .errors import OutputError, UsageError
+from .graphs import DTYPES, Denoiser, Float32Norm, TextEncoder, VaeDecoder, VaeEncoder
+from .to_onnx import OPSET, example, export_onnx
+
+PART_OF = {"text_encoder": "text_encoder", "denoiser": "unet", "vae_decoder": "vae", "vae_encoder": "vae"}
+VERIFICATION_PICTURE = "verification.png"
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a build did: where the bundle is, its manifest, and which components were exported (none: it was up to date)."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    exported: tuple[str, ...]
+
+
+def default_shapes(sample_size: int) -> Shapes:
+    """Sizes around the one that a model was trained at. Ranges cost nothing here: the graphs are dynamic."""
+    side = Range(min(64, sample_size // 2), sample_size, 2 * sample_size)
+    return Shapes(height=side, width=side, batch=Range(1, 1, 8))
+
+
+def build(source: Source, output: Path, precision: str, shapes: Shapes, *, verify: bool = True, force: bool = False,
+          report: Report = print) -> Outcome:
+    """Writes `output`/`source.name`, unless it is there already and nothing changed.
+
+    Raises the errors of export/errors.py; whatever happens, the old bundle stays until the new one is complete.
+    """
+    if precision == "bf16" and verify:
+        raise UsageError("ONNX Runtime's CPU provider has no bf16 kernels, so a bf16 bundle can neither be verified nor run here; use --precision "
+                         "fp32 or fp16, or --no-verify to export bf16 graphs for another machine")
+    with _as_output_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+        with FileLock(output / f".{source.name}.lock"):
+            return _build_locked(source, output, precision, shapes, verify, force, report)
+
+
+def _build_locked(source: Source, output: Path, precision: str, shapes: Shapes, verify: bool, force: bool, report: Report) -> Outcome:
+    target, unfinished, replaced = (output / name for name in (source.name, f".{source.name}.building", f".{source.name}.replaced"))
+    _recover(target, unfinished, replaced)
+    prints = {component: _fingerprint(source, component, precision) for component in COMPONENTS}
+    wanted = _wanted(source, precision, shapes)
+    old = None if force else _usable(target, report)
+    kept = {c: old for c in COMPONENTS if old and old["components"][c]["fingerprint"] == prints[c]} if old else {}
+    if old and len(kept) == len(COMPONENTS) and all(old[key] == value for key, value in wanted.items()) \
+            and (old["verification"]["done"] or not verify):
+        report(f"{target} is up to date")
+        return Outcome(target, old, ())
+    try:
+        (unfinished / "onnx").mkdir(parents=True)
+        checks: dict[str, Any] = {c: old["verification"]["components"].get(c) for c in kept} if old else {}
+        details: dict[str, Any] = {}
+        for number, component in enumerate(COMPONENTS, 1):
+            label = f"[{number}/{len(COMPONENTS)}] {component}"
+            if component in kept:
+                _link(target, unfinished, old, component)
+                details[component] = old["components"][component]
+                report(f"{label}: unchanged")
+            else:
+                details[component], checks[component] = _export(source, component, precision, unfinished, verify, label, report)
+                details[component]["fingerprint"] = prints[component]
+        manifest = {"format": FORMAT, "name": source.name, **wanted, "components": details, "tokenizer": _write_tokenizer(source, unfinished),
+                    "verification": {"done": False, "reason": "--no-verify", "components": {}}}
+        _write_manifest(unfinished, manifest)
+        if verify:
+            manifest["verification"] = _verify_picture(source, unfinished, precision, checks, report)
+            _write_manifest(unfinished, manifest)
+        _swap(target, unfinished, replaced)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    report(f"wrote {target}")
+    return Outcome(target, manifest, tuple(c for c in COMPONENTS if c not in kept))
+
+
+def _wanted(source: Source, precision: str, shapes: Shapes) -> dict[str, Any]:
+    """What a manifest says besides the components; a bundle that differs in it is not up to date."""
+    sides = {side: [r.min, r.opt, r.max] for side, r in (("height", shapes.height), ("width", shapes.width), ("batch", shapes.batch))}
+    return {"source": {**source.origin, "tokenizer": source.fingerprint("tokenizer")}, "precision": precision, "shapes": sides,
+            "scheduler": source.scheduler_config()}
+
+
+def _fingerprint(source: Source, component: str, precision: str) -> str:
+    """A hash of all that determines a component's graph: weights, precision, our tracing code, the libraries."""
+    code = [sha256(Path(__file__).with_name(name)) for name in ("graphs.py", "to_onnx.py")]
+    libraries = [f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "onnx", "onnxscript")]
+    parts = [source.fingerprint(PART_OF[component]), component, precision, str(OPSET), *code, *libraries]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _usable(target: Path, report: Report) -> dict[str, Any] | None:
+    """The manifest of an existing bundle whose files are all right."""
+    if not target.exists():
+        return None
+    try:
+        return dict(Bundle.open(target).manifest)
+    except BundleError as error:
+        report(f"the old bundle is not usable and will be replaced: {error}")
+        return None
+
+
+def _modules(source: Source, component: str) -> tuple[type[nn.Module], Any, int]:
+    """The graph's class, the model that it wraps, and the size of the text's embeddings (0 where there is no text)."""
+    if component == "text_encoder":
+        return TextEncoder, source.text_encoder(), 0
+    if component == "denoiser":
+        unet = source.unet()
+        return Denoiser, unet, int(unet.config.cross_attention_dim)
+    return (VaeDecoder if component == "vae_decoder" else VaeEncoder), source.vae(), 0
+
+
+def _export(source: Source, component: str, precision: str, folder: Path, verify: bool, label: str, report: Report) -> tuple[dict[str, Any], Any]:
+    """Traces one component into `folder` and compares it with torch: its manifest entry and the differences."""
+    started = perf_counter()
+    kind, model, context_size = _modules(source, component)
+    _require_disk(folder, sum(p.numel() for p in model.parameters()) * DTYPES[precision].itemsize)
+    report(f"{label}: tracing {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters in {precision}")
+    expected = None
+    if verify:
+        _round_weights(model, DTYPES[precision])
+        expected = parity.reference(component, kind(model, torch.float32), context_size)
+    name = f"onnx/{component}.onnx"
+    export_onnx(component, kind(model, DTYPES[precision]), example(component, context_size), folder / name)
+    del model
+    gc.collect()
+    exported = perf_counter()
+    found = None
+    if expected is not None:
+        found = parity.check_component(component, OnnxRuntimeBackend({component: folder / name}), expected, precision)
+    seconds = {"export": round(exported - started, 2), "check": round(perf_counter() - exported, 2)}
+    verdict = "not verified" if found is None else f"{found.relative_rms:.1e} from torch"
+    report(f"{label}: exported in {seconds['export']:.1f} s, {verdict}")
+    return {"onnx": name, "opset": OPSET, "ir_version": _ir_version(folder / name), "seconds": seconds}, found and parity.as_json(found)
+
+
+def _round_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Weights as they will be in the graph, so that only its arithmetic is compared. Norms and timestep stay in float32."""
+    if dtype == torch.float32:
+        return
+    exact = {id(p) for m in model.modules() if isinstance(m, (nn.GroupNorm, nn.LayerNorm, Float32Norm)) for p in m.parameters()}
+    exact |= {id(p) for p in getattr(model, "time_embedding", nn.Module()).parameters()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if id(parameter) not in exact:
+                parameter.copy_(parameter.to(dtype).float())
+
+
+def _ir_version(file: Path) -> int:
+    import onnx
+    return int(onnx.load(str(file), load_external_data=False).ir_version)
+
+
+def _write_tokenizer(source: Source, folder: Path) -> dict[str, Any]:
+    tokenizer = source.tokenizer()
+    if tokenizer.model_max_length != PROMPT_TOKENS:
+        raise UsageError(f"the tokenizer's model_max_length is {tokenizer.model_max_length}; CLIP's is {PROMPT_TOKENS}")
+    (folder / "tokenizer").mkdir()
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
+    return {"file": "tokenizer/tokenizer.json", "start": tokenizer.bos_token_id, "end": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """manifest.json with the hash of every other file."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
+    manifest["files"] = {f.relative_to(folder).as_posix(): {"sha256": sha256(f), "bytes": f.stat().st_size} for f in files}
+    manifest["created"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    manifest["versions"] = {"latentrt": __version__, **{name: version(name) for name in ("torch", "diffusers", "onnx", "onnxruntime")}}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _verify_picture(source: Source, folder: Path, precision: str, checks: dict[str, Any], report: Report) -> dict[str, Any]:
+    started = perf_counter()
+    report("comparing a whole picture with diffusers")
+    found, picture = parity.check_picture(source, folder, precision)
+    picture.save(folder / VERIFICATION_PICTURE)
+    report(f"picture: {found.pixels_within_1:.2%} of the values within 1 of 255, PSNR {found.psnr_db:.1f} dB, latents within "
+           f"{found.latents_max_abs:.1e} ({perf_counter() - started:.1f} s)")
+    return {"done": True, "components": checks, "picture": parity.as_json(found)}
+
+
+def _link(old: Path, new: Path, manifest: dict[str, Any], component: str) -> None:
+    """The files of an unchanged component, as hard links where the file system has them."""
+    for name in manifest["files"]:
+        if name.startswith(f"onnx/{component}.onnx"):
+            try:
+                os.link(old / name, new / name)
+            except OSError:
+                shutil.copy2(old / name, new / name)
+
+
+def _recover(target: Path, unfinished: Path, replaced: Path) -> None:
+    """Clears up after a builder that was killed."""
+    if replaced.exists() and not target.exists():
+        replaced.rename(target)
+    for leftover in (unfinished, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _swap(target: Path, unfinished: Path, replaced: Path) -> None:
+    if target.exists():
+        target.rename(replaced)
+    unfinished.rename(target)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _require_disk(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < 1.1 * needed:
+        raise OutputError(f"{folder.parent} has {free / 1e9:.2f} GB free; the next component needs {needed / 1e9:.2f} GB. Free some, or pass another --output")
+
+
+@contextmanager
+def _as_output_errors(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OutputError(f"the disk of {output} is full; nothing was changed. Free some space, or pass another --output") from error
+        if isinstance(error, (PermissionError, FileExistsError, NotADirectoryError)) or error.errno == errno.EROFS:
+            raise OutputError(f"{output} cannot be written ({error.strerror}); pass another --output") from error
+        raise

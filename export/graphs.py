@@ -1,0 +1,197 @@
+"""The four torch modules that are traced. Inputs and outputs are the contract in engine/contract.py.
+
+Each takes float32 (or integers) and returns float32 (or pixels); inside, matrix products and convolutions run in the
+precision asked for, while norms, softmax and the timestep embedding stay in float32.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from engine.contract import LATENT_CHANNELS
+
+from .errors import UnsupportedModelError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Float32Norm(nn.Module):
+    """A norm that computes in float32 and returns what it was given."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.float()).to(x.dtype)
+
+
+class Upsample(nn.Module):
+    """diffusers' Upsample2D without its workarounds for huge tensors, which a trace with dynamic sizes cannot follow."""
+
+    def __init__(self, original: Upsample2D) -> None:
+        super().__init__()
+        self.conv = original.conv
+
+    def forward(self, hidden_states: Tensor, output_size: Any = None) -> Tensor:
+        if output_size is None:
+            return self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+        return self.conv(F.interpolate(hidden_states, size=output_size, mode="nearest"))
+
+
+class PlainAttention:
+    """An attention processor for diffusers: scaled Q, float32 softmax, no workarounds. `upcast_attention` models (SD 2.1)
+    multiply Q and K in float32 too, where float16 would overflow."""
+
+    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
+                 attention_mask: None = None, temb: None = None) -> Tensor:
+        residual, shape = hidden_states, hidden_states.shape
+        if len(shape) == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+
+        def split(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+        query, key, value = split(attn.to_q(hidden_states) * attn.scale), split(attn.to_k(context)), split(attn.to_v(context))
+        if attn.upcast_attention:
+            query, key = query.float(), key.float()
+        weights = torch.softmax((query @ key.transpose(-1, -2)).float(), dim=-1).to(value.dtype)
+        output = attn.to_out[0]((weights @ value).transpose(1, 2).flatten(2))
+        if len(shape) == 4:
+            output = output.transpose(1, 2).reshape(shape)
+        if attn.residual_connection:
+            output = output + residual
+        return output / attn.rescale_output_factor
+
+
+def _replace(module: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...], replacement: type[nn.Module]) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, kind):
+            setattr(module, name, replacement(child))
+        else:
+            _replace(child, kind, replacement)
+
+
+def _prepare(module: nn.Module, dtype: torch.dtype) -> None:
+    """Sets the precision of a module in place and makes it traceable."""
+    module.eval().requires_grad_(False)
+    module.to(dtype)
+    if dtype != torch.float32:
+        _replace(module, (nn.GroupNorm, nn.LayerNorm), Float32Norm)
+    _replace(module, Upsample2D, Upsample)
+    for child in module.modules():
+        if isinstance(child, Attention):
+            child.processor = PlainAttention()
+
+
+class TextEncoder(nn.Module):
+    """input_ids [rows, 77] int32 -> context [rows, 77, C]."""
+
+    def __init__(self, model: CLIPTextModel, dtype: torch.dtype) -> None:
+        super().__init__()
+        if getattr(model.config, "use_attention_mask", False):
+            raise UnsupportedModelError("the text encoder wants an attention mask (use_attention_mask); the text encoders of Stable Diffusion "
+                                        "1.x and 2.x do not")
+        model.set_attn_implementation("eager")  # its softmax is in float32
+        _prepare(model, dtype)
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids).last_hidden_state.float()
+
+
+class Denoiser(nn.Module):
+    """One whole denoising step: U-Net, guidance and sampler."""
+
+    def __init__(self, unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
+        super().__init__()
+        _check_unet(unet.config)
+        _prepare(unet, dtype)
+        unet.time_embedding.float()
+        self.unet, self.dtype = unet, dtype
+
+    def forward(self, state: Tensor, row_sample: Tensor, context: Tensor, timestep: Tensor, mixing: Tensor, update: Tensor,
+                noise: Tensor) -> Tensor:
+        rows = torch.index_select(state[:, 0], 0, row_sample)
+        output = self._evaluate(rows.to(self.dtype), timestep, context.to(self.dtype)).float()
+        guided = torch.matmul(mixing, output.flatten(1))
+        columns = torch.cat([state.flatten(2), guided.unsqueeze(1), noise.flatten(1).unsqueeze(1)], dim=1)
+        return torch.bmm(update, columns).reshape(state.shape)
+
+    def _evaluate(self, sample: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        """UNet2DConditionModel.forward for the models of Stable Diffusion 1.x and 2.x. Upsampling always asks for the size
+        of the skip connection: the same as doubling, and right for the sizes that halving rounds."""
+        unet = self.unet
+        embedding = unet.time_embedding(unet.time_proj(timestep)).to(self.dtype)
+        sample = unet.conv_in(sample)
+        skips = [sample]
+        for block in unet.down_blocks:
+            crossed = {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", False) else {}
+            sample, outputs = block(hidden_states=sample, temb=embedding, **crossed)
+            skips += outputs
+        sample = unet.mid_block(sample, embedding, encoder_hidden_states=context)
+        for i, block in enumerate(unet.up_blocks):
+            used, skips = tuple(skips[-len(block.resnets):]), skips[:-len(block.resnets)]
+            crossed = {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", False) else {}
+            size = skips[-1].shape[2:] if i < len(unet.up_blocks) - 1 else None
+            sample = block(hidden_states=sample, temb=embedding, res_hidden_states_tuple=used, upsample_size=size, **crossed)
+        return unet.conv_out(unet.conv_act(unet.conv_norm_out(sample)))
+
+
+def _check_unet(config: Any) -> None:
+    """UnsupportedModelError for U-Nets that need more inputs than latents, timestep and text."""
+    channels = {"in_channels": LATENT_CHANNELS, "out_channels": LATENT_CHANNELS}
+    for name, expected in channels.items():
+        if config[name] != expected:
+            raise UnsupportedModelError(f"the U-Net has {name}={config[name]}; text-to-image models of Stable Diffusion 1.x and 2.x have "
+                                        f"{expected} (9 is inpainting, 8 InstructPix2Pix, 5 depth, 7 upscaling)")
+    for name in ("class_embed_type", "addition_embed_type", "encoder_hid_dim", "time_cond_proj_dim", "num_class_embeds", "time_embedding_act_fn"):
+        if config.get(name) is not None:
+            raise UnsupportedModelError(f"the U-Net has {name}={config[name]!r}, an input that text-to-image models of Stable Diffusion "
+                                        f"1.x and 2.x do not have")
+
+
+class VaeDecoder(nn.Module):
+    """latents [batch, 4, height, width] -> image [batch, 8 height, 8 width, 3] uint8, rounded as diffusers does."""
+
+    def __init__(self, vae: AutoencoderKL, dtype: torch.dtype) -> None:
+        super().__init__()
+        vae.encoder = None
+        _prepare(vae, dtype)
+        self.vae, self.dtype = vae, dtype
+
+    def forward(self, latents: Tensor) -> Tensor:
+        z = (latents / self.vae.config.scaling_factor).to(self.dtype)
+        if self.vae.post_quant_conv is not None:
+            z = self.vae.post_quant_conv(z)
+        image = self.vae.decoder(z).float()
+        return torch.round((image / 2 + 0.5).clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+class VaeEncoder(nn.Module):
+    """image [batch, 8 height, 8 width, 3] uint8 -> mean and std of the latents, both scaled as the U-Net sees them."""
+
+    def __init__(self, vae: AutoencoderKL, dtype: torch.dtype) -> None:
+        super().__init__()
+        vae.decoder = None
+        _prepare(vae, dtype)
+        self.vae, self.dtype = vae, dtype
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        pixels = image.permute(0, 3, 1, 2).float() / 127.5 - 1
+        moments = self.vae.encoder(pixels.to(self.dtype))
+        if self.vae.quant_conv is not None:
+            moments = self.vae.quant_conv(moments)
+        mean, log_variance = moments.float().chunk(2, dim=1)
+        std = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
+        return mean * self.vae.config.scaling_factor, std * self.vae.config.scaling_factor

@@ -1,0 +1,82 @@
+"""Torch modules to ONNX files: trace with every dimension dynamic, weights in one file beside the graph, check."""
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import torch
+from torch import nn
+from torch.export import Dim
+
+from engine.contract import INPUTS, LATENT_CHANNELS, OUTPUTS, PROMPT_TOKENS, SLOTS, VAE_FACTOR
+
+from .errors import ToOnnxError
+
+OPSET = 18
+"""The lowest that torch's exporter writes properly; every TensorRT from 8.6 parses it."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """Inputs to trace a component with, and which of their dimensions are dynamic (by name)."""
+
+    inputs: dict[str, torch.Tensor]
+    dynamic: dict[str, dict[int, str]]
+
+
+def example(component: str, context_size: int, batch: int = 2, rows: int = 3, height: int = 16, width: int = 24, tokens: int = PROMPT_TOKENS,
+            seed: int = 0) -> Example:
+    """Random inputs of a component. No two sizes are equal and none is 1, so that tracing does not confuse them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    plane = {0: "batch", 2: "height", 3: "width"}
+    if component == "text_encoder":
+        ids = torch.randint(0, 256, (rows, PROMPT_TOKENS), generator=generator, dtype=torch.int32)
+        return Example({"input_ids": ids}, {"input_ids": {0: "rows"}})
+    if component == "denoiser":
+        inputs = {
+            "state": normal(batch, SLOTS, LATENT_CHANNELS, height, width),
+            "row_sample": torch.arange(rows, dtype=torch.int32) % batch,
+            "context": normal(rows, tokens, context_size),
+            "timestep": torch.linspace(999.0, 3.5, rows),
+            "mixing": normal(batch, rows),
+            "update": normal(batch, SLOTS, SLOTS + 2),
+            "noise": normal(batch, LATENT_CHANNELS, height, width),
+        }
+        dynamic = {"state": {0: "batch", 3: "height", 4: "width"}, "row_sample": {0: "rows"}, "context": {0: "rows", 1: "tokens"},
+                   "timestep": {0: "rows"}, "mixing": {0: "batch", 1: "rows"}, "update": {0: "batch"}, "noise": plane}
+        return Example(inputs, dynamic)
+    if component == "vae_decoder":
+        return Example({"latents": normal(batch, LATENT_CHANNELS, height, width)}, {"latents": plane})
+    image = torch.randint(0, 256, (batch, VAE_FACTOR * height, VAE_FACTOR * width, 3), generator=generator, dtype=torch.uint8)
+    return Example({"image": image}, {"image": {0: "batch", 1: "8*height", 2: "8*width"}})
+
+
+def export_onnx(component: str, module: nn.Module, traced: Example, file: Path) -> None:
+    """Writes `file` and `file`.data, checked by onnx. ToOnnxError if torch or onnx refuses."""
+    dimensions = {name: Dim(name, min=1, max=4096) for name in ("batch", "rows", "tokens", "height", "width")}
+    dimensions |= {f"8*{name}": VAE_FACTOR * dimensions[name] for name in ("height", "width")}
+    dynamic = {name: {axis: dimensions[size] for axis, size in traced.dynamic[name].items()} for name in INPUTS[component]}
+    torch_log = logging.getLogger("torch.onnx")
+    level = torch_log.level
+    try:
+        torch_log.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                module, kwargs=traced.inputs, dynamo=True, opset_version=OPSET, input_names=list(INPUTS[component]),
+                output_names=list(OUTPUTS[component]), dynamic_shapes=dynamic, verbose=False)
+            program.save(str(file), external_data=True)
+        onnx.checker.check_model(str(file))
+    except OSError:
+        raise
+    except Exception as error:  # whatever tracing raises: the message of each is the diagnosis
+        raise ToOnnxError(f"{component} could not be exported: {type(error).__name__}: {error}") from error
+    finally:
+        torch_log.setLevel(level)
