@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -27,7 +28,8 @@ def parse_range(text: str, what: str, multiple: int, smallest: int) -> Range:
     low, best, high = (int(part) for part in (parts * 3 if len(parts) == 1 else parts))
     for value in (low, best, high):
         if value % multiple or value < smallest:
-            raise UsageError(f"--{what} {value} is not a multiple of {multiple} from {smallest} up" if multiple > 1 else f"--{what} {value} is not {smallest} or more")
+            rule = f"a multiple of {multiple} from {smallest} up" if multiple > 1 else f"{smallest} or more"
+            raise UsageError(f"--{what} {value} is not {rule}")
     if not low <= best <= high:
         raise UsageError(f"--{what} is {text!r}; MIN <= OPT <= MAX must hold")
     return Range(low, best, high)
@@ -38,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("model", nargs="?", metavar="MODEL", help="a diffusers folder, a hub id, a .safetensors or .ckpt file in the CompVis layout, or a "
                    "known architecture (sd15, sd21, sd21-base) with --random-weights; default: the built-in model")
     p.add_argument("--output", type=Path, default=Path("engines"), help="the folder that bundles go to (default: engines/)")
+    p.add_argument("--name", help="what the bundle is called (default: what the model is called)")
     p.add_argument("--backend", choices=["onnxruntime"], default="onnxruntime")
     p.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp32")
     p.add_argument("--height", metavar="N", help="pixels: N, or MIN:OPT:MAX (default: around the size that the model was trained at)")
@@ -64,6 +67,10 @@ def run(options: argparse.Namespace) -> None:
     from export.checkpoint import resolve
 
     source = resolve(options.model, options.random_weights, options.tokenizer, options.prediction_type)
+    if options.name is not None:
+        if not re.fullmatch(r"\w[\w.-]*", options.name):
+            raise UsageError(f"--name {options.name!r} is not a plain name; letters, digits, '.', '_' and '-' are allowed")
+        source.name = options.name
     defaults = default_shapes(source.sample_size())
     shapes = Shapes(**{side: asked.get(side, getattr(defaults, side)) for side in sides})
     report = (lambda message: None) if options.quiet else (lambda message: print(message, flush=True))

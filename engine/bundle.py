@@ -16,8 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .contract import COMPONENTS, Range, Shapes
-from .errors import (BundleNotFoundError, HashMismatchError, ManifestError, ManifestVersionError, MissingFileError,
-                     UnsafePathError)
+from .errors import BundleNotFoundError, HashMismatchError, ManifestError, ManifestVersionError, MissingFileError, UnsafePathError
 from .tokenizer import SpecialTokens
 
 FORMAT = 1

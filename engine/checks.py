@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from .contract import LATENT_CHANNELS, MAX_STEPS, VAE_FACTOR, Range, Shapes
-from .errors import (BatchError, GuidanceError, LatentsError, OutputTypeError, PromptError, SeedError, SizeError,
-                     StepsError)
+from .errors import BatchError, GuidanceError, LatentsError, OutputTypeError, PromptError, SeedError, SizeError, StepsError, ThreadsError
 
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_SEED = 2**64 - 1
@@ -100,7 +99,7 @@ def check_number(value: Any, name: str, low: float = -math.inf) -> float:
 
 def check_seeds(seed: Any, batch: int) -> list[int]:
     """One seed for all pictures of a call, or one for each."""
-    several = isinstance(seed, Sequence) and not isinstance(seed, (str, bytes)) or isinstance(seed, np.ndarray)
+    several = (isinstance(seed, Sequence) and not isinstance(seed, (str, bytes))) or isinstance(seed, np.ndarray)
     seeds = list(seed) if several else [seed]
     if several and len(seeds) != batch:
         raise SeedError(f"there are {len(seeds)} seeds for {batch} pictures; pass one integer, or one for each picture")
@@ -127,3 +126,9 @@ def check_output_type(value: Any) -> str:
     if value not in OUTPUT_TYPES:
         raise OutputTypeError(f"output_type is {value!r}; it must be one of {', '.join(map(repr, OUTPUT_TYPES))}")
     return str(value)
+
+
+def check_threads(value: Any) -> None:
+    """None, or an integer from 1 up."""
+    if value is not None and (not _is_int(value) or value < 1):
+        raise ThreadsError(f"threads is {value!r}; it must be an integer from 1 up, or None for every core")

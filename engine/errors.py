@@ -47,6 +47,10 @@ class OutputTypeError(InputError):
     """`output_type` is none of "pil", "np" and "latent"."""
 
 
+class ThreadsError(InputError):
+    """The number of threads is not an integer from 1 up."""
+
+
 class UnknownSchedulerError(InputError):
     """There is no sampler of that name."""
 
@@ -93,3 +97,7 @@ class HashMismatchError(BundleError):
 
 class BackendError(EngineError):
     """The inference library is missing, or refused a graph or a run."""
+
+
+class OutputFileError(EngineError):
+    """A picture could not be written."""

@@ -67,6 +67,7 @@ class Pipeline:
         `threads` is the number of threads of one operator, None for every core; `verify=False` skips the SHA-256 of the
         files. Raises the errors of `Bundle.open`, and BackendError without ONNX Runtime.
         """
+        checks.check_threads(threads)
         bundle = Bundle.open(folder, verify)
         return cls(bundle, OnnxRuntimeBackend(bundle.graphs, threads, bundle.shapes.static()))
 
@@ -150,18 +151,18 @@ class Pipeline:
                                      f"{guidance_scale:g}; the model overflows in {self.bundle.precision}. Build with --precision fp32")
 
             decode_started = perf_counter()
-            final = np.ascontiguousarray(final)
-            pixels = None if output_type == "latent" else self._backend.decode(final)
+            images: Any = np.ascontiguousarray(final)
+            if output_type != "latent":
+                images = self._backend.decode(images)
             timings["vae_decoder"] = perf_counter() - decode_started
 
-        images: Any = final
         if output_type == "np":
-            images = pixels.astype(np.float32) / 255
+            images = images.astype(np.float32) / 255
         elif output_type == "pil":
             fields = {"Steps": steps, "Sampler": LABELS[sampler], "CFG scale": guidance_scale, "Seed": seeds[0], "Size": f"{width}x{height}",
                       "Model": self.bundle.name, "Precision": self.bundle.precision}
             per_prompt = [(p, n) for p, n in zip(prompts, negatives) for _ in range(num_images_per_prompt)]
-            images = [_picture(pixels[i], *per_prompt[i], fields, seeds, i) for i in range(batch)]
+            images = [_picture(images[i], *per_prompt[i], fields, seeds, i) for i in range(batch)]
         timings["total"] = perf_counter() - started
         return Result(images, timings, seeds, len(step_seconds), self.interrupt)
 

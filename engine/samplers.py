@@ -276,7 +276,7 @@ _ADAMS_BASHFORTH = [[1.0], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12], [55 / 2
 
 def _plms_transfer(schedule: Schedule, t: int, t_next: int, final: float) -> tuple[float, float, float]:
     """Equation 9 of arXiv 2202.09778 as x' = (a + b) x + c output; b is not zero where the model predicts v."""
-    ab = schedule.alphas_cumprod[min(t, schedule.train_timesteps - 1)]
+    ab = schedule.alphas_cumprod[t]
     ab_next = schedule.alphas_cumprod[t_next] if t_next >= 0 else final
     slope = -(ab_next - ab) / (ab * math.sqrt(1 - ab_next) + math.sqrt(ab * (1 - ab) * ab_next))
     p, q = _as_epsilon(schedule.prediction_type, math.sqrt(ab), math.sqrt(1 - ab))

@@ -11,6 +11,9 @@ from tokenizers import Tokenizer as Encoder
 from .contract import PROMPT_TOKENS
 from .errors import ManifestError
 
+END_OF_WORD = "</w>"
+"""What CLIP's byte pairs end a word with."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -43,8 +46,11 @@ class ClipTokenizer:
             kept, removed = tokens[:PROMPT_TOKENS - 2], tokens[PROMPT_TOKENS - 2:]
             if removed:
                 logger.warning("The following part of your input was truncated because CLIP can only handle sequences up to %d tokens: %s",
-                               PROMPT_TOKENS, [self._encoder.decode(removed, skip_special_tokens=False)])
+                               PROMPT_TOKENS, [self._text(removed)])
             row[0] = self._special.start
             row[1:len(kept) + 1] = kept
             row[len(kept) + 1] = self._special.end
         return ids
+
+    def _text(self, tokens: list[int]) -> str:
+        return self._encoder.decode(tokens, skip_special_tokens=False).replace(END_OF_WORD, " ").strip()

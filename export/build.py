@@ -7,14 +7,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -86,8 +86,7 @@ def _build_locked(source: Source, output: Path, precision: str, shapes: Shapes, 
         for number, component in enumerate(COMPONENTS, 1):
             label = f"[{number}/{len(COMPONENTS)}] {component}"
             if component in kept:
-                _link(target, unfinished, old, component)
-                details[component] = old["components"][component]
+                details[component] = _link(target, unfinished, kept[component], component)
                 report(f"{label}: unchanged")
             else:
                 details[component], checks[component] = _export(source, component, precision, unfinished, verify, label, report)
@@ -210,14 +209,15 @@ def _verify_picture(source: Source, folder: Path, precision: str, checks: dict[s
     return {"done": True, "components": checks, "picture": parity.as_json(found)}
 
 
-def _link(old: Path, new: Path, manifest: dict[str, Any], component: str) -> None:
-    """The files of an unchanged component, as hard links where the file system has them."""
+def _link(old: Path, new: Path, manifest: dict[str, Any], component: str) -> dict[str, Any]:
+    """Takes over the files of an unchanged component, as hard links where the file system has them: its manifest entry."""
     for name in manifest["files"]:
         if name.startswith(f"onnx/{component}.onnx"):
             try:
                 os.link(old / name, new / name)
             except OSError:
                 shutil.copy2(old / name, new / name)
+    return dict(manifest["components"][component])
 
 
 def _recover(target: Path, unfinished: Path, replaced: Path) -> None:

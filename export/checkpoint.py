@@ -20,12 +20,16 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from engine.bundle import sha256
 
 from . import compvis
-from .errors import NoNetworkError, UnknownModelError, UnreadableModelError, UnsafePickleError, UnsupportedModelError, UsageError
+from .errors import ExportError, NoNetworkError, UnknownModelError, UnreadableModelError, UnsafePickleError, UnsupportedModelError, UsageError
 from .presets import ARCHITECTURES, CLIP_VOCABULARY, Architecture
 
 BUILT_IN = Path(__file__).parent / "demo" / "model"
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 PARTS = ("text_encoder", "unet", "vae", "tokenizer", "scheduler")
+
+HUB_FILES = ("model_index.json", "scheduler/*", "tokenizer/*", *(f"{part}/*.{kind}" for part in ("text_encoder", "unet", "vae")
+                                                               for kind in ("json", "safetensors")))
+"""What a hub model is downloaded of: no pickles, no safety checker."""
 
 T = TypeVar("T")
 
@@ -96,11 +100,11 @@ def resolve(model: str | None, random_weights: bool = False, tokenizer: Path | N
                             f"--random-weights: {', '.join(ARCHITECTURES)}")
 
 
-def _download(repository: str, allow: tuple[str, ...] = ("*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.safetensors")) -> Path:
+def _download(repository: str, allow: tuple[str, ...] = HUB_FILES) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(allow)))
+        return Path(snapshot_download(repository, allow_patterns=list(allow), ignore_patterns=["*non_ema*"]))
     except (RepositoryNotFoundError, GatedRepoError) as error:
         raise UnknownModelError(f"the hub has no model {repository!r} that you may read; check the id, or log in with `hf auth login`") from error
     except (LocalEntryNotFoundError, OSError, RuntimeError, ValueError) as error:
@@ -112,6 +116,8 @@ def _reading(what: str, load: Callable[[], T]) -> T:
     """Runs a loader of diffusers or transformers; whatever it raises becomes a named error."""
     try:
         return load()
+    except ExportError:
+        raise
     except Exception as error:  # both libraries raise many types for files that are damaged or missing
         if "weights_only" in str(error) or "Weights only load failed" in str(error):
             raise UnsafePickleError(f"{what} is a pickle that holds more than tensors, so loading it could run code; "
@@ -226,7 +232,7 @@ class CompVisFile(Source):
         self.origin = {"kind": "file", "id": file.name}
         self._hash = sha256(file)
         self._weights = _reading(str(file), lambda: compvis.read(file))
-        self._architecture = compvis.architecture(self._weights, file, prediction_type)
+        self._architecture = _reading(str(file), lambda: compvis.architecture(self._weights, file, prediction_type))
         self._tokenizer_folder = tokenizer or _download(CLIP_TOKENIZER, ("*.json", "*.txt"))
 
     def text_encoder(self) -> CLIPTextModel:

@@ -72,6 +72,7 @@ def export_onnx(component: str, module: nn.Module, traced: Example, file: Path) 
             program = torch.onnx.export(
                 module, kwargs=traced.inputs, dynamo=True, opset_version=OPSET, input_names=list(INPUTS[component]),
                 output_names=list(OUTPUTS[component]), dynamic_shapes=dynamic, verbose=False)
+            assert program is not None
             program.save(str(file), external_data=True)
         onnx.checker.check_model(str(file))
     except OSError:

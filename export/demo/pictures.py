@@ -66,7 +66,7 @@ def held_out() -> frozenset[tuple[str, str, str]]:
     """The 48 triples that training never sees: every shape, every colour and every background is among them."""
     shuffled = list(triples())
     np.random.default_rng(7).shuffle(shuffled)
-    return frozenset(tuple(triple) for triple in shuffled[::_HELD_OUT_EVERY])
+    return frozenset((shape, colour, background) for shape, colour, background in shuffled[::_HELD_OUT_EVERY])
 
 
 def _polygon(shape: str) -> list[tuple[float, float]]:
@@ -109,7 +109,7 @@ def coverage(scene: Scene, size: int = SIZE) -> np.ndarray:
 def picture(scene: Scene, size: int = SIZE) -> np.ndarray:
     """The scene as pixels, [size, size, 3] uint8."""
     cover = coverage(scene, size)[..., None]
-    mixed = cover * np.float32(COLOURS[scene.colour]) + (1 - cover) * np.float32(COLOURS[scene.background])
+    mixed = cover * np.array(COLOURS[scene.colour], np.float32) + (1 - cover) * np.array(COLOURS[scene.background], np.float32)
     return np.round(mixed).astype(np.uint8)
 
 

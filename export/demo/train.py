@@ -24,7 +24,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .pictures import POSITIONS, SHAPES, SIZE, SIZES, COLOURS, Scene, caption, coverage, held_out, triples
+from .pictures import COLOURS, POSITIONS, SHAPES, SIZE, SIZES, Scene, caption, coverage, held_out, triples
 
 CAPTION_LENGTH = 77
 CHECKPOINT_EVERY = 200
@@ -41,7 +41,7 @@ class Recipe:
     vae_rate: float = 1.5e-3
     kl_weight: float = 1e-4
     pool: int = 32768
-    steps: int = 7000
+    steps: int = 6000
     batch: int = 48
     rate: float = 1e-3
 
@@ -219,7 +219,7 @@ def peak_signal_to_noise(vae: AutoencoderKL, seed: int, count: int = 96) -> floa
     """PSNR in dB of reconstructions of held-out pictures, at placements that training never saw."""
     rng = np.random.default_rng(seed + 1)
     chosen = sorted(held_out())
-    colours = {name: np.float32(rgb) / 127.5 - 1 for name, rgb in COLOURS.items()}
+    colours = {name: np.array(rgb, np.float32) / 127.5 - 1 for name, rgb in COLOURS.items()}
     images = []
     for i in range(count):
         shape, colour, background = chosen[i % len(chosen)]

@@ -82,7 +82,8 @@ def test_every_timestep_spacing_equals_diffusers(name, steps, spacing):
 
 @pytest.mark.parametrize("options", [
     {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}, {"beta_schedule": "squaredcos_cap_v2"},
-    {"set_alpha_to_one": True, "steps_offset": 0}, {"num_train_timesteps": 500}, {"trained_betas": [0.001 + 1e-5 * i for i in range(900)], "num_train_timesteps": 900},
+    {"set_alpha_to_one": True, "steps_offset": 0}, {"num_train_timesteps": 500},
+    {"trained_betas": [0.001 + 1e-5 * i for i in range(900)], "num_train_timesteps": 900},
 ])
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_noise_schedule_equals_diffusers(name, options):
@@ -137,12 +138,13 @@ def test_every_sampler_has_a_label_and_an_oracle():
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("steps", [999, 1000])
 def test_a_thousand_steps_work_or_are_refused_by_name(name, steps):
-    try:
-        table = step_table(name, Schedule.from_config(SD1), steps)
-    except StepsError as error:
-        assert "take fewer" in str(error)
+    if steps == 1000 and name not in ("euler", "euler_a", "dpmpp_2m_karras"):
+        with pytest.raises(StepsError, match="take fewer"):  # steps_offset=1 would reach timestep 1000, or noise levels coincide
+            step_table(name, Schedule.from_config(SD1), steps)
     else:
-        assert np.isfinite(table.updates).all() and table.timesteps.max() <= 1000
+        table = step_table(name, Schedule.from_config(SD1), steps)
+        assert np.isfinite(table.updates).all()
+        assert table.timesteps.max() <= 1000
 
 
 def test_an_unknown_scheduler_lists_the_known_ones():
@@ -152,7 +154,7 @@ def test_an_unknown_scheduler_lists_the_known_ones():
         sampler_name(None, Schedule.from_config({**SD1, "_class_name": "UniPCMultistepScheduler"}))
 
 
-@pytest.mark.parametrize("config, message", [
+@pytest.mark.parametrize(("config", "message"), [
     ({"clip_sample": True}, "clip_sample=true"), ({"thresholding": True}, "thresholding=true"),
     ({"prediction_type": "flow"}, "prediction_type 'flow'"), ({"beta_schedule": "laplace"}, "beta_schedule 'laplace'"),
 ])
@@ -161,7 +163,7 @@ def test_a_schedule_that_is_not_supported_says_which_option(config, message):
         Schedule.from_config({**SD1, **config})
 
 
-@pytest.mark.parametrize("name, config, message", [
+@pytest.mark.parametrize(("name", "config", "message"), [
     ("pndm", {"skip_prk_steps": False}, "skip_prk_steps=False"), ("dpmpp_2m", {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type"),
     ("dpmpp_2m", {"use_lu_lambdas": True}, "use_lu_lambdas"), ("ddim", {"timestep_spacing": "odd"}, "timestep_spacing='odd'"),
     ("ddpm", {"variance_type": "learned_range"}, "variance_type='learned_range'"), ("euler", {"timestep_type": "continuous"}, "timestep_type"),

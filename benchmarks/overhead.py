@@ -1,0 +1,129 @@
+"""Host time of a denoising step outside the U-Net call, ours and diffusers', at 64 x 64 latents and batch 1.
+
+    python -m benchmarks.overhead [--json FILE]
+
+Both loops run for real, through their public pipelines, with a U-Net call that takes no time: ours with a session that
+returns at once, diffusers with a module that returns a tensor made beforehand. diffusers' guidance and sampler run on
+the host and so count; ours are part of the graph, and what they cost there is measured apart, on one graph of nothing else.
+"""
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from benchmarks.report import conditions, print_table, write_json
+
+STEPS = 200
+REPEATS = 7
+SIZE = 512
+PROMPT = "a large red circle on a blue background"
+
+
+class InstantSession:
+    """Stands for an ONNX Runtime session whose runs take no time."""
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+
+    def io_binding(self) -> Any:
+        return self._real.io_binding()
+
+    def run_with_iobinding(self, binding: Any) -> None:
+        pass
+
+
+def ours(bundle: Path, scheduler: str) -> list[float]:
+    """Seconds per step of our loop, one number for each repeat."""
+    from engine import Pipeline
+    with Pipeline.load(bundle) as pipeline:
+        backend = pipeline._backend
+        backend._sessions["denoiser"] = InstantSession(backend.load("denoiser"))
+        times = []
+        for _ in range(REPEATS + 1):
+            result = pipeline(PROMPT, SIZE, SIZE, STEPS, seed=0, scheduler=scheduler, output_type="latent", progress=False)
+            times.append(result.timings["denoise"] / result.evaluations)
+        return times[1:]
+
+
+def diffusers(scheduler_class: str) -> list[float]:
+    """Seconds per step of diffusers' loop: scheduler, guidance, concatenation, callbacks."""
+    import diffusers as library
+    import torch
+
+    from export.checkpoint import resolve
+
+    pipeline = resolve(None).pipeline()
+    pipeline.scheduler = getattr(library, scheduler_class).from_config(pipeline.scheduler.config)
+    output = torch.randn(2, 4, SIZE // 8, SIZE // 8)
+    pipeline.unet.forward = lambda *arguments, **options: (output,)
+    times: list[float] = []
+
+    def run(steps: int) -> float:
+        started = perf_counter()
+        pipeline(PROMPT, height=SIZE, width=SIZE, num_inference_steps=steps, generator=torch.Generator().manual_seed(0), output_type="latent")
+        return perf_counter() - started
+
+    run(10)
+    for _ in range(REPEATS):
+        times.append((run(STEPS) - run(1)) / (STEPS - 1))
+    return times
+
+
+def sampler_graph_seconds() -> float:
+    """What guidance and sampler cost inside the graph: the denoiser's last operations alone, in ONNX Runtime."""
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    side, slots = SIZE // 8, 4
+    kinds = {"state": [1, slots, 4 * side * side], "output": [2, 4 * side * side], "mixing": [1, 2], "update": [1, slots, slots + 2],
+             "noise": [1, 1, 4 * side * side]}
+    nodes = [helper.make_node("MatMul", ["mixing", "output"], ["mixed"]), helper.make_node("Unsqueeze", ["mixed", "one"], ["guided"]),
+             helper.make_node("Concat", ["state", "guided", "noise"], ["columns"], axis=1), helper.make_node("MatMul", ["update", "columns"], ["next"])]
+    graph = helper.make_graph(
+        nodes, "sampler", [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in kinds.items()],
+        [helper.make_tensor_value_info("next", TensorProto.FLOAT, kinds["state"])],
+        [helper.make_tensor("one", TensorProto.INT64, [1], [1])])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    inputs = {name: np.ones(shape, np.float32) for name, shape in kinds.items()}
+    for _ in range(20):
+        session.run(None, inputs)
+    started = perf_counter()
+    for _ in range(STEPS):
+        session.run(None, inputs)
+    return (perf_counter() - started) / STEPS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Host time of a step outside the U-Net call, ours and diffusers'.")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    options = parser.parse_args()
+    from engine.contract import Range, Shapes
+    from export.libraries import quiet_libraries
+    quiet_libraries()
+    from export.build import build
+    from export.checkpoint import resolve
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        side = Range(64, 64, SIZE)
+        bundle = build(resolve(None), Path(folder), "fp32", Shapes(side, side, Range(1, 1, 1)), verify=False, report=lambda message: None).folder
+        for name, scheduler_class in (("ddim", "DDIMScheduler"), ("euler_a", "EulerAncestralDiscreteScheduler"), ("dpmpp_2m", "DPMSolverMultistepScheduler"),
+                                      ("pndm", "PNDMScheduler")):
+            a, b = statistics.median(ours(bundle, name)), statistics.median(diffusers(scheduler_class))
+            rows.append({"scheduler": name, "ours_us": round(1e6 * a, 1), "diffusers_us": round(1e6 * b, 1), "ratio": round(b / a, 1)})
+    in_graph = round(1e6 * sampler_graph_seconds(), 1)
+    print_table(["scheduler", "ours, µs a step", "diffusers, µs a step", "ratio"], [list(row.values()) for row in rows])
+    print(f"guidance and sampler inside our graph: {in_graph} µs a step more")
+    write_json(options.json, {"benchmark": "overhead", "latents": f"{SIZE // 8}x{SIZE // 8}", "batch": 1, "steps": STEPS, "repeats": REPEATS, "rows": rows,
+                              "sampler_in_graph_us": in_graph, **conditions()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""How heavy the runtime is beside diffusers: import, and process start to saved picture, in one run on one machine.
+
+    python -m benchmarks.weight --bundle engines/demo [--json FILE]
+
+Every measurement is a fresh process; ours and diffusers' alternate, so that a drift of the machine hits both.
+"""
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from benchmarks.report import conditions, print_table, write_json
+
+REPEATS = 7
+PROMPT = "a large red circle on a blue background"
+STEPS = 20
+
+IMPORT = """
+import sys, time
+started = time.perf_counter()
+{statement}
+seconds = time.perf_counter() - started
+import psutil
+print(seconds, psutil.Process().memory_info().rss)
+"""
+NOTHING = "pass"
+OUR_IMPORT = "import engine"
+THEIR_IMPORT = "from diffusers import StableDiffusionPipeline"
+
+OUR_PICTURE = """
+import sys
+from engine import Pipeline
+result = Pipeline.load(sys.argv[1])({prompt!r}, num_inference_steps={steps}, guidance_scale=5.0, seed=0, progress=False)
+result.images[0].save(sys.argv[2])
+"""
+THEIR_PICTURE = """
+import sys
+import torch
+from diffusers import StableDiffusionPipeline
+pipeline = StableDiffusionPipeline.from_pretrained(sys.argv[1], safety_checker=None, requires_safety_checker=False)
+pipeline.set_progress_bar_config(disable=True)
+generator = torch.Generator().manual_seed(0)
+pipeline({prompt!r}, num_inference_steps={steps}, guidance_scale=5.0, generator=generator).images[0].save(sys.argv[2])
+"""
+
+
+def measure_import(statement: str) -> tuple[float, int]:
+    """Seconds of an import and the resident bytes of the process after it."""
+    done = subprocess.run([sys.executable, "-c", IMPORT.format(statement=statement)], capture_output=True, text=True, check=True)
+    seconds, resident = done.stdout.split()[-2:]
+    return float(seconds), int(resident)
+
+
+def measure_picture(code: str, model: Path, file: Path) -> float:
+    """Seconds from the start of a process to a saved picture."""
+    started = perf_counter()
+    subprocess.run([sys.executable, "-c", code.format(prompt=PROMPT, steps=STEPS), str(model), str(file)], check=True, capture_output=True)
+    return perf_counter() - started
+
+
+def row(name: str, ours: list[float], theirs: list[float], digits: int = 2) -> dict[str, Any]:
+    """Medians, and the median of the pairwise ratios with its spread."""
+    ratios = sorted(b / a for a, b in zip(ours, theirs))
+    return {"what": name, "ours": round(statistics.median(ours), digits), "diffusers": round(statistics.median(theirs), digits),
+            "ratio": round(statistics.median(ratios), 1), "ratio_min": round(ratios[0], 1), "ratio_max": round(ratios[-1], 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Weight of the runtime beside diffusers.")
+    parser.add_argument("--bundle", type=Path, default=Path("engines/demo"), help="a bundle of the built-in model")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    options = parser.parse_args()
+    model = Path(__file__).parents[1] / "export" / "demo" / "model"
+
+    imports: dict[str, list[tuple[float, int]]] = {OUR_IMPORT: [], THEIR_IMPORT: []}
+    pictures: dict[str, list[float]] = {OUR_PICTURE: [], THEIR_PICTURE: []}
+    with tempfile.TemporaryDirectory() as folder:
+        for repeat in range(REPEATS + 1):
+            for statement in imports:
+                measured = measure_import(statement)
+                if repeat:  # the first round fills the disk cache
+                    imports[statement].append(measured)
+            for code, source in ((OUR_PICTURE, options.bundle), (THEIR_PICTURE, model)):
+                seconds = measure_picture(code, source, Path(folder) / "picture.png")
+                if repeat:
+                    pictures[code].append(seconds)
+    bare = measure_import(NOTHING)[1]
+    rows = [
+        row("import, s", [s for s, _ in imports[OUR_IMPORT]], [s for s, _ in imports[THEIR_IMPORT]], 3),
+        row("memory after the import, MiB", [b / 2**20 for _, b in imports[OUR_IMPORT]], [b / 2**20 for _, b in imports[THEIR_IMPORT]], 1),
+        row(f"process start to saved picture ({STEPS} steps), s", pictures[OUR_PICTURE], pictures[THEIR_PICTURE]),
+    ]
+    print_table(["", "ours", "diffusers", "ratio", "lowest", "highest"], [list(r.values()) for r in rows])
+    print(f"a bare Python process with psutil takes {bare / 2**20:.1f} MiB")
+    write_json(options.json, {"benchmark": "weight", "repeats": REPEATS, "rows": rows, "bare_process_mib": round(bare / 2**20, 1), **conditions()})
+
+
+if __name__ == "__main__":
+    main()

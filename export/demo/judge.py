@@ -1,0 +1,75 @@
+"""Is a picture what its caption says? Judged from pixels alone: dominant colours, and overlap with drawn shapes."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from .pictures import COLOURS, POSITIONS, SHAPES, SIZE, SIZES, Scene, coverage, held_out, triples
+
+LEAST_OVERLAP = 0.8
+"""Intersection over union with the best-fitting drawn shape, from which on a shape counts as drawn."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a picture shows, and how well its shape fits the drawn one (intersection over union)."""
+
+    shape: str
+    colour: str
+    background: str
+    size: str
+    position: str
+    overlap: float
+
+    def agrees(self, scene: Scene) -> bool:
+        """Whether shape, colour and background are those of the scene."""
+        return (self.shape, self.colour, self.background) == scene.triple and self.overlap >= LEAST_OVERLAP
+
+    def agrees_fully(self, scene: Scene) -> bool:
+        """Whether size and position are right too."""
+        return self.agrees(scene) and (self.size, self.position) == (scene.size, scene.position)
+
+
+def _nearest_colour(pixels: np.ndarray) -> str:
+    """The named colour nearest to the median of pixels [n, 3]."""
+    middle = np.median(pixels.reshape(-1, 3).astype(float), axis=0)
+    return min(COLOURS, key=lambda name: float(np.abs(middle - COLOURS[name]).sum()))
+
+
+@lru_cache(maxsize=1)
+def _templates() -> list[tuple[Scene, np.ndarray]]:
+    """Every shape at every size and place, moved by up to two pixels and scaled by up to 5 %."""
+    shifts = [(float(x), float(y)) for x in (-2, -1, 0, 1, 2) for y in (-2, -1, 0, 1, 2)]
+    scenes = [Scene(shape, "", "", size, position, shift, zoom) for shape in SHAPES for size in SIZES for position in POSITIONS
+              for shift in shifts for zoom in (0.95, 1.0, 1.05)]
+    return [(scene, coverage(scene) > 0.5) for scene in scenes]
+
+
+def judge(picture: np.ndarray) -> Verdict:
+    """What `picture` [64, 64, 3] uint8 shows."""
+    if picture.shape != (SIZE, SIZE, 3):
+        raise ValueError(f"the judge knows pictures of {SIZE} x {SIZE} pixels, not {picture.shape}")
+    border = np.concatenate([picture[:2].reshape(-1, 3), picture[-2:].reshape(-1, 3)])
+    background = _nearest_colour(border)
+    # A pixel belongs to the shape if it is farther from the background than half the way to the colour farthest from it.
+    distance = np.abs(picture.astype(float) - np.median(border, axis=0)).sum(axis=-1)
+    strongest = np.quantile(distance, 0.995)
+    ink = distance > strongest / 2
+    colour = _nearest_colour(picture[distance > 0.8 * strongest])
+    scores = [(float((ink & mask).sum() / (ink | mask).sum()), scene) for scene, mask in _templates()]
+    overlap, best = max(scores, key=lambda score: score[0])
+    return Verdict(best.shape, colour, background, best.size, best.position, overlap)
+
+
+def scenes_to_ask_for(count: int = 96, seed: int = 2024) -> Iterator[Scene]:
+    """Scenes to ask a model for: a third of them show a triple that training never saw."""
+    rng = np.random.default_rng(seed)
+    unseen = sorted(held_out())
+    seen = sorted(set(triples()) - held_out())
+    for i in range(count):
+        pool = unseen if i % 3 == 0 else seen
+        shape, colour, background = pool[rng.integers(len(pool))]
+        yield Scene(shape, colour, background, str(rng.choice(list(SIZES))), str(rng.choice(list(POSITIONS))))

@@ -1,0 +1,78 @@
+"""What a call may ask for: every message names the value, the rule and the remedy."""
+import numpy as np
+import pytest
+
+from engine import EngineError, InputError, Pipeline
+from engine import errors as e
+
+
+def message(demo, error, **arguments):
+    with pytest.raises(error) as raised:
+        demo(**{"prompt": "a ring", "num_inference_steps": 1, "seed": 0, **arguments})
+    assert isinstance(raised.value, (EngineError, InputError, ValueError))
+    assert raised.value.exit_code == 2
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(("arguments", "error", "words"), [
+    ({"prompt": None}, e.PromptError, "prompt is missing"),
+    ({"prompt": 7}, e.PromptError, "prompt is a int, not a string"),
+    ({"prompt": b"ring"}, e.PromptError, "prompt is a bytes"),
+    ({"prompt": []}, e.PromptError, "empty list"),
+    ({"prompt": ["a", 3]}, e.PromptError, "is a int"),
+    ({"prompt": "a" * 10_001}, e.PromptError, "10001 characters; at most 10000"),
+    ({"prompt": "a \ud800 ring"}, e.PromptError, "not valid UTF-8: character 2"),
+    ({"negative_prompt": ["a", "b"]}, e.PromptError, "2 negative prompts for 1 prompts"),
+    ({"negative_prompt": 3}, e.PromptError, "negative_prompt is a int"),
+    ({"height": 60}, e.SizeError, "height 60 is not a multiple of 8; the nearest sizes that this bundle allows are 56 and 64"),
+    ({"width": 500}, e.SizeError, "width 500 is not a multiple of 8; the nearest size that this bundle allows is 128"),
+    ({"height": 512}, e.SizeError, "multiples of 8 from 32 to 128"),
+    ({"height": 8}, e.SizeError, "not a size that this bundle was built for; the nearest size that this bundle allows is 32"),
+    ({"height": "64"}, e.SizeError, "'64', not an integer"),
+    ({"height": 64.0}, e.SizeError, "64.0, not an integer"),
+    ({"height": -64}, e.SizeError, "-64"),
+    ({"num_images_per_prompt": 0}, e.BatchError, "integer from 1 up"),
+    ({"num_images_per_prompt": 9}, e.BatchError, "are 9 pictures in one call; this bundle was built for 1 to 8"),
+    ({"num_inference_steps": 0}, e.StepsError, "num_inference_steps is 0; it must be an integer from 1 to 1000"),
+    ({"num_inference_steps": 1001}, e.StepsError, "from 1 to 1000"),
+    ({"num_inference_steps": 2.5}, e.StepsError, "2.5"),
+    ({"num_inference_steps": True}, e.StepsError, "True"),
+    ({"guidance_scale": float("nan")}, e.GuidanceError, "guidance_scale is nan; it must be a finite number"),
+    ({"guidance_scale": float("inf")}, e.GuidanceError, "inf"),
+    ({"guidance_scale": "7"}, e.GuidanceError, "'7'"),
+    ({"eta": -0.1}, e.GuidanceError, "eta is -0.1; it must be a finite number from 0 up"),
+    ({"seed": -1}, e.SeedError, "seed -1 is not an integer from 0"),
+    ({"seed": 1.5}, e.SeedError, "seed 1.5"),
+    ({"seed": "7"}, e.SeedError, "seed '7'"),
+    ({"seed": 2**64}, e.SeedError, "18446744073709551616"),
+    ({"seed": [1, 2]}, e.SeedError, "2 seeds for 1 pictures"),
+    ({"latents": np.zeros((1, 4, 8, 8), int)}, e.LatentsError, "an array of int64; pass a NumPy array of float32"),
+    ({"latents": [[1.0]]}, e.LatentsError, "a list"),
+    ({"latents": np.zeros((1, 4, 9, 8), np.float32)}, e.LatentsError, r"shape (1, 4, 9, 8) instead of (1, 4, 8, 8)"),
+    ({"latents": np.full((1, 4, 8, 8), np.nan, np.float32)}, e.LatentsError, "256 values that are NaN or infinite"),
+    ({"output_type": "pt"}, e.OutputTypeError, "'pt'; it must be one of 'pil', 'np', 'latent'"),
+    ({"scheduler": "plms"}, e.UnknownSchedulerError, "'plms' is not known; known: ddim, ddpm, euler"),
+    ({"scheduler": 3}, e.UnknownSchedulerError, "3 is not known"),
+])
+def test_bad_input_gets_a_named_error(demo, arguments, error, words):
+    assert words in message(demo, error, **arguments)
+
+
+def test_one_negative_prompt_serves_all_prompts(demo):
+    assert len(demo(["a ring", "a star"], num_inference_steps=1, negative_prompt="a square", seed=0).images) == 2
+
+
+@pytest.mark.parametrize("value", [np.int64(8), 8])
+def test_numpy_integers_are_integers(demo, value):
+    assert demo("a ring", height=np.int32(64), num_inference_steps=np.int64(1), seed=value).seeds == [8]
+
+
+def test_every_input_error_was_produced_here():
+    produced = {mark.args[1][i][1] for mark in test_bad_input_gets_a_named_error.pytestmark for i in range(len(mark.args[1]))}
+    assert produced | {e.ThreadsError} == set(InputError.__subclasses__())
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, True])
+def test_threads_are_counted_from_1(demo_bundle, threads):
+    with pytest.raises(e.ThreadsError, match="an integer from 1 up, or None for every core"):
+        Pipeline.load(demo_bundle, threads=threads)

@@ -1,0 +1,73 @@
+"""The runtime loads no torch, diffusers, transformers or onnx: in a process that forbids them, and where they are not installed."""
+import json
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FORBIDDEN = ("torch", "diffusers", "transformers", "onnx", "safetensors", "huggingface_hub", "export")
+SCRIPT = f"""
+import sys
+class Forbid:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {FORBIDDEN!r}:
+            raise ImportError("forbidden: " + name)
+sys.meta_path.insert(0, Forbid())
+from engine import Pipeline
+result = Pipeline.load(sys.argv[1])("a large red circle on a blue background", num_inference_steps=2, seed=0)
+result.images[0].save(sys.argv[2])
+loaded = [name for name in {FORBIDDEN!r} if name in sys.modules]
+assert not loaded, loaded
+"""
+
+
+def test_a_whole_picture_with_torch_forbidden(demo_bundle, tmp_path):
+    subprocess.run([sys.executable, "-c", SCRIPT, str(demo_bundle), str(tmp_path / "a.png")], check=True, cwd=ROOT)
+    assert (tmp_path / "a.png").stat().st_size > 100
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)], check=True)
+    return next(folder.glob("latentrt-*.whl"))
+
+
+@pytest.mark.slow
+def test_a_virtual_environment_without_torch_makes_a_picture(demo_bundle, wheel, tmp_path):
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", f"{wheel}[cpu]"], check=True)
+    listing = subprocess.run([python, "-m", "pip", "list", "--format", "json"], capture_output=True, text=True, check=True).stdout
+    installed = {package["name"].lower() for package in json.loads(listing)}
+    assert not installed & {"torch", "diffusers", "transformers", "onnx", "safetensors"}
+    command = [python, "-m", "engine", "picture", "a ring", "--bundle", demo_bundle, "--steps", "2", "--seed", "0"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    assert (tmp_path / "picture.png").is_file()
+
+    built = subprocess.run([python, "-m", "build_engines"], capture_output=True, text=True, cwd=tmp_path)
+    assert built.returncode == 1
+    assert "install what building needs: pip install latentrt[export,cpu]" in built.stderr
+    assert "Traceback" not in built.stderr
+
+
+@pytest.mark.slow
+def test_the_wheel_builds_the_built_in_model_outside_the_checkout(wheel, tmp_path):
+    site = tmp_path / "site"
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)], check=True)
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    code = "import build_engines, sys; print(build_engines.__file__); sys.exit(build_engines.main(['--output', 'out', '--no-verify']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert str(site) in done.stdout
+    assert (tmp_path / "out" / "demo" / "manifest.json").is_file()
+
+
+def test_the_runtime_needs_four_packages():
+    import tomllib
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert sorted(name.split(">")[0] for name in project["dependencies"]) == ["numpy", "pillow", "tokenizers", "tqdm"]
