@@ -57,8 +57,7 @@ class Pipeline:
         self._tokenizer = ClipTokenizer(bundle.tokenizer_file, bundle.special_tokens)
         self._contexts: OrderedDict[str, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
-        self.interrupt = False
-        """Set to True by a callback, it ends the loop after the current step; the picture is made of what is there."""
+        self._interrupt = False
 
     @classmethod
     def load(cls, folder: str | Path, *, threads: int | None = None, verify: bool = True) -> Pipeline:
@@ -69,7 +68,10 @@ class Pipeline:
         """
         checks.check_threads(threads)
         bundle = Bundle.open(folder, verify)
-        return cls(bundle, OnnxRuntimeBackend(bundle.graphs, threads, bundle.shapes.static()))
+        backend = OnnxRuntimeBackend(bundle.graphs, threads, bundle.shapes.static())
+        for component in ("text_encoder", "denoiser", "vae_decoder"):
+            backend.load(component)
+        return cls(bundle, backend)
 
     def __enter__(self) -> Pipeline:
         return self
@@ -82,6 +84,15 @@ class Pipeline:
         with self._lock:
             self._backend.close()
             self._contexts.clear()
+
+    @property
+    def interrupt(self) -> bool:
+        """Set to True by a callback, it ends the loop after the current step; the picture is made of what is there."""
+        return self._interrupt
+
+    @interrupt.setter
+    def interrupt(self, value: bool) -> None:
+        self._interrupt = value  # the name that callbacks written for diffusers set
 
     def __call__(
         self,

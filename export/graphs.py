@@ -15,7 +15,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from engine.contract import LATENT_CHANNELS
+from engine.contract import LATENT_CHANNELS, VAE_FACTOR
 
 from .errors import UnsupportedModelError
 
@@ -159,6 +159,16 @@ def _check_unet(config: Any) -> None:
         if config.get(name) is not None:
             raise UnsupportedModelError(f"the U-Net has {name}={config[name]!r}, an input that text-to-image models of Stable Diffusion "
                                         f"1.x and 2.x do not have")
+    if config.get("center_input_sample"):
+        raise UnsupportedModelError("the U-Net has center_input_sample=true; no model of Stable Diffusion 1.x and 2.x has")
+
+
+def _check_vae(config: Any) -> None:
+    """UnsupportedModelError for VAEs of another factor or number of channels than Stable Diffusion's."""
+    factor = 2 ** (len(config.block_out_channels) - 1)
+    if factor != VAE_FACTOR or config.latent_channels != LATENT_CHANNELS or config.get("shift_factor"):
+        raise UnsupportedModelError(f"the VAE has {config.latent_channels} channels, a factor of {factor} and shift_factor={config.get('shift_factor')}; "
+                                    f"those of Stable Diffusion 1.x and 2.x have {LATENT_CHANNELS}, {VAE_FACTOR} and none")
 
 
 class VaeDecoder(nn.Module):
@@ -166,6 +176,7 @@ class VaeDecoder(nn.Module):
 
     def __init__(self, vae: AutoencoderKL, dtype: torch.dtype) -> None:
         super().__init__()
+        _check_vae(vae.config)
         vae.encoder = None
         _prepare(vae, dtype)
         self.vae, self.dtype = vae, dtype
@@ -183,6 +194,7 @@ class VaeEncoder(nn.Module):
 
     def __init__(self, vae: AutoencoderKL, dtype: torch.dtype) -> None:
         super().__init__()
+        _check_vae(vae.config)
         vae.decoder = None
         _prepare(vae, dtype)
         self.vae, self.dtype = vae, dtype

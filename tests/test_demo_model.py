@@ -111,6 +111,6 @@ def test_training_starts_and_resumes(tmp_path):
     latents, scenes = train.encode_pool(recipe, pictures, again, tmp_path)
     assert (latents.shape, len(scenes)) == ((64, 8, 8, 8), 64)
     half = train.train_denoiser(dataclasses.replace(recipe, steps=3), again, tokenizer, latents, scenes, tmp_path)
-    train.write_model(tmp_path / "model", tokenizer, again, *half)
+    train.write_model(tmp_path / "model", tmp_path / "tokenizer", again, *half)
     from export.checkpoint import DiffusersFolder
     assert DiffusersFolder(Path(tmp_path / "model"), "model", {}).unet().config.cross_attention_dim == 128

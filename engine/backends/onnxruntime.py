@@ -33,7 +33,7 @@ class Denoising:
 
 
 class OnnxRuntimeBackend:
-    """Graphs as ONNX Runtime sessions, created when they are first needed."""
+    """Graphs as ONNX Runtime sessions, created by `load` or when they are first needed."""
 
     def __init__(self, graphs: Mapping[str, Path], threads: int | None = None, static: Mapping[str, int] | None = None) -> None:
         """`graphs` is the ONNX file of each component, `threads` the number of threads of one operator (None takes every

@@ -131,8 +131,10 @@ def new_unet() -> UNet2DConditionModel:
 
 
 def new_scheduler() -> DDIMScheduler:
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                         set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction")
+    """Stable Diffusion 2.1's, with skip_prk_steps for PNDM among its options as there."""
+    return DDIMScheduler.from_config({
+        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False,
+        "steps_offset": 1, "prediction_type": "v_prediction", "skip_prk_steps": True})
 
 
 # ---------------------------------------------------------------------------------------------------- a training run
@@ -279,14 +281,17 @@ def train_denoiser(recipe: Recipe, vae: AutoencoderKL, tokenizer: CLIPTokenizer,
     return both["text_encoder"].eval(), both["unet"].eval()
 
 
-def write_model(folder: Path, tokenizer: CLIPTokenizer, vae: AutoencoderKL, text_encoder: CLIPTextModel,
+def write_model(folder: Path, tokenizer_files: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel,
                 unet: UNet2DConditionModel) -> None:
     """The diffusers folder, safetensors in fp16, in place of what was there."""
+    tokenizer = load_tokenizer(tokenizer_files)
     pipeline = StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=new_scheduler(),
                                        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     unfinished = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     pipeline.to(dtype=torch.float16).save_pretrained(unfinished, safe_serialization=True)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(tokenizer_files / name, unfinished / "tokenizer" / name)
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
 
@@ -311,7 +316,7 @@ def main() -> None:
     mean, std = latents.chunk(2, dim=1)
     vae.register_to_config(scaling_factor=round(1 / (mean.var() + std.square().mean()).sqrt().item(), 5))
     text_encoder, unet = train_denoiser(recipe, vae, tokenizer, latents, scenes, options.work)
-    write_model(options.output, tokenizer, vae, text_encoder, unet)
+    write_model(options.output, options.work / "tokenizer", vae, text_encoder, unet)
     print(f"wrote {options.output}")
 
 

@@ -79,9 +79,10 @@ def test_a_callback_sees_every_evaluation_and_can_change_the_latents(demo):
     assert (result.images == 0).all()
 
 
-def test_a_callback_can_stop_the_run(demo):
+@pytest.mark.parametrize("name", ["interrupt", "_interrupt"])
+def test_a_callback_can_stop_the_run(demo, name):
     def stop(pipeline, index, timestep, tensors):
-        pipeline.interrupt = index == 0
+        setattr(pipeline, name, index == 0)  # diffusers' callbacks set _interrupt
 
     result = demo(PROMPT, **FAST, callback_on_step_end=stop)
     assert (result.interrupted, result.evaluations) == (True, 1)

@@ -112,6 +112,13 @@ def test_an_inpainting_unet_is_refused(tmp_path):
         Denoiser(unet, torch.float32)
 
 
+def test_a_vae_of_another_factor_is_refused():
+    from export.graphs import VaeDecoder, VaeEncoder
+    for graph in (VaeDecoder, VaeEncoder):
+        with pytest.raises(e.UnsupportedModelError, match=r"the VAE has 4 channels, a factor of 1 .* have 4, 8 and none"):
+            graph(AutoencoderKL(block_out_channels=(32,)), torch.float32)
+
+
 def test_an_sdxl_folder_is_refused(tmp_path):
     folder = write_tiny_model(tmp_path / "model", "sd1")
     index = json.loads((folder / "model_index.json").read_text())

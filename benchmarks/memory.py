@@ -1,0 +1,54 @@
+"""Peak memory and time of building Stable Diffusion 1.5's architecture in fp32, and of a 512 x 512 picture from its bundle, on the CPU.
+
+    python -m benchmarks.memory [--steps 2] [--json FILE]        needs 5 GB of disk; Linux and macOS
+
+Each command runs in its own process; the peak is the resident set that the system counted for it.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from time import perf_counter
+
+from benchmarks.report import conditions, print_table, write_json
+
+ROOT = Path(__file__).parents[1]
+
+
+def measure(arguments: list[str]) -> tuple[float, float, list[str]]:
+    """Seconds, peak resident GiB and the printed lines of a command."""
+    started = perf_counter()
+    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line.rstrip())
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(arguments)} failed")
+    peak_bytes = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return perf_counter() - started, peak_bytes / 2**30, lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Peak memory of building and running Stable Diffusion 1.5's architecture on the CPU.")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+        build = measure(["build_engines.py", "sd15", "--random-weights", "--precision", "fp32", "--output", folder])
+        picture = measure(["-m", "engine", "picture", "a large red circle", "--bundle", f"{folder}/sd15-random", "--steps", str(options.steps), "--seed", "0",
+                           "--output", f"{folder}/picture.png"])
+    rows = [["build, with verification", round(build[0]), round(build[1], 1)],
+            [f"512 x 512 picture, {options.steps} steps, process start to file", round(picture[0]), round(picture[1], 1)]]
+    print_table(["SD 1.5 architecture, random weights, fp32", "seconds", "peak GiB"], rows)
+    write_json(options.json, {"benchmark": "memory", "rows": rows, "build": build[2], "picture": picture[2], **conditions()})
+
+
+if __name__ == "__main__":
+    main()
