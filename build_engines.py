@@ -80,6 +80,7 @@ def run(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command: 0 when the bundle is there, 2 for a mistake of the user's, 1 for a failure."""
     options = parser().parse_args(arguments)
+    failure: Exception
     try:
         run(options)
         return 0
@@ -87,13 +88,13 @@ def main(arguments: list[str] | None = None) -> int:
         print("build_engines.py: stopped; the old bundle, if any, is untouched", file=sys.stderr)
         return 130
     except (ExportError, EngineError) as error:
-        message, code = str(error), error.exit_code
+        failure, message, code = error, str(error), error.exit_code
     except ImportError as error:
-        message, code = f"{error}; install what building needs: pip install latentrt[export,cpu]", 1
+        failure, message, code = error, f"{error}; install what building needs: pip install latentrt[export,cpu]", 1
     except Exception as error:
-        message, code = f"{type(error).__name__}: {error} (run again with --debug for the traceback)", 1
+        failure, message, code = error, f"{type(error).__name__}: {error} (run again with --debug for the traceback)", 1
     if options.debug:
-        traceback.print_exc()
+        traceback.print_exception(failure)
     print(f"build_engines.py: {message}", file=sys.stderr)
     return code
 

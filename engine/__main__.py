@@ -78,6 +78,7 @@ def summary(pipeline: Pipeline, result: Result, files: list[Path]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command: 0, 2 for a mistake of the user's, 1 for a failure."""
     options = parser().parse_args(arguments)
+    failure: Exception
     try:
         picture(options)
         return 0
@@ -85,11 +86,11 @@ def main(arguments: list[str] | None = None) -> int:
         print("python -m engine: stopped", file=sys.stderr)
         return 130
     except EngineError as error:
-        message, code = str(error), error.exit_code
+        failure, message, code = error, str(error), error.exit_code
     except Exception as error:
-        message, code = f"{type(error).__name__}: {error} (run again with --debug for the traceback)", 1
+        failure, message, code = error, f"{type(error).__name__}: {error} (run again with --debug for the traceback)", 1
     if options.debug:
-        traceback.print_exc()
+        traceback.print_exception(failure)
     print(f"python -m engine: {message}", file=sys.stderr)
     return code
 

@@ -62,10 +62,12 @@ def build(source: Source, output: Path, precision: str, shapes: Shapes, *, verif
     if precision == "bf16" and verify:
         raise UsageError("ONNX Runtime's CPU provider has no bf16 kernels, so a bf16 bundle can neither be verified nor run here; use --precision "
                          "fp32 or fp16, or --no-verify to export bf16 graphs for another machine")
-    with _as_output_errors(output):
+    try:
         output.mkdir(parents=True, exist_ok=True)
-        with FileLock(output / f".{source.name}.lock"):
-            return _build_locked(source, output, precision, shapes, verify, force, report)
+    except OSError as error:
+        raise OutputError(f"{output} cannot be made ({error.strerror}); pass another --output") from error
+    with _as_output_errors(output), FileLock(output / f".{source.name}.lock"):
+        return _build_locked(source, output, precision, shapes, verify, force, report)
 
 
 def _build_locked(source: Source, output: Path, precision: str, shapes: Shapes, verify: bool, force: bool, report: Report) -> Outcome:
@@ -248,6 +250,6 @@ def _as_output_errors(output: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise OutputError(f"the disk of {output} is full; nothing was changed. Free some space, or pass another --output") from error
-        if isinstance(error, (PermissionError, FileExistsError, NotADirectoryError)) or error.errno == errno.EROFS:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise OutputError(f"{output} cannot be written ({error.strerror}); pass another --output") from error
         raise

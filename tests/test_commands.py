@@ -34,7 +34,7 @@ def test_build_engines_says_what_it_did(demo_bundle, capsys):
     (["--batch", "many"], "--batch is 'many'"),
     (["--precision", "bf16"], "no bf16 kernels"),
     (["--name", "../x"], "--name '../x' is not a plain name"),
-    (["--output", "/dev/null/engines"], "/dev/null/engines cannot be written"),
+    (["--output", "/dev/null/engines"], "/dev/null/engines cannot be made"),
 ])
 def test_a_mistake_is_one_line(arguments, words, capsys, tmp_path):
     output = [] if "--output" in arguments else ["--output", str(tmp_path)]

@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from engine import Pipeline
+from engine import EngineError, Pipeline
 
 from .judge import Verdict, judge, scenes_to_ask_for
 from .pictures import SIZE, Scene, caption, held_out
@@ -19,7 +20,7 @@ COLUMNS = 16
 BATCH = 8
 
 
-def make(pipeline: Pipeline, scenes: list[Scene], steps: int = 20, guidance_scale: float = 5.0) -> list[np.ndarray]:
+def make(pipeline: Pipeline, scenes: list[Scene], steps: int = 20, guidance_scale: float = 3.0) -> list[np.ndarray]:
     """A picture [64, 64, 3] uint8 of each scene; picture i has seed i."""
     made: list[np.ndarray] = []
     for start in range(0, len(scenes), BATCH):
@@ -57,4 +58,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except EngineError as error:
+        sys.exit(str(error))

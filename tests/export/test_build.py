@@ -210,7 +210,7 @@ def test_a_kill_between_the_two_renames_is_mended(copied):
 
 def test_an_output_that_is_a_file_is_named(built, tmp_path):
     (tmp_path / "engines").write_text("x")
-    with pytest.raises(e.OutputError, match="engines cannot be written"):
+    with pytest.raises(e.OutputError, match="engines cannot be made"):
         build(built[0], tmp_path / "engines", "fp32", SHAPES)
 
 
