@@ -5,6 +5,7 @@ import argparse
 import os
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import EngineError, OutputFileError
@@ -34,6 +35,8 @@ def parser() -> argparse.ArgumentParser:
 
 def picture(options: argparse.Namespace) -> None:
     """Makes the pictures, writes them and prints where, how long it took and how far the bundle is from diffusers."""
+    if not options.output.parent.is_dir():
+        raise OutputFileError(f"{options.output} cannot be written: {options.output.parent} is not a folder; make it, or pass another --output")
     with Pipeline.load(options.bundle, threads=options.threads) as pipeline:
         result = pipeline(
             options.prompt, options.height, options.width, options.steps, options.guidance_scale, options.negative_prompt, options.count,
@@ -54,7 +57,8 @@ def write_png(image: object, file: Path) -> None:
     except OSError as error:
         raise OutputFileError(f"{file} cannot be written ({error.strerror}); pass another --output") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 def summary(pipeline: Pipeline, result: Result, files: list[Path]) -> str:

@@ -1,6 +1,6 @@
 """Train the built-in model from nothing and write it as a diffusers folder.
 
-    python -m export.demo.train                    # about two hours on two CPU cores; resumes where it was stopped
+    python -m export.demo.train                    # about 1 h 40 min on two busy CPU cores; resumes where it was stopped
 
 Stages, each kept in the work folder: the tokenizer, the VAE, the latents of a pool of pictures, and the denoiser
 together with its text encoder. Same seed, same torch, same number of threads: same model.
