@@ -290,6 +290,8 @@ def write_model(folder: Path, tokenizer_files: Path, vae: AutoencoderKL, text_en
     unfinished = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     pipeline.to(dtype=torch.float16).save_pretrained(unfinished, safe_serialization=True)
+    config = unfinished / "text_encoder" / "config.json"  # transformers would load what it names, diffusers loads float32
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(tokenizer_files / name, unfinished / "tokenizer" / name)
     shutil.rmtree(folder, ignore_errors=True)
