@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -38,17 +39,28 @@ class InstantSession:
         pass
 
 
+def seconds_per_step(run: Callable[[int], None]) -> list[float]:
+    """What one more step costs a whole call, with the tables and the noise that are made before the loop; one number a repeat."""
+    def seconds(steps: int) -> float:
+        started = perf_counter()
+        run(steps)
+        return perf_counter() - started
+
+    seconds(10)
+    return [(seconds(STEPS) - seconds(1)) / (STEPS - 1) for _ in range(REPEATS)]
+
+
 def ours(bundle: Path, scheduler: str) -> list[float]:
     """Seconds per step of our loop, one number for each repeat."""
     from engine import Pipeline
     with Pipeline.load(bundle) as pipeline:
         backend = pipeline._backend
         backend._sessions["denoiser"] = InstantSession(backend.load("denoiser"))
-        times = []
-        for _ in range(REPEATS + 1):
-            result = pipeline(PROMPT, SIZE, SIZE, STEPS, seed=0, scheduler=scheduler, output_type="latent", progress=False)
-            times.append(result.timings["denoise"] / result.evaluations)
-        return times[1:]
+
+        def run(steps: int) -> None:
+            pipeline(PROMPT, SIZE, SIZE, steps, seed=0, scheduler=scheduler, output_type="latent", progress=False)
+
+        return seconds_per_step(run)
 
 
 def diffusers(scheduler_class: str) -> list[float]:
@@ -62,17 +74,11 @@ def diffusers(scheduler_class: str) -> list[float]:
     pipeline.scheduler = getattr(library, scheduler_class).from_config(pipeline.scheduler.config)
     output = torch.randn(2, 4, SIZE // 8, SIZE // 8)
     pipeline.unet.forward = lambda *arguments, **options: (output,)
-    times: list[float] = []
 
-    def run(steps: int) -> float:
-        started = perf_counter()
+    def run(steps: int) -> None:
         pipeline(PROMPT, height=SIZE, width=SIZE, num_inference_steps=steps, generator=torch.Generator().manual_seed(0), output_type="latent")
-        return perf_counter() - started
 
-    run(10)
-    for _ in range(REPEATS):
-        times.append((run(STEPS) - run(1)) / (STEPS - 1))
-    return times
+    return seconds_per_step(run)
 
 
 def sampler_graph_seconds() -> float:

@@ -209,7 +209,9 @@ def _plan(table: StepTable, seeds: list[int], latents: np.ndarray | None, shape:
     batch, count = shape[0], len(table)
     noise = None
     if table.draws.any():
-        noise = np.stack([draw(generators, shape) if drawn else np.zeros(shape, np.float32) for drawn in table.draws])
+        noise = np.zeros((count, *shape), np.float32)
+        for i in np.flatnonzero(table.draws):
+            noise[i] = draw(generators, shape)
     one = np.eye(batch, dtype=np.float32)
     guided = len(contexts) == 2 * batch
     mixing = np.concatenate([(1 - guidance_scale) * one, guidance_scale * one], axis=1) if guided else one

@@ -18,7 +18,7 @@ import numpy as np
 
 from .contract import SLOTS
 from .errors import StepsError, UnknownSchedulerError
-from .schedule import Schedule, karras_sigmas, sigma_to_timestep, spaced_timesteps
+from .schedule import SPACINGS, Schedule, karras_sigmas, sigma_to_timestep, spaced_timesteps
 
 OUTPUT, NOISE = SLOTS, SLOTS + 1
 """Columns of an update matrix; columns 0 to K-1 are the slots of the state."""
@@ -236,7 +236,7 @@ def _dpm_timesteps(schedule: Schedule, steps: int, levels: np.ndarray) -> np.nda
     """One point more than steps, of which the last is dropped."""
     clipped = float(schedule.config.get("lambda_min_clipped", -math.inf))
     total = int(np.sum(-np.log(levels) >= clipped))
-    spacing = schedule.option("timestep_spacing", "linspace", ("leading", "linspace", "trailing"))
+    spacing = schedule.option("timestep_spacing", "linspace", SPACINGS)
     if spacing == "linspace":
         return np.round(np.linspace(0, total - 1, steps + 1))[:0:-1].astype(int)
     if spacing == "leading":

@@ -3,7 +3,7 @@ from the conversion that it tests."""
 import torch
 
 
-def _unet(state: dict, levels: int, layers: int) -> dict:
+def _unet(state: dict, layers: int) -> dict:
     inner = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0", "conv2": "out_layers.3",
              "conv_shortcut": "skip_connection"}
     made = {}
@@ -82,7 +82,7 @@ def _open_clip(state: dict, layers: int) -> dict:
 def compvis_state_dict(modules: dict) -> dict:
     """The single-file form of the components of tests/models.py."""
     unet, vae, text = modules["unet"], modules["vae"], modules["text_encoder"]
-    made = _unet(unet.state_dict(), len(unet.config.block_out_channels), unet.config.layers_per_block)
+    made = _unet(unet.state_dict(), unet.config.layers_per_block)
     made |= _vae(vae.state_dict(), len(vae.config.block_out_channels))
     if text.config.hidden_act == "gelu":
         made |= _open_clip(text.state_dict(), text.config.num_hidden_layers)
