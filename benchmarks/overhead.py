@@ -35,7 +35,7 @@ class InstantSession:
     def io_binding(self) -> Any:
         return self._real.io_binding()
 
-    def run_with_iobinding(self, binding: Any) -> None:
+    def run_with_iobinding(self, binding: Any, options: Any) -> None:
         pass
 
 
@@ -54,7 +54,7 @@ def ours(bundle: Path, scheduler: str) -> list[float]:
     """Seconds per step of our loop, one number for each repeat."""
     from engine import Pipeline
     with Pipeline.load(bundle) as pipeline:
-        backend = pipeline._backend
+        backend: Any = pipeline._backend
         backend._sessions["denoiser"] = InstantSession(backend.load("denoiser"))
 
         def run(steps: int) -> None:

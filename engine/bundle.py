@@ -19,7 +19,7 @@ from .contract import COMPONENTS, Range, Shapes
 from .errors import BundleNotFoundError, HashMismatchError, ManifestError, ManifestVersionError, MissingFileError, UnsafePathError
 from .tokenizer import SpecialTokens
 
-FORMAT = 1
+FORMAT = 2
 """Version of the manifest. It changes whenever an older runtime would misread a newer bundle."""
 
 MANIFEST = "manifest.json"

@@ -48,36 +48,64 @@ def check_prompts(prompt: Any, negative_prompt: Any) -> tuple[list[str], list[st
     return [check_prompt(text) for text in prompts], [check_prompt(text, "negative_prompt") for text in negatives]
 
 
-def check_size(value: Any, side: str, allowed: Range) -> int:
-    """Height or width in pixels: a multiple of 8 that the bundle was built for."""
-    value = allowed.opt if value is None else value
+def check_batch(prompts: int, images_per_prompt: Any) -> int:
+    """How many pictures are made together."""
+    if not _is_int(images_per_prompt) or images_per_prompt < 1:
+        raise BatchError(f"num_images_per_prompt is {images_per_prompt!r}; it must be an integer from 1 up")
+    return prompts * int(images_per_prompt)
+
+
+def check_shapes(height: Any, width: Any, batch: int, rows: int, profiles: Sequence[Shapes], rebuild: str) -> tuple[int, int]:
+    """Height and width in pixels of a call that one of the profiles serves; where they are None, the sizes that the first profile
+    for so many pictures is best at. `rebuild` begins the command that builds for other sizes."""
+    fitting = [profile for profile in profiles if batch in profile.batch and (profile.rows is None or rows in profile.rows)]
+    if not fitting:
+        raise _batch_error(batch, rows, profiles, rebuild)
+    height = check_size(fitting[0].height.opt if height is None else height, "height", [profile.height for profile in fitting], rebuild)
+    width = check_size(fitting[0].width.opt if width is None else width, "width", [profile.width for profile in fitting], rebuild)
+    if not any(profile.allows(height, width, batch, rows) for profile in fitting):
+        known = "; ".join(str(profile) for profile in profiles)
+        raise SizeError(f"height {height} and width {width} are not allowed together; this bundle was built for height x width {known}. "
+                        f"Others: {rebuild} --height {height} --width {width}")
+    return height, width
+
+
+def _batch_error(batch: int, rows: int, profiles: Sequence[Shapes], rebuild: str) -> BatchError:
+    allowed = " or ".join(dict.fromkeys(describe_range(profile.batch) for profile in profiles))
+    if any(batch in profile.batch for profile in profiles):
+        known = " or ".join(dict.fromkeys(describe_range(profile.rows) for profile in profiles if profile.rows is not None))
+        return BatchError(f"{batch} pictures {'with' if rows > batch else 'without'} guidance are {rows} rows of the U-Net; this bundle was built for {known}. "
+                          f"Build for more: {rebuild} --rows {rows}, or several numbers separated by commas")
+    low, high = min(profile.batch.min for profile in profiles), max(profile.batch.max for profile in profiles)
+    wider = f"{min(low, batch)}:{profiles[0].batch.opt}:{max(high, batch)}"
+    return BatchError(f"prompts times num_images_per_prompt are {batch} pictures in one call; this bundle was built for {allowed}. "
+                      f"Split the call, or build for more: {rebuild} --batch {wider}")
+
+
+def describe_range(allowed: Range) -> str:
+    """A range in words."""
+    return f"{allowed.opt}" if allowed.static else f"{allowed.min} to {allowed.max}"
+
+
+def check_size(value: Any, side: str, allowed: Sequence[Range], rebuild: str) -> int:
+    """Height or width in pixels: a multiple of 8 in one of the ranges."""
+    described = " or ".join(dict.fromkeys(describe_sizes(one) for one in allowed))
     if not _is_int(value):
-        raise SizeError(f"{side} is {value!r}, not an integer; this bundle allows {describe_sizes(allowed)}")
-    if value % VAE_FACTOR == 0 and value in allowed:
+        raise SizeError(f"{side} is {value!r}, not an integer; this bundle allows {described}")
+    if value % VAE_FACTOR == 0 and any(value in one for one in allowed):
         return int(value)
-    below = min(max(value // VAE_FACTOR * VAE_FACTOR, allowed.min), allowed.max)
-    above = min(max(-(-value // VAE_FACTOR) * VAE_FACTOR, allowed.min), allowed.max)
-    nearest = f"the nearest size that this bundle allows is {below}" if below == above else \
-        f"the nearest sizes that this bundle allows are {below} and {above}"
+    below, above = value // VAE_FACTOR * VAE_FACTOR, -(-value // VAE_FACTOR) * VAE_FACTOR
+    candidates = sorted({min(max(near, one.min), one.max) for one in allowed for near in (below, above)})
+    nearest = [max((c for c in candidates if c <= value), default=candidates[0]), min((c for c in candidates if c >= value), default=candidates[-1])]
+    named = f"the nearest size that this bundle allows is {nearest[0]}" if nearest[0] == nearest[1] else \
+        f"the nearest sizes that this bundle allows are {nearest[0]} and {nearest[1]}"
     fault = f"not a multiple of {VAE_FACTOR}" if value % VAE_FACTOR else "not a size that this bundle was built for"
-    raise SizeError(f"{side} {value} is {fault}; {nearest} ({describe_sizes(allowed)}; others: build_engines.py --{side} MIN:OPT:MAX)")
+    raise SizeError(f"{side} {value} is {fault}; {named} ({described}; others: {rebuild} --{side} MIN:OPT:MAX)")
 
 
 def describe_sizes(allowed: Range) -> str:
     """The sizes of a range in words."""
     return f"{allowed.opt} only" if allowed.static else f"multiples of {VAE_FACTOR} from {allowed.min} to {allowed.max}"
-
-
-def check_batch(prompts: int, images_per_prompt: Any, shapes: Shapes) -> int:
-    """How many pictures are made together."""
-    if not _is_int(images_per_prompt) or images_per_prompt < 1:
-        raise BatchError(f"num_images_per_prompt is {images_per_prompt!r}; it must be an integer from 1 up")
-    batch, allowed = prompts * int(images_per_prompt), shapes.batch
-    if batch not in allowed:
-        sizes = f"{allowed.opt}" if allowed.static else f"{allowed.min} to {allowed.max}"
-        raise BatchError(f"{prompts} prompts with {images_per_prompt} images each are {batch} pictures in one call; this bundle was built for "
-                         f"{sizes}. Split the call, or build with build_engines.py --batch {allowed.min}:{allowed.opt}:{max(batch, allowed.max)}")
-    return batch
 
 
 def check_steps(value: Any, train_timesteps: int) -> int:

@@ -4,12 +4,13 @@
     denoiser      state [batch, K, 4, height, width], row_sample [rows] int32, context [rows, tokens, C],
                   timestep [rows], mixing [batch, rows], update [batch, K, K+2], noise [batch, 4, height, width]
                                                                      -> next_state [batch, K, 4, height, width]
-    vae_decoder   latents [batch, 4, height, width]                  -> image [batch, 8 height, 8 width, 3] uint8
+    vae_decoder   latents [batch, 4, height, width]                  -> image [batch, 8 height, 8 width, 3] uint8, magnitude [batch]
     vae_encoder   image [batch, 8 height, 8 width, 3] uint8          -> mean, std [batch, 4, height, width]
 
 float32 unless said otherwise; height and width are those of the latents. The denoiser is one whole step: it evaluates
 the U-Net on slot 0 of the state, row by row, combines the rows' outputs per sample (guidance) and applies the sampler,
-`next_state = update @ [state; output; noise]`.
+`next_state = update @ [state; output; noise]`. `magnitude` is a sum over the decoder's absolute values: it is finite if they
+all are, which pixels cannot tell.
 """
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ INPUTS: dict[str, tuple[str, ...]] = {
 OUTPUTS: dict[str, tuple[str, ...]] = {
     "text_encoder": ("context",),
     "denoiser": ("next_state",),
-    "vae_decoder": ("image",),
+    "vae_decoder": ("image", "magnitude"),
     "vae_encoder": ("mean", "std"),
 }
 
@@ -66,11 +67,21 @@ class Range:
 
 @dataclass(frozen=True)
 class Shapes:
-    """Height and width in pixels and number of pictures per call that a bundle serves."""
+    """Height and width in pixels and number of pictures per call that a bundle or a plan serves; `rows` are the U-Net's rows
+    for one call (with guidance twice the pictures), None where every number is served."""
 
     height: Range
     width: Range
     batch: Range
+    rows: Range | None = None
+
+    def __str__(self) -> str:
+        rows = "" if self.rows is None else f", {self.rows} U-Net rows"
+        return f"{self.height} x {self.width}, batch {self.batch}{rows}"
+
+    def allows(self, height: int, width: int, batch: int, rows: int) -> bool:
+        """Whether one call of these sizes is served."""
+        return height in self.height and width in self.width and batch in self.batch and (self.rows is None or rows in self.rows)
 
     def static(self) -> dict[str, int]:
         """The graphs' dimensions that never change, by name."""

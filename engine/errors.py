@@ -51,6 +51,14 @@ class ThreadsError(InputError):
     """The number of threads is not an integer from 1 up."""
 
 
+class UnknownBackendError(InputError):
+    """`backend` is none of the backends' names."""
+
+
+class DeviceError(InputError):
+    """`device` is not a device's name, there is no such GPU, or the backend does not run on it."""
+
+
 class UnknownSchedulerError(InputError):
     """There is no sampler of that name."""
 
@@ -95,8 +103,40 @@ class HashMismatchError(BundleError):
     """A file is not the one that was built: its size or SHA-256 differs from the manifest's."""
 
 
+class PlanError(BundleError):
+    """A bundle has no TensorRT plans that this machine can use. The base of the errors below."""
+
+
+class PlanNotFoundError(PlanError):
+    """There are no plans for this GPU and this version of TensorRT."""
+
+
+class PlanMismatchError(PlanError):
+    """A plan was built for something else than this machine and this bundle; the message names what differs."""
+
+
+class PlanDamagedError(PlanError, HashMismatchError):
+    """A plan is not the file that was built; it was not executed."""
+
+
 class BackendError(EngineError):
     """The inference library is missing, or refused a graph or a run."""
+
+
+class TensorRtError(BackendError):
+    """A call of TensorRT failed; the message ends with its log."""
+
+
+class CudaError(BackendError):
+    """A call of CUDA failed; the message says what was running."""
+
+
+class CudaMemoryError(CudaError):
+    """The GPU has too little free memory."""
+
+
+class DeviceLostError(CudaError):
+    """An earlier error has left this process without its GPU; only a new process gets it back."""
 
 
 class OutputFileError(EngineError):

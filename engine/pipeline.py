@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from . import checks
-from .backends.onnxruntime import Denoising, OnnxRuntimeBackend
+from .backends import open_backend
+from .backends.interface import Backend, Denoising, HostStopwatch, Session, Stopwatch
 from .bundle import Bundle
 from .contract import LATENT_CHANNELS, VAE_FACTOR
 from .errors import NumericalError
@@ -35,7 +36,9 @@ class Result:
     """What a call made.
 
     images: a list of PIL images, or [B, H, W, 3] float32 in 0..1 ("np"), or latents [B, 4, h, w] ("latent");
-    timings: seconds for "tokenize", "text_encoder", "denoise" (and "steps", a list), "vae_decoder" and "total";
+    timings: seconds of the device for "text_encoder", "denoise" (and "steps", a list) and "vae_decoder"; of the host for
+    "tokenize" and "total", and in "host" what it took to start each of those stages, without waiting for the device;
+    "path" is how the steps ran: "cuda_graph", or "plain" calls of the inference library;
     seeds: the one seed of the call or one for each picture; evaluations: how often the U-Net ran; interrupted: whether
     a callback stopped the loop.
     """
@@ -50,28 +53,29 @@ class Result:
 class Pipeline:
     """A model that makes pictures from texts. Calls from several threads wait for each other."""
 
-    def __init__(self, bundle: Bundle, backend: OnnxRuntimeBackend) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle = bundle
         self._backend = backend
         self._schedule = Schedule.from_config(bundle.scheduler)
         self._tokenizer = ClipTokenizer(bundle.tokenizer_file, bundle.special_tokens)
-        self._contexts: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._contexts: OrderedDict[str, Any] = OrderedDict()
         self._lock = threading.Lock()
         self._interrupt = False
 
     @classmethod
-    def load(cls, folder: str | Path, *, threads: int | None = None, verify: bool = True) -> Pipeline:
-        """The pipeline of the bundle in `folder`, on ONNX Runtime's CPU provider.
+    def load(cls, folder: str | Path, *, backend: str | None = None, device: str | None = None, cuda_graphs: bool = True,
+             threads: int | None = None, verify: bool = True) -> Pipeline:
+        """The pipeline of the bundle in `folder`.
 
-        `threads` is the number of threads of one operator, None for every core; `verify=False` skips the SHA-256 of the
-        files. Raises the errors of `Bundle.open`, and BackendError without ONNX Runtime.
+        backend: "tensorrt" or "onnxruntime"; None takes TensorRT where it and a GPU are found, else ONNX Runtime.
+        device: "cpu", "cuda" or "cuda:N"; None is the first GPU for TensorRT and the CPU for ONNX Runtime.
+        cuda_graphs: False launches every kernel of a step from the host. threads: of one operator on the CPU, None for every
+        core. verify: False skips the SHA-256 of the ONNX files; that of a TensorRT plan is never skipped.
+        Raises the errors of `Bundle.open`, PlanErrors, and BackendError where a library or device is missing.
         """
         checks.check_threads(threads)
         bundle = Bundle.open(folder, verify)
-        backend = OnnxRuntimeBackend(bundle.graphs, threads, bundle.shapes.static())
-        for component in ("text_encoder", "denoiser", "vae_decoder"):
-            backend.load(component)
-        return cls(bundle, backend)
+        return cls(bundle, open_backend(bundle, backend, device, threads, cuda_graphs))
 
     def __enter__(self) -> Pipeline:
         return self
@@ -124,11 +128,11 @@ class Pipeline:
         """
         started = perf_counter()
         prompts, negatives = checks.check_prompts(prompt, negative_prompt)
-        batch = checks.check_batch(len(prompts), num_images_per_prompt, self.bundle.shapes)
-        height = checks.check_size(height, "height", self.bundle.shapes.height)
-        width = checks.check_size(width, "width", self.bundle.shapes.width)
-        steps = checks.check_steps(num_inference_steps, self._schedule.train_timesteps)
         guidance_scale = checks.check_number(guidance_scale, "guidance_scale")
+        batch = checks.check_batch(len(prompts), num_images_per_prompt)
+        rows = 2 * batch if guidance_scale > 1 else batch
+        height, width = checks.check_shapes(height, width, batch, rows, self._backend.profiles, self._backend.rebuild)
+        steps = checks.check_steps(num_inference_steps, self._schedule.train_timesteps)
         eta = checks.check_number(eta, "eta", low=0.0)
         seeds = checks.check_seeds(secrets.randbits(32) if seed is None else seed, batch)
         output_type = checks.check_output_type(output_type)
@@ -140,32 +144,32 @@ class Pipeline:
 
         with self._lock:
             self.interrupt = False
-            texts = negatives + prompts if guidance_scale > 1 else prompts
-            contexts, timings = self._encode(texts)
-            plan = _plan(table, seeds, latents, shape, np.repeat(contexts, num_images_per_prompt, axis=0), guidance_scale)
-
-            denoise_started = perf_counter()
-            session = self._backend.start(plan)
-            step_seconds: list[float] = []
+            clock = _Clock(self._backend.stopwatch())
+            texts = negatives + prompts if rows > batch else prompts
+            contexts = [context for context in self._encode(texts, clock) for _ in range(num_images_per_prompt)]
+            clock.mark()
+            session = self._backend.start(_plan(table, seeds, latents, shape, contexts, guidance_scale))
+            clock.mark()
+            evaluations = 0
             for i in _progress(len(table), progress):
-                step_started = perf_counter()
                 session.step(i)
                 if callback_on_step_end is not None:
                     self._call_back(callback_on_step_end, session, i, float(table.timesteps[i]))
-                step_seconds.append(perf_counter() - step_started)
+                clock.mark()
+                evaluations += 1
                 if self.interrupt:
                     break
-            final = session.latents
-            timings["denoise"], timings["steps"] = perf_counter() - denoise_started, step_seconds
-            if not np.isfinite(final).all():
-                raise NumericalError(f"the latents hold values that are not finite after {len(step_seconds)} evaluations at guidance_scale "
-                                     f"{guidance_scale:g}; the model overflows in {self.bundle.precision}. Build with --precision fp32")
-
-            decode_started = perf_counter()
-            images: Any = np.ascontiguousarray(final)
-            if output_type != "latent":
-                images = self._backend.decode(images)
-            timings["vae_decoder"] = perf_counter() - decode_started
+            if output_type == "latent":
+                images: Any = session.latents
+                finite = np.isfinite(images).all()
+            else:
+                finish = session.decode()
+                clock.mark()
+                decoded = finish()
+                images, finite = decoded.image, decoded.finite.all()
+            timings = clock.timings(evaluations, session.path)
+            if not finite:
+                raise self._overflow(session, evaluations, guidance_scale)
 
         if output_type == "np":
             images = images.astype(np.float32) / 255
@@ -175,14 +179,13 @@ class Pipeline:
             per_prompt = [(p, n) for p, n in zip(prompts, negatives) for _ in range(num_images_per_prompt)]
             images = [_picture(images[i], *per_prompt[i], fields, seeds, i) for i in range(batch)]
         timings["total"] = perf_counter() - started
-        return Result(images, timings, seeds, len(step_seconds), self.interrupt)
+        return Result(images, timings, seeds, evaluations, self.interrupt)
 
-    def _encode(self, texts: list[str]) -> tuple[np.ndarray, dict[str, Any]]:
-        """Embeddings [len(texts), 77, C] of texts, from the cache or in one call of the text encoder."""
-        started = perf_counter()
+    def _encode(self, texts: list[str], clock: _Clock) -> list[Any]:
+        """One embedding for each text, from the cache or together in one call of the text encoder."""
         unknown = [text for text in dict.fromkeys(texts) if text not in self._contexts]
         ids = self._tokenizer(unknown)
-        tokenized = perf_counter()
+        clock.mark()
         found = {text: self._contexts[text] for text in texts if text in self._contexts}
         if unknown:
             found.update(zip(unknown, self._backend.encode_text(ids)))
@@ -191,17 +194,43 @@ class Pipeline:
             self._contexts.move_to_end(text)
         while len(self._contexts) > CACHED_PROMPTS:
             self._contexts.popitem(last=False)
-        contexts = np.stack([found[text] for text in texts])
-        return contexts, {"tokenize": tokenized - started, "text_encoder": perf_counter() - tokenized}
+        return [found[text] for text in texts]
 
-    def _call_back(self, callback: Callback, session: Any, index: int, timestep: float) -> None:
-        given = session.latents.copy()
+    def _call_back(self, callback: Callback, session: Session, index: int, timestep: float) -> None:
+        given = session.latents
         returned = callback(self, index, timestep, {"latents": given})
         if returned and "latents" in returned:
             session.latents = checks.check_latents(returned["latents"], given.shape, "latents returned by the callback")
 
+    def _overflow(self, session: Session, evaluations: int, guidance_scale: float) -> NumericalError:
+        """The error for a picture that has values that are not finite: whose they are."""
+        remedy = f"the model overflows in {self.bundle.precision}. Build with --precision fp32"
+        if np.isfinite(session.latents).all():
+            return NumericalError(f"the VAE decoder's values are not finite, though its input is; {remedy}")
+        return NumericalError(f"the latents hold values that are not finite after {evaluations} evaluations at guidance_scale {guidance_scale:g}; {remedy}")
 
-def _plan(table: StepTable, seeds: list[int], latents: np.ndarray | None, shape: tuple[int, ...], contexts: np.ndarray,
+
+class _Clock:
+    """Ends of the stages of a call, by the device and by the host: tokens, text encoder, start of the loop, each step, decoder."""
+
+    def __init__(self, device: Stopwatch) -> None:
+        self._device, self._host = device, HostStopwatch()
+        self.mark()
+
+    def mark(self) -> None:
+        """The end of a stage, or the beginning of the first."""
+        self._device.mark()
+        self._host.mark()
+
+    def timings(self, evaluations: int, path: str) -> dict[str, Any]:
+        """`Result.timings` without the total; to be called when the device has finished."""
+        device, host = self._device.seconds(), self._host.seconds()
+        last = 3 + evaluations
+        stages = [{"text_encoder": s[1], "denoise": sum(s[2:last]), "vae_decoder": sum(s[last:])} for s in (device, host)]
+        return {"tokenize": host[0], **stages[0], "steps": device[3:last], "host": stages[1], "path": path}
+
+
+def _plan(table: StepTable, seeds: list[int], latents: np.ndarray | None, shape: tuple[int, ...], contexts: Sequence[Any],
           guidance_scale: float) -> Denoising:
     """Noise and tables of one loop. With guidance the rows of the U-Net are all negative prompts, then all prompts."""
     generators = [TorchGenerator(seed) for seed in seeds]
@@ -218,7 +247,7 @@ def _plan(table: StepTable, seeds: list[int], latents: np.ndarray | None, shape:
     row_sample = np.arange(len(contexts), dtype=np.int32) % batch
     return Denoising(
         latents=first * np.float32(table.initial_scale),
-        context=np.ascontiguousarray(contexts),
+        contexts=contexts,
         row_sample=row_sample,
         mixing=np.ascontiguousarray(mixing, np.float32),
         timesteps=np.broadcast_to(table.timesteps.astype(np.float32)[:, None], (count, len(contexts))),

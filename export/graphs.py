@@ -19,6 +19,9 @@ from engine.contract import LATENT_CHANNELS, VAE_FACTOR
 
 from .errors import UnsupportedModelError
 
+MAGNITUDE_UNIT = 2.0**-20
+"""Keeps the sum over a picture's values near 1."""
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -172,7 +175,8 @@ def _check_vae(config: Any) -> None:
 
 
 class VaeDecoder(nn.Module):
-    """latents [batch, 4, height, width] -> image [batch, 8 height, 8 width, 3] uint8, rounded as diffusers does."""
+    """latents [batch, 4, height, width] -> image [batch, 8 height, 8 width, 3] uint8, rounded as diffusers does, and magnitude
+    [batch]. The cast to uint8 comes last: TensorRT moves nothing else in that type."""
 
     def __init__(self, vae: AutoencoderKL, dtype: torch.dtype) -> None:
         super().__init__()
@@ -181,12 +185,13 @@ class VaeDecoder(nn.Module):
         _prepare(vae, dtype)
         self.vae, self.dtype = vae, dtype
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         z = (latents / self.vae.config.scaling_factor).to(self.dtype)
         if self.vae.post_quant_conv is not None:
             z = self.vae.post_quant_conv(z)
         image = self.vae.decoder(z).float()
-        return torch.round((image / 2 + 0.5).clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        magnitude = (image.abs() * MAGNITUDE_UNIT).sum(dim=(1, 2, 3))
+        return torch.round((image / 2 + 0.5).clamp(0, 1) * 255).permute(0, 2, 3, 1).contiguous().to(torch.uint8), magnitude
 
 
 class VaeEncoder(nn.Module):
@@ -200,7 +205,7 @@ class VaeEncoder(nn.Module):
         self.vae, self.dtype = vae, dtype
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        pixels = image.permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = image.float().permute(0, 3, 1, 2) / 127.5 - 1
         moments = self.vae.encoder(pixels.to(self.dtype))
         if self.vae.quant_conv is not None:
             moments = self.vae.quant_conv(moments)

@@ -1,0 +1,46 @@
+"""The inference libraries that can run a bundle, and how one of them is chosen."""
+from __future__ import annotations
+
+from ..bundle import Bundle
+from ..errors import DeviceError, UnknownBackendError
+from .interface import Backend
+
+BACKENDS = ("tensorrt", "onnxruntime")
+
+
+def open_backend(bundle: Bundle, name: str | None, device: str | None, threads: int | None, cuda_graphs: bool) -> Backend:
+    """The backend of that name with the bundle's graphs loaded; see `Pipeline.load`."""
+    if name is not None and name not in BACKENDS:
+        raise UnknownBackendError(f"backend is {name!r}; it must be one of {', '.join(map(repr, BACKENDS))}, or None to choose by what the machine has")
+    gpu = gpu_number(device)
+    if name is None:
+        name = "tensorrt" if device != "cpu" and tensorrt_is_usable() else "onnxruntime"
+    if name == "tensorrt":
+        if device == "cpu":
+            raise DeviceError("device is 'cpu', and TensorRT runs on NVIDIA GPUs only; pass device='cuda' or backend='onnxruntime'")
+        from .tensorrt import TensorRtBackend
+        return TensorRtBackend(bundle, gpu or 0, cuda_graphs)
+    from .onnxruntime import OnnxRuntimeBackend
+    backend = OnnxRuntimeBackend(bundle.graphs, bundle.shapes, threads, gpu, cuda_graphs)
+    for component in ("text_encoder", "denoiser", "vae_decoder"):
+        backend.load(component)
+    return backend
+
+
+def gpu_number(device: str | None) -> int | None:
+    """N of "cuda:N", 0 of "cuda", None of "cpu" and None. DeviceError for anything else."""
+    if device is None or device == "cpu":
+        return None
+    kind, _, number = device.partition(":") if isinstance(device, str) else ("", "", "")
+    if kind != "cuda" or not (number.isdecimal() or device == "cuda"):
+        raise DeviceError(f"device is {device!r}; it must be 'cpu', 'cuda', 'cuda:N' with the number of a GPU, or None")
+    return int(number or 0)
+
+
+def tensorrt_is_usable() -> bool:
+    """Whether TensorRT, CUDA's Python bindings and a GPU are here."""
+    from importlib.util import find_spec
+    if any(find_spec(name) is None for name in ("tensorrt", "cuda")):
+        return False
+    from .cuda import count_devices
+    return count_devices() > 0

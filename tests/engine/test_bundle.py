@@ -51,8 +51,8 @@ def test_a_garbled_manifest_is_refused(bundle, content):
 
 
 def test_a_manifest_of_a_newer_version_says_so(bundle, edit_manifest):
-    edit_manifest(bundle, format=2)
-    with pytest.raises(ManifestVersionError, match=r"format 2, a newer one than this version reads \(1\); update LatentRT"):
+    edit_manifest(bundle, format=3)
+    with pytest.raises(ManifestVersionError, match=r"format 3, a newer one than this version reads \(2\); update LatentRT"):
         Bundle.open(bundle)
 
 

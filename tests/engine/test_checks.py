@@ -4,6 +4,8 @@ import pytest
 
 from engine import EngineError, InputError, Pipeline
 from engine import errors as e
+from engine.checks import check_shapes
+from engine.contract import Range, Shapes
 
 
 def message(demo, error, **arguments):
@@ -69,10 +71,51 @@ def test_numpy_integers_are_integers(demo, value):
 
 def test_every_input_error_was_produced_here():
     produced = {mark.args[1][i][1] for mark in test_bad_input_gets_a_named_error.pytestmark for i in range(len(mark.args[1]))}
-    assert produced | {e.ThreadsError} == set(InputError.__subclasses__())
+    assert produced | {e.ThreadsError, e.UnknownBackendError, e.DeviceError} == set(InputError.__subclasses__())
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, True])
 def test_threads_are_counted_from_1(demo_bundle, threads):
     with pytest.raises(e.ThreadsError, match="an integer from 1 up, or None for every core"):
         Pipeline.load(demo_bundle, threads=threads)
+
+
+@pytest.mark.parametrize(("arguments", "error", "words"), [
+    ({"backend": "pytorch"}, e.UnknownBackendError, "backend is 'pytorch'; it must be one of 'tensorrt', 'onnxruntime'"),
+    ({"device": "gpu"}, e.DeviceError, "device is 'gpu'; it must be 'cpu', 'cuda', 'cuda:N'"),
+    ({"device": 0}, e.DeviceError, "device is 0"),
+    ({"backend": "tensorrt", "device": "cpu"}, e.DeviceError, "TensorRT runs on NVIDIA GPUs only"),
+])
+def test_backend_and_device_are_checked(demo_bundle, arguments, error, words):
+    with pytest.raises(error) as raised:
+        Pipeline.load(demo_bundle, **arguments)
+    assert words in str(raised.value)
+
+
+def test_cuda_asked_for_and_not_there_is_an_error(demo_bundle):
+    with pytest.raises(e.BackendError, match="has no CUDA provider, only .*CPUExecutionProvider"):
+        Pipeline.load(demo_bundle, backend="onnxruntime", device="cuda:0")
+
+
+SEVERAL = (Shapes(Range(512, 512, 512), Range(512, 512, 512), Range(1, 1, 1), Range(2, 2, 2)),
+           Shapes(Range(768, 768, 768), Range(512, 768, 1024), Range(1, 1, 2), Range(1, 2, 4)))
+
+
+def test_defaults_come_from_the_first_profile_for_so_many_pictures():
+    assert check_shapes(None, None, 1, 2, SEVERAL, "build") == (512, 512)
+    assert check_shapes(None, None, 2, 4, SEVERAL, "build") == (768, 768)
+    assert check_shapes(768, 1024, 1, 1, SEVERAL, "build") == (768, 1024)
+
+
+@pytest.mark.parametrize(("arguments", "error", "words"), [
+    ((512, 1024, 1, 2), e.SizeError, "height 512 and width 1024 are not allowed together; this bundle was built for height x width 512 x 512, batch 1, 2 U-Net rows; "
+                                     "768 x 512:768:1024, batch 1:1:2, 1:2:4 U-Net rows. Others: build --height 512 --width 1024"),
+    ((640, None, 1, 2), e.SizeError, "height 640 is not a size that this bundle was built for; the nearest sizes that this bundle allows are 512 and 768 (512 only or "
+                                     "768 only; others: build --height MIN:OPT:MAX)"),
+    ((None, None, 3, 6), e.BatchError, "are 3 pictures in one call; this bundle was built for 1 or 1 to 2. Split the call, or build for more: build --batch 1:1:3"),
+    ((None, None, 2, 6), e.BatchError, "2 pictures with guidance are 6 rows of the U-Net; this bundle was built for 2 or 1 to 4. Build for more: build --rows 6"),
+])
+def test_sizes_outside_all_profiles(arguments, error, words):
+    with pytest.raises(error) as raised:
+        check_shapes(*arguments, SEVERAL, "build")
+    assert words in str(raised.value)

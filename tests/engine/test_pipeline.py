@@ -36,7 +36,9 @@ def test_no_seed_takes_a_random_one_and_tells_it(demo):
 
 def test_timings_name_every_stage(demo):
     times = demo(PROMPT, **FAST).timings
-    assert set(times) == {"tokenize", "text_encoder", "denoise", "steps", "vae_decoder", "total"}
+    assert set(times) == {"tokenize", "text_encoder", "denoise", "steps", "vae_decoder", "total", "host", "path"}
+    assert set(times["host"]) == {"text_encoder", "denoise", "vae_decoder"}
+    assert times["path"] == "plain"
     assert len(times["steps"]) == 3
     assert 0 < sum(times["steps"]) <= times["denoise"] < times["total"]
 

@@ -1,0 +1,157 @@
+"""TensorRT plans of a bundle: where they lie, what they are for, and whether this machine may run them.
+
+    <bundle>/plans/<gpu>-sm<cc>-trt<version>/build.json        what the plans were built from, for and with; their SHA-256
+    <bundle>/plans/<gpu>-sm<cc>-trt<version>/<component>.plan
+    <bundle>/plans/<gpu>-sm<cc>-trt<version>.timing.cache      what the next build need not measure again
+
+A plan is executable code for one GPU and one version of TensorRT. Everything that is known about it is compared with this
+machine and this bundle before a byte of it is deserialized, and bytes whose SHA-256 is not that of build.json never are.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .bundle import Bundle
+from .contract import COMPONENTS, Range, Shapes
+from .errors import PlanDamagedError, PlanError, PlanMismatchError, PlanNotFoundError
+
+FORMAT = 1
+"""Version of build.json. It changes whenever an older runtime would misread a newer one, or the builder makes other plans."""
+
+BUILD = "build.json"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan is bound to."""
+
+    gpu: str
+    compute_capability: str
+    tensorrt: str
+
+    @property
+    def folder(self) -> str:
+        """The name of the folder of its plans."""
+        gpu = re.sub(r"[^A-Za-z0-9.]+", "_", self.gpu).strip("_")
+        return f"{gpu}-sm{self.compute_capability.replace('.', '')}-trt{self.tensorrt}"
+
+
+@dataclass(frozen=True)
+class Plans:
+    """Plans whose build.json fits a bundle and a machine. `build` is its content."""
+
+    folder: Path
+    build: Mapping[str, Any]
+    profiles: tuple[Shapes, ...]
+
+    @classmethod
+    def find(cls, bundle: Bundle, machine: Machine) -> Plans:
+        """The plans of `bundle` for `machine`. PlanNotFoundError, PlanMismatchError or PlanDamagedError say why there are none and
+        what builds them."""
+        folder = bundle.folder / "plans" / machine.folder
+        if not folder.is_dir():
+            raise PlanNotFoundError(_absent(bundle, machine))
+        build = read_build(folder, bundle)
+        if differences := mismatches(build, bundle, machine):
+            raise PlanMismatchError(f"the plans in {folder} are not for this bundle on this machine: {'; '.join(differences)}. Build them again: {rebuild(bundle)}")
+        for component, entry in build["components"].items():
+            file = folder / f"{component}.plan"
+            if not file.is_file() or file.is_symlink() or file.stat().st_size != entry["bytes"]:
+                state = f"has {file.stat().st_size} bytes instead of {entry['bytes']}" if file.is_file() else "is missing"
+                raise PlanDamagedError(f"{file} {state}; build it again: {rebuild(bundle)}")
+        return cls(folder, build, tuple(parse_profile(profile) for profile in build["profiles"]))
+
+    def read(self, component: str) -> bytes:
+        """The plan of a component, once its SHA-256 is that of build.json. PlanDamagedError otherwise."""
+        file, entry = self.folder / f"{component}.plan", self.build["components"].get(component)
+        again = f"build the plans again: {rebuild_command(self.folder.parents[1])}"
+        if entry is None:
+            raise PlanNotFoundError(f"{self.folder} has no plan of the {component}; {again}")
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise PlanDamagedError(f"{file} is not readable ({error.strerror}); {again}") from error
+        actual = hashlib.sha256(content).hexdigest()
+        if actual != entry["sha256"]:
+            raise PlanDamagedError(f"{file} has SHA-256 {actual[:12]}... instead of {entry['sha256'][:12]}...; it was not executed. {again[0].upper()}{again[1:]}")
+        return content
+
+
+def rebuild_command(folder: Path) -> str:
+    """The command that builds the plans of the bundle in `folder`."""
+    return f"build_engines.py --backend tensorrt --bundle {folder}"
+
+
+def rebuild(bundle: Bundle) -> str:
+    """The same with the interpreter in front."""
+    return f"python {rebuild_command(bundle.folder)}"
+
+
+def read_build(folder: Path, bundle: Bundle) -> dict[str, Any]:
+    """The content of build.json, with all that this module uses in it. PlanDamagedError or PlanMismatchError otherwise."""
+    file = folder / BUILD
+    try:
+        build = json.loads(file.read_text(encoding="utf-8"))
+        if build["format"] != FORMAT:
+            raise PlanMismatchError(f"{file} has format {build['format']!r}, not {FORMAT}; build the plans again: {rebuild(bundle)}")
+        known = [build["machine"][field] for field in ("gpu", "compute_capability", "tensorrt")] + [build["precision"]]
+        known += [entry[field] for entry in build["components"].values() for field in ("sha256", "bytes", "onnx")]
+        _ = [parse_profile(profile) for profile in build["profiles"]]
+        if not build["profiles"] or not build["components"].keys() <= set(COMPONENTS):
+            raise ValueError("profiles or components")
+    except OSError as error:
+        raise PlanDamagedError(f"{file} is not readable ({error.strerror}); build the plans again: {rebuild(bundle)}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PlanDamagedError(f"{file} lacks or garbles {error}; build the plans again: {rebuild(bundle)}") from error
+    return dict(build)
+
+
+def mismatches(build: Mapping[str, Any], bundle: Bundle, machine: Machine) -> list[str]:
+    """What plans were built for, where it is not what is here, in words."""
+    built, here = build["machine"], asdict(machine)
+    words = {"gpu": "GPU", "compute_capability": "compute capability", "tensorrt": "TensorRT"}
+    found = [f"{words[field]} {built[field]} there, {here[field]} here" for field in here if built[field] != here[field]]
+    if build["precision"] != bundle.precision:
+        found.append(f"precision {build['precision']} there, {bundle.precision} in the bundle")
+    changed = [component for component, entry in build["components"].items() if entry["onnx"] != onnx_hash(bundle, component)]
+    if changed:
+        found.append(f"the ONNX graphs of {', '.join(changed)} have changed since")
+    return found
+
+
+def onnx_hash(bundle: Bundle, component: str) -> str:
+    """One hash of a component's graph and weights, from the manifest's hashes of the files."""
+    name, files = bundle.manifest["components"][component]["onnx"], bundle.manifest["files"]
+    parts = [files[file]["sha256"] for file in sorted(files) if file in (name, f"{name}.data")]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _absent(bundle: Bundle, machine: Machine) -> str:
+    """Why there are no plans for a machine: never built, or built for others, which differ in this and that."""
+    here = f"{machine.gpu}, compute capability {machine.compute_capability}, TensorRT {machine.tensorrt}"
+    others = []
+    for file in sorted((bundle.folder / "plans").glob(f"*/{BUILD}")):
+        try:
+            differences = mismatches(read_build(file.parent, bundle), bundle, machine)
+        except PlanError:
+            continue
+        others.append(f"{file.parent.name} ({'; '.join(differences)})")
+    known = f"those that it has are for other machines: {', '.join(others)}" if others else "it has none at all"
+    return f"{bundle.folder} has no TensorRT plans for this machine ({here}); {known}. Build them: {rebuild(bundle)}, or pass backend='onnxruntime'"
+
+
+def parse_profile(profile: Mapping[str, Any]) -> Shapes:
+    """Sizes as build.json has them: [min, opt, max] of height, width, batch and rows."""
+    return Shapes(**{side: Range(*profile[side]) for side in ("height", "width", "batch", "rows")})
+
+
+def format_profile(shapes: Shapes) -> dict[str, list[int]]:
+    """The other way round."""
+    sides = {"height": shapes.height, "width": shapes.width, "batch": shapes.batch, "rows": shapes.rows}
+    return {name: [side.min, side.opt, side.max] for name, side in sides.items() if side is not None}
