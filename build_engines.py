@@ -1,18 +1,23 @@
 #!/usr/bin/env python3
-"""Build a bundle: the graphs of a Stable Diffusion model, ready for the runtime.
+"""Build a bundle: the graphs of a Stable Diffusion model, ready for the runtime, and TensorRT plans of them.
 
     python build_engines.py                                       the built-in model
     python build_engines.py path/to/diffusers-folder --precision fp16
     python build_engines.py sd15 --random-weights --height 512 --width 512 --batch 1
+    python build_engines.py --bundle engines/sd15                 plans of a bundle for this machine's GPU; needs no torch
 """
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import traceback
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+from engine.backends import BACKENDS, gpu_number, tensorrt_is_usable
 from engine.contract import VAE_FACTOR, Range, Shapes
 from engine.errors import EngineError
 from export.errors import ExportError, UsageError
@@ -41,26 +46,92 @@ def parser() -> argparse.ArgumentParser:
                    "known architecture (sd15, sd21, sd21-base) with --random-weights; default: the built-in model")
     p.add_argument("--output", type=Path, default=Path("engines"), help="the folder that bundles go to (default: engines/)")
     p.add_argument("--name", help="what the bundle is called (default: what the model is called)")
-    p.add_argument("--backend", choices=["onnxruntime"], default="onnxruntime")
-    p.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp32")
-    p.add_argument("--height", metavar="N", help="pixels: N, or MIN:OPT:MAX (default: around the size that the model was trained at)")
-    p.add_argument("--width", metavar="N", help="pixels: N, or MIN:OPT:MAX")
-    p.add_argument("--batch", metavar="N", help="pictures per call: N, or MIN:OPT:MAX (default: 1:1:8)")
+    p.add_argument("--bundle", type=Path, metavar="FOLDER", help="build TensorRT plans of this bundle instead of a bundle of MODEL")
+    p.add_argument("--backend", choices=BACKENDS, help="default: tensorrt where TensorRT and a GPU are found, else onnxruntime")
+    p.add_argument("--precision", choices=["fp32", "fp16", "bf16"], help="default: fp16 for tensorrt, fp32 for onnxruntime")
+    p.add_argument("--height", metavar="N", help="pixels: N, or MIN:OPT:MAX; several separated by commas (default: the size that the model was trained "
+                   "at for tensorrt, sizes around it for onnxruntime)")
+    p.add_argument("--width", metavar="N", help="the same")
+    p.add_argument("--batch", metavar="N", help="pictures per call, the same (default: 1 for tensorrt, 1:1:8 for onnxruntime)")
+    p.add_argument("--rows", metavar="N", help="rows of the U-Net in one call, the same (default: twice the pictures, with guidance, and once)")
+    p.add_argument("--opset", type=int, choices=[18, 23], default=18, help="23 has attention as one operator, for TensorRT 10.14 and later (default: 18)")
+    p.add_argument("--device", default="cuda", metavar="cuda:N", help="the GPU that plans are built on and for (default: cuda:0)")
+    p.add_argument("--optimization-level", type=int, choices=range(6), default=3, help="how long TensorRT searches; 5 takes hours (default: 3)")
+    p.add_argument("--workspace", type=float, metavar="GIB", help="memory that TensorRT may try out (default: all)")
+    p.add_argument("--max-aux-streams", type=int, metavar="N", help="streams that a plan may use besides its own (default: TensorRT decides)")
+    p.add_argument("--diagnose", action="store_true", help="build the plans again and compare them with ONNX Runtime layer by layer")
     p.add_argument("--random-weights", action="store_true", help="MODEL is an architecture; its weights are seeded random numbers")
     p.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="CLIP's tokenizer for a single file (default: from the hub)")
     p.add_argument("--prediction-type", metavar="TYPE", help="epsilon or v_prediction, for a single file of an SD 2.x model that does not say")
-    p.add_argument("--no-verify", action="store_true", help="do not compare with torch and diffusers; the manifest says so")
+    p.add_argument("--no-verify", action="store_true", help="do not compare with torch, diffusers and ONNX Runtime; the manifest says so")
     p.add_argument("--force", action="store_true", help="build even if nothing changed")
     p.add_argument("--quiet", action="store_true", help="print errors only")
     p.add_argument("--debug", action="store_true", help="print the traceback of an error")
     return p
 
 
+def parse_ranges(options: argparse.Namespace) -> dict[str, list[Range]]:
+    """What --height, --width, --batch and --rows ask for, by name; names that were not given are missing."""
+    limits = {"height": (VAE_FACTOR, SMALLEST_SIDE), "width": (VAE_FACTOR, SMALLEST_SIDE), "batch": (1, 1), "rows": (1, 1)}
+    given = {name: getattr(options, name).split(",") for name in limits if getattr(options, name)}
+    return {name: [parse_range(text, name, *limits[name]) for text in texts] for name, texts in given.items()}
+
+
+def profiles(asked: dict[str, list[Range]], defaults: Shapes) -> list[Shapes]:
+    """One profile for each set of height, width and batch (a single one goes with all), and in each for every number of rows."""
+    from export.to_tensorrt import with_rows
+    sides = {name: asked.get(name, [getattr(defaults, name)]) for name in ("height", "width", "batch")}
+    count = max(len(values) for values in sides.values())
+    for name, values in sides.items():
+        if len(values) not in (1, count):
+            raise UsageError(f"--{name} has {len(values)} values and another option {count}; give one for all, or as many everywhere")
+    shapes = [Shapes(*(values[i % len(values)] for values in sides.values())) for i in range(count)]
+    if "rows" not in asked:
+        return [profile for one in shapes for profile in with_rows(one)]
+    for one in shapes:
+        for rows in asked["rows"]:
+            if rows.min < one.batch.min or rows.max < one.batch.max:
+                raise UsageError(f"--rows {rows} is fewer than --batch {one.batch}; each picture has a row of the U-Net, and two with guidance")
+    return [replace(one, rows=rows) for one in shapes for rows in asked["rows"]]
+
+
+def envelope(ranges: list[Range]) -> Range:
+    """The smallest range that holds all, best at what the first is best at."""
+    return Range(min(one.min for one in ranges), ranges[0].opt, max(one.max for one in ranges))
+
+
 def run(options: argparse.Namespace) -> None:
     """Builds what the options ask for."""
-    sides = {"height": (VAE_FACTOR, SMALLEST_SIDE), "width": (VAE_FACTOR, SMALLEST_SIDE), "batch": (1, 1)}
-    asked = {side: parse_range(getattr(options, side), side, *limits) for side, limits in sides.items() if getattr(options, side)}
+    asked = parse_ranges(options)
+    report = (lambda message: None) if options.quiet else (lambda message: print(message, flush=True))
+    if options.bundle is not None and (options.model is not None or options.backend == "onnxruntime"):
+        raise UsageError("--bundle builds TensorRT plans of a bundle that is there; leave MODEL and --backend onnxruntime out")
+    tensorrt = options.bundle is not None or (options.backend or ("tensorrt" if tensorrt_is_usable() else "onnxruntime")) == "tensorrt"
+    gpu = gpu_number(options.device)
+    if tensorrt:
+        check_tensorrt_options(options, gpu)
+    elif "rows" in asked or options.diagnose or options.workspace is not None or options.max_aux_streams is not None:
+        raise UsageError("--rows, --diagnose, --workspace and --max-aux-streams are for --backend tensorrt")
+    folder = options.bundle or build_bundle(options, asked, options.precision or ("fp16" if tensorrt else "fp32"), report)
+    if tensorrt:
+        build_plans(options, folder, asked, gpu or 0, report)
 
+
+def check_tensorrt_options(options: argparse.Namespace, gpu: int | None) -> None:
+    """The errors of a machine or an option that plans cannot be built with, before anything is exported."""
+    from engine.backends.cuda import Device
+    from engine.backends.tensorrt_versions import load_tensorrt
+    if gpu is None:
+        raise UsageError("--device cpu cannot build TensorRT plans; leave it out, or pass --backend onnxruntime")
+    if (options.workspace is not None and options.workspace <= 0) or (options.max_aux_streams is not None and options.max_aux_streams < 0):
+        raise UsageError("--workspace must be above 0 (GiB), --max-aux-streams 0 or more")
+    load_tensorrt()
+    with Device(gpu).closing():
+        pass
+
+
+def build_bundle(options: argparse.Namespace, asked: dict[str, list[Range]], precision: str, report: Callable[[str], None]) -> Path:
+    """The ONNX bundle of MODEL: its folder."""
     from export.libraries import quiet_libraries
     quiet_libraries()
     from export.build import build, default_shapes
@@ -72,9 +143,20 @@ def run(options: argparse.Namespace) -> None:
             raise UsageError(f"--name {options.name!r} is not a plain name; letters, digits, '.', '_' and '-' are allowed")
         source.name = options.name
     defaults = default_shapes(source.sample_size())
-    shapes = Shapes(**{side: asked.get(side, getattr(defaults, side)) for side in sides})
-    report = (lambda message: None) if options.quiet else (lambda message: print(message, flush=True))
-    build(source, options.output, options.precision, shapes, verify=not options.no_verify, force=options.force, report=report)
+    shapes = Shapes(**{side: envelope(asked.get(side, [getattr(defaults, side)])) for side in ("height", "width", "batch")})
+    return build(source, options.output, precision, shapes, opset=options.opset, verify=not options.no_verify, force=options.force, report=report).folder
+
+
+def build_plans(options: argparse.Namespace, folder: Path, asked: dict[str, list[Range]], gpu: int, report: Callable[[str], None]) -> None:
+    """The plans of the bundle in `folder`."""
+    from engine.bundle import Bundle
+    from export import to_tensorrt
+
+    shapes, one = Bundle.open(folder, verify=False).shapes, Range(1, 1, 1)
+    sides = {name: Range(best, best, best) for name, best in (("height", shapes.height.opt), ("width", shapes.width.opt))}
+    settings = to_tensorrt.Settings(options.optimization_level, options.workspace and int(options.workspace * 2**30), options.max_aux_streams)
+    to_tensorrt.build_plans(folder, profiles(asked, Shapes(**sides, batch=one)), settings, gpu=gpu, compare=not options.no_verify,
+                            diagnose=options.diagnose, force=options.force, report=report)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -85,7 +167,8 @@ def main(arguments: list[str] | None = None) -> int:
         run(options)
         return 0
     except KeyboardInterrupt:
-        print("build_engines.py: stopped; the old bundle, if any, is untouched", file=sys.stderr)
+        print("build_engines.py: stopped; the old bundle and plans, if any, are untouched", file=sys.stderr)
+        end_at_once_if_building(130)
         return 130
     except (ExportError, EngineError) as error:
         failure, message, code = error, str(error), error.exit_code
@@ -97,6 +180,15 @@ def main(arguments: list[str] | None = None) -> int:
         traceback.print_exception(failure)
     print(f"build_engines.py: {message}", file=sys.stderr)
     return code
+
+
+def end_at_once_if_building(code: int) -> None:
+    """Ends the process where TensorRT 8.6, which cannot be asked to stop, is still building in a thread."""
+    progress = sys.modules.get("export.progress")
+    if progress is not None and progress.left_behind():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

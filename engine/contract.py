@@ -41,6 +41,14 @@ OUTPUTS: dict[str, tuple[str, ...]] = {
     "vae_encoder": ("mean", "std"),
 }
 
+INTEGERS = {"input_ids": "int32", "row_sample": "int32", "image": "uint8"}
+"""The tensors that are not float32."""
+
+
+def dtype(tensor: str) -> str:
+    """The type of an input's or output's elements."""
+    return INTEGERS.get(tensor, "float32")
+
 
 @dataclass(frozen=True)
 class Range:

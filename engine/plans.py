@@ -59,7 +59,8 @@ class Plans:
             raise PlanNotFoundError(_absent(bundle, machine))
         build = read_build(folder, bundle)
         if differences := mismatches(build, bundle, machine):
-            raise PlanMismatchError(f"the plans in {folder} are not for this bundle on this machine: {'; '.join(differences)}. Build them again: {rebuild(bundle)}")
+            raise PlanMismatchError(f"the plans in {folder} are not for this bundle on this machine: {'; '.join(differences)}. "
+                                    f"Build them again: {rebuild(bundle)}")
         for component, entry in build["components"].items():
             file = folder / f"{component}.plan"
             if not file.is_file() or file.is_symlink() or file.stat().st_size != entry["bytes"]:
@@ -79,7 +80,7 @@ class Plans:
             raise PlanDamagedError(f"{file} is not readable ({error.strerror}); {again}") from error
         actual = hashlib.sha256(content).hexdigest()
         if actual != entry["sha256"]:
-            raise PlanDamagedError(f"{file} has SHA-256 {actual[:12]}... instead of {entry['sha256'][:12]}...; it was not executed. {again[0].upper()}{again[1:]}")
+            raise PlanDamagedError(f"{file} has SHA-256 {actual[:12]}... instead of {entry['sha256'][:12]}... and was not executed; {again}")
         return content
 
 

@@ -28,14 +28,23 @@ from engine.errors import BundleError
 
 from . import parity
 from .checkpoint import Source
+from .compare import as_json
 from .errors import OutputError, UsageError
 from .graphs import DTYPES, Denoiser, Float32Norm, TextEncoder, VaeDecoder, VaeEncoder
-from .to_onnx import OPSET, example, export_onnx
+from .to_onnx import ATTENTION_OPSET, OPSET, example, export_onnx
 
 PART_OF = {"text_encoder": "text_encoder", "denoiser": "unet", "vae_decoder": "vae", "vae_encoder": "vae"}
 VERIFICATION_PICTURE = "verification.png"
 
 Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """How all components are traced: "fp32", "fp16" or "bf16", and the version of ONNX's operators."""
+
+    precision: str
+    opset: int
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,7 @@ def default_shapes(sample_size: int) -> Shapes:
     return Shapes(height=side, width=side, batch=Range(1, 1, 8))
 
 
-def build(source: Source, output: Path, precision: str, shapes: Shapes, *, verify: bool = True, force: bool = False,
+def build(source: Source, output: Path, precision: str, shapes: Shapes, *, opset: int = OPSET, verify: bool = True, force: bool = False,
           report: Report = print) -> Outcome:
     """Writes `output`/`source.name`, unless it is there already and nothing changed.
 
@@ -67,14 +76,14 @@ def build(source: Source, output: Path, precision: str, shapes: Shapes, *, verif
     except OSError as error:
         raise OutputError(f"{output} cannot be made ({error.strerror}); pass another --output") from error
     with _as_output_errors(output), FileLock(output / f".{source.name}.lock"):
-        return _build_locked(source, output, precision, shapes, verify, force, report)
+        return _build_locked(source, output, Graphs(precision, opset), shapes, verify, force, report)
 
 
-def _build_locked(source: Source, output: Path, precision: str, shapes: Shapes, verify: bool, force: bool, report: Report) -> Outcome:
+def _build_locked(source: Source, output: Path, graphs: Graphs, shapes: Shapes, verify: bool, force: bool, report: Report) -> Outcome:
     target, unfinished, replaced = (output / name for name in (source.name, f".{source.name}.building", f".{source.name}.replaced"))
     _recover(target, unfinished, replaced)
-    prints = {component: _fingerprint(source, component, precision) for component in COMPONENTS}
-    wanted = _wanted(source, precision, shapes)
+    prints = {component: _fingerprint(source, component, graphs) for component in COMPONENTS}
+    wanted = _wanted(source, graphs.precision, shapes)
     old = None if force else _usable(target, report)
     kept = {c: old for c in COMPONENTS if old and old["components"][c]["fingerprint"] == prints[c]} if old else {}
     if old and len(kept) == len(COMPONENTS) and all(old[key] == value for key, value in wanted.items()) \
@@ -91,14 +100,15 @@ def _build_locked(source: Source, output: Path, precision: str, shapes: Shapes, 
                 details[component] = _link(target, unfinished, kept[component], component)
                 report(f"{label}: unchanged")
             else:
-                details[component], checks[component] = _export(source, component, precision, unfinished, verify, label, report)
+                details[component], checks[component] = _export(source, component, graphs, unfinished, verify, label, report)
                 details[component]["fingerprint"] = prints[component]
         manifest = {"format": FORMAT, "name": source.name, **wanted, "components": details, "tokenizer": _write_tokenizer(source, unfinished),
                     "verification": {"done": False, "reason": "--no-verify", "components": {}}}
         _write_manifest(unfinished, manifest)
         if verify:
-            manifest["verification"] = _verify_picture(source, unfinished, precision, checks, report)
+            manifest["verification"] = _verify_picture(source, unfinished, graphs.precision, checks, report)
             _write_manifest(unfinished, manifest)
+        _keep_plans(target, unfinished)
         _swap(target, unfinished, replaced)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -113,11 +123,11 @@ def _wanted(source: Source, precision: str, shapes: Shapes) -> dict[str, Any]:
             "scheduler": source.scheduler_config()}
 
 
-def _fingerprint(source: Source, component: str, precision: str) -> str:
+def _fingerprint(source: Source, component: str, graphs: Graphs) -> str:
     """A hash of all that determines a component's graph: weights, precision, our tracing code, the libraries."""
     code = [sha256(Path(__file__).with_name(name)) for name in ("graphs.py", "to_onnx.py")]
     libraries = [f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "onnx", "onnxscript")]
-    parts = [source.fingerprint(PART_OF[component]), component, precision, str(OPSET), *code, *libraries]
+    parts = [source.fingerprint(PART_OF[component]), component, graphs.precision, str(graphs.opset), *code, *libraries]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -142,9 +152,9 @@ def _modules(source: Source, component: str) -> tuple[type[nn.Module], Any, int]
     return (VaeDecoder if component == "vae_decoder" else VaeEncoder), source.vae(), 0
 
 
-def _export(source: Source, component: str, precision: str, folder: Path, verify: bool, label: str, report: Report) -> tuple[dict[str, Any], Any]:
+def _export(source: Source, component: str, graphs: Graphs, folder: Path, verify: bool, label: str, report: Report) -> tuple[dict[str, Any], Any]:
     """Traces one component into `folder` and compares it with torch: its manifest entry and the differences."""
-    started = perf_counter()
+    started, precision = perf_counter(), graphs.precision
     kind, model, context_size = _modules(source, component)
     _require_disk(folder, sum(p.numel() for p in model.parameters()) * DTYPES[precision].itemsize)
     report(f"{label}: tracing {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters in {precision}")
@@ -153,7 +163,9 @@ def _export(source: Source, component: str, precision: str, folder: Path, verify
         _round_weights(model, DTYPES[precision])
         expected = parity.reference(component, kind(model, torch.float32), context_size)
     name = f"onnx/{component}.onnx"
-    export_onnx(component, kind(model, DTYPES[precision]), example(component, context_size), folder / name)
+    module = kind(model, DTYPES[precision], graphs.opset >= ATTENTION_OPSET)
+    export_onnx(component, module, example(component, context_size), folder / name, graphs.opset)
+    del module
     del model
     gc.collect()
     exported = perf_counter()
@@ -163,7 +175,7 @@ def _export(source: Source, component: str, precision: str, folder: Path, verify
     seconds = {"export": round(exported - started, 2), "check": round(perf_counter() - exported, 2)}
     verdict = "not verified" if found is None else f"{found.relative_rms:.1e} from torch"
     report(f"{label}: exported in {seconds['export']:.1f} s, {verdict}")
-    return {"onnx": name, "opset": OPSET, "ir_version": _ir_version(folder / name), "seconds": seconds}, found and parity.as_json(found)
+    return {"onnx": name, "opset": graphs.opset, "ir_version": _ir_version(folder / name), "seconds": seconds}, found and as_json(found)
 
 
 def _round_weights(model: nn.Module, dtype: torch.dtype) -> None:
@@ -208,18 +220,28 @@ def _verify_picture(source: Source, folder: Path, precision: str, checks: dict[s
     picture.save(folder / VERIFICATION_PICTURE)
     report(f"picture: {found.pixels_within_1:.2%} of the values within 1 of 255, PSNR {found.psnr_db:.1f} dB, latents within "
            f"{found.latents_max_abs:.1e} ({perf_counter() - started:.1f} s)")
-    return {"done": True, "components": checks, "picture": parity.as_json(found)}
+    return {"done": True, "components": checks, "picture": as_json(found)}
 
 
 def _link(old: Path, new: Path, manifest: dict[str, Any], component: str) -> dict[str, Any]:
     """Takes over the files of an unchanged component, as hard links where the file system has them: its manifest entry."""
     for name in manifest["files"]:
         if name.startswith(f"onnx/{component}.onnx"):
-            try:
-                os.link(old / name, new / name)
-            except OSError:
-                shutil.copy2(old / name, new / name)
+            _link_file(str(old / name), str(new / name))
     return dict(manifest["components"][component])
+
+
+def _keep_plans(old: Path, new: Path) -> None:
+    """Takes over TensorRT's plans and timing caches. Those whose graph has changed are found out when they are loaded, by its hash."""
+    if (old / "plans").is_dir():
+        shutil.copytree(old / "plans", new / "plans", copy_function=_link_file)
+
+
+def _link_file(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _recover(target: Path, unfinished: Path, replaced: Path) -> None:

@@ -53,3 +53,11 @@ class ToOnnxError(ExportError):
 
 class VerificationError(ExportError):
     """The graphs differ from torch, or the picture from diffusers, by more than the tolerance."""
+
+
+class PlanBuildError(ExportError):
+    """TensorRT did not make a plan; the message ends with its log."""
+
+
+class RoomError(ExportError):
+    """The GPU has too little free memory for a build."""

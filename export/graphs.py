@@ -51,7 +51,11 @@ class Upsample(nn.Module):
 
 class PlainAttention:
     """An attention processor for diffusers: scaled Q, float32 softmax, no workarounds. `upcast_attention` models (SD 2.1)
-    multiply Q and K in float32 too, where float16 would overflow."""
+    multiply Q and K in float32 too, where float16 would overflow. `fused` leaves all of it to one operator of the graph,
+    whose softmax the runtime computes in float32, but not for those models."""
+
+    def __init__(self, fused: bool) -> None:
+        self._fused = fused
 
     def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
                  attention_mask: None = None, temb: None = None) -> Tensor:
@@ -68,8 +72,12 @@ class PlainAttention:
         query, key, value = split(attn.to_q(hidden_states) * attn.scale), split(attn.to_k(context)), split(attn.to_v(context))
         if attn.upcast_attention:
             query, key = query.float(), key.float()
-        weights = torch.softmax((query @ key.transpose(-1, -2)).float(), dim=-1).to(value.dtype)
-        output = attn.to_out[0]((weights @ value).transpose(1, 2).flatten(2))
+        if self._fused and not attn.upcast_attention:
+            mixed = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+        else:
+            weights = torch.softmax((query @ key.transpose(-1, -2)).float(), dim=-1).to(value.dtype)
+            mixed = weights @ value
+        output = attn.to_out[0](mixed.transpose(1, 2).flatten(2))
         if len(shape) == 4:
             output = output.transpose(1, 2).reshape(shape)
         if attn.residual_connection:
@@ -85,7 +93,7 @@ def _replace(module: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], .
             _replace(child, kind, replacement)
 
 
-def _prepare(module: nn.Module, dtype: torch.dtype) -> None:
+def _prepare(module: nn.Module, dtype: torch.dtype, fused_attention: bool) -> None:
     """Sets the precision of a module in place and makes it traceable."""
     module.eval().requires_grad_(False)
     module.to(dtype)
@@ -94,19 +102,19 @@ def _prepare(module: nn.Module, dtype: torch.dtype) -> None:
     _replace(module, Upsample2D, Upsample)
     for child in module.modules():
         if isinstance(child, Attention):
-            child.processor = PlainAttention()
+            child.processor = PlainAttention(fused_attention)
 
 
 class TextEncoder(nn.Module):
     """input_ids [rows, 77] int32 -> context [rows, 77, C]."""
 
-    def __init__(self, model: CLIPTextModel, dtype: torch.dtype) -> None:
+    def __init__(self, model: CLIPTextModel, dtype: torch.dtype, fused_attention: bool = False) -> None:
         super().__init__()
         if getattr(model.config, "use_attention_mask", False):
             raise UnsupportedModelError("the text encoder wants an attention mask (use_attention_mask); the text encoders of Stable Diffusion "
                                         "1.x and 2.x do not")
-        model.set_attn_implementation("eager")  # its softmax is in float32
-        _prepare(model, dtype)
+        model.set_attn_implementation("sdpa" if fused_attention else "eager")  # the softmax of "eager" is in float32
+        _prepare(model, dtype, fused_attention)
         self.model = model
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -116,10 +124,10 @@ class TextEncoder(nn.Module):
 class Denoiser(nn.Module):
     """One whole denoising step: U-Net, guidance and sampler."""
 
-    def __init__(self, unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
+    def __init__(self, unet: UNet2DConditionModel, dtype: torch.dtype, fused_attention: bool = False) -> None:
         super().__init__()
         _check_unet(unet.config)
-        _prepare(unet, dtype)
+        _prepare(unet, dtype, fused_attention)
         unet.time_embedding.float()
         self.unet, self.dtype = unet, dtype
 
@@ -178,11 +186,11 @@ class VaeDecoder(nn.Module):
     """latents [batch, 4, height, width] -> image [batch, 8 height, 8 width, 3] uint8, rounded as diffusers does, and magnitude
     [batch]. The cast to uint8 comes last: TensorRT moves nothing else in that type."""
 
-    def __init__(self, vae: AutoencoderKL, dtype: torch.dtype) -> None:
+    def __init__(self, vae: AutoencoderKL, dtype: torch.dtype, fused_attention: bool = False) -> None:
         super().__init__()
         _check_vae(vae.config)
         vae.encoder = None
-        _prepare(vae, dtype)
+        _prepare(vae, dtype, fused_attention)
         self.vae, self.dtype = vae, dtype
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,11 +205,11 @@ class VaeDecoder(nn.Module):
 class VaeEncoder(nn.Module):
     """image [batch, 8 height, 8 width, 3] uint8 -> mean and std of the latents, both scaled as the U-Net sees them."""
 
-    def __init__(self, vae: AutoencoderKL, dtype: torch.dtype) -> None:
+    def __init__(self, vae: AutoencoderKL, dtype: torch.dtype, fused_attention: bool = False) -> None:
         super().__init__()
         _check_vae(vae.config)
         vae.decoder = None
-        _prepare(vae, dtype)
+        _prepare(vae, dtype, fused_attention)
         self.vae, self.dtype = vae, dtype
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,10 +2,8 @@
 from __future__ import annotations
 
 import gc
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import numpy as np
@@ -22,6 +20,7 @@ from engine.samplers import sampler_name
 from engine.schedule import Schedule
 
 from .checkpoint import Source
+from .compare import PICTURE_TOLERANCE, Difference, compared, difference, psnr, tolerance
 from .errors import VerificationError
 from .to_onnx import Example, example
 
@@ -30,23 +29,6 @@ SEED = 0
 GUIDANCE = 7.5
 SMALL = 50_000_000
 """Parameters of a U-Net up to which the whole picture is compared over 20 steps; larger ones take two."""
-
-COMPONENT_TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 4e-2}
-"""Relative RMS difference. Rounding alone gives a Stable Diffusion U-Net 2.6e-6, 1.3e-3 and 1.3e-2."""
-
-PIXEL_TOLERANCE = 2e-3
-"""The same for the VAE decoder at least: pixels are integers, and a value on the edge between two is rounded either way."""
-
-PICTURE_TOLERANCE = {"fp32": 50.0, "fp16": 30.0, "bf16": 20.0}
-"""PSNR in dB, the least that is accepted. A difference of 1 of 255 everywhere is 48 dB."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far one array is from another."""
-
-    max_abs: float
-    relative_rms: float
 
 
 @dataclass(frozen=True)
@@ -73,19 +55,6 @@ class Reference:
     outputs: list[list[np.ndarray]]
 
 
-def difference(actual: np.ndarray, expected: np.ndarray) -> Difference:
-    """Largest absolute and relative root mean square difference."""
-    a, b = actual.astype(np.float64), expected.astype(np.float64)
-    scale = math.sqrt((b**2).mean()) or 1.0
-    return Difference(float(np.abs(a - b).max()), math.sqrt(((a - b) ** 2).mean()) / scale)
-
-
-def psnr(actual: np.ndarray, expected: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures in dB; 99 for equal ones."""
-    error = ((actual.astype(np.float64) - expected.astype(np.float64)) ** 2).mean()
-    return 99.0 if error == 0 else min(99.0, 10 * math.log10(255**2 / error))
-
-
 def reference(component: str, module: nn.Module, context_size: int) -> Reference:
     """What a float32 module makes of two sets of random inputs, of which one has odd latent sizes and two text chunks."""
     second = {"batch": 1, "rows": 2, "height": 9, "width": 16, "seed": 1}
@@ -107,15 +76,14 @@ def check_component(component: str, backend: OnnxRuntimeBackend, expected: Refer
     for one, outputs in zip(expected.inputs, expected.outputs):
         made = backend.run(component, {name: value.numpy() for name, value in one.inputs.items()})
         for name, actual, wanted in zip(OUTPUTS[component], made, outputs):
-            if component == "denoiser":
-                actual, wanted = actual[:, 0], wanted[:, 0]
+            actual, wanted = compared(component, name, actual), compared(component, name, wanted)
             if not np.isfinite(actual.astype(np.float32)).all():
                 raise VerificationError(f"{component} gives values that are not finite in its output {name}; build with --precision fp32 or bf16")
             found.append(difference(actual, wanted))
     worst = Difference(max(d.max_abs for d in found), max(d.relative_rms for d in found))
-    tolerance = COMPONENT_TOLERANCE[precision] if component != "vae_decoder" else max(COMPONENT_TOLERANCE[precision], PIXEL_TOLERANCE)
-    if worst.relative_rms > tolerance:
-        raise VerificationError(f"{component} differs from torch by {worst.relative_rms:.2e} (relative RMS); {tolerance:.0e} is "
+    allowed = tolerance(component, precision)
+    if worst.relative_rms > allowed:
+        raise VerificationError(f"{component} differs from torch by {worst.relative_rms:.2e} (relative RMS); {allowed:.0e} is "
                                 f"allowed in {precision}. The old bundle is untouched. Try --precision fp32, or --no-verify to keep it anyway")
     return worst
 
@@ -133,7 +101,7 @@ def check_picture(source: Source, folder: Path, precision: str) -> tuple[Picture
     latents, pixels, steps = _with_diffusers(source, scheduler, height, width)
     gc.collect()
     final: dict[str, np.ndarray] = {}
-    with Pipeline.load(folder, verify=False) as pipeline:
+    with Pipeline.load(folder, backend="onnxruntime", verify=False) as pipeline:
         made = pipeline(PROMPT, height, width, steps, GUIDANCE, seed=SEED, scheduler=scheduler, progress=False,
                         callback_on_step_end=lambda _, i, t, tensors: final.update(tensors))
     picture = made.images[0]
@@ -159,8 +127,3 @@ def _with_diffusers(source: Source, scheduler: str, height: int, width: int) -> 
         image = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
     pixels = torch.round((image / 2 + 0.5).clamp(0, 1) * 255).to(torch.uint8)[0].permute(1, 2, 0)
     return latents.numpy(), pixels.numpy(), steps
-
-
-def as_json(found: Difference | PictureDifference) -> dict[str, Any]:
-    """Plain values, with floats short enough to read."""
-    return {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in asdict(found).items()}

@@ -5,6 +5,7 @@ import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -17,6 +18,9 @@ from .errors import ToOnnxError
 
 OPSET = 18
 """The lowest that torch's exporter writes properly; every TensorRT from 8.6 parses it."""
+
+ATTENTION_OPSET = 23
+"""The first that has attention as one operator, which TensorRT parses from 10.14 on."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def example(component: str, context_size: int, batch: int = 2, rows: int = 3, he
     return Example({"image": image}, {"image": {0: "batch", 1: "8*height", 2: "8*width"}})
 
 
-def export_onnx(component: str, module: nn.Module, traced: Example, file: Path) -> None:
+def export_onnx(component: str, module: nn.Module, traced: Example, file: Path, opset: int = OPSET) -> None:
     """Writes `file` and `file`.data, checked by onnx. ToOnnxError if torch or onnx refuses."""
     dimensions = {name: Dim(name, min=1, max=4096) for name in ("batch", "rows", "tokens", "height", "width")}
     dimensions |= {f"8*{name}": VAE_FACTOR * dimensions[name] for name in ("height", "width")}
@@ -70,9 +74,10 @@ def export_onnx(component: str, module: nn.Module, traced: Example, file: Path) 
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                module, kwargs=traced.inputs, dynamo=True, opset_version=OPSET, input_names=list(INPUTS[component]),
+                module, kwargs=traced.inputs, dynamo=True, opset_version=opset, input_names=list(INPUTS[component]),
                 output_names=list(OUTPUTS[component]), dynamic_shapes=dynamic, verbose=False)
             assert program is not None
+            _measure_after_cast(program.model)
             program.save(str(file), external_data=True)
         onnx.checker.check_model(str(file))
     except OSError:
@@ -81,3 +86,17 @@ def export_onnx(component: str, module: nn.Module, traced: Example, file: Path) 
         raise ToOnnxError(f"{component} could not be exported: {type(error).__name__}: {error}") from error
     finally:
         torch_log.setLevel(level)
+
+
+def _measure_after_cast(model: Any) -> None:
+    """Reads the sizes of a uint8 input off the float that it is cast to: TensorRT lets nothing but casts read such an input."""
+    for value in model.graph.inputs:
+        users = [use.node for use in value.uses()]
+        casts = [node for node in users if node.op_type == "Cast"]
+        if not casts or value.dtype.name != "UINT8":
+            continue
+        model.graph.remove(casts[0])
+        model.graph.insert_before(model.graph[0], casts[0])
+        for node in users:
+            if node.op_type == "Shape":
+                node.replace_input_with(0, casts[0].outputs[0])

@@ -1,7 +1,7 @@
 """CUDA, as far as a backend needs it: a device, its memory, one stream, events and captured graphs.
 
 A thin layer over the driver API in cuda-bindings (the driver is on every machine with a GPU; no CUDA toolkit is needed).
-Everything belongs to a `Device`, whose `close` frees what is left. Calls are made inside `with device:`, which makes the device
+Everything belongs to a `Device`, whose `closing` frees what is left. Calls are made inside `with device:`, which makes the device
 current for this thread and restores what was current before, so that several devices and other CUDA libraries get along.
 """
 from __future__ import annotations
@@ -125,17 +125,25 @@ class Device:
         if free := self._owned.pop(resource, None):
             free()
 
-    def close(self) -> None:
-        """Frees all that is still allocated here, and the device itself. A second call does nothing."""
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Waits for what was started; the device is current inside, lost or not; afterwards all that was allocated here is freed, and
+        the device itself. A second time does nothing but run what is inside."""
         if not self._open:
+            yield
             return
         self._driver.cuCtxPushCurrent(self._context)
-        for free in reversed(list(self._owned.values())):
-            free()
-        self._owned.clear()
-        self._driver.cuCtxPopCurrent()
-        self._driver.cuDevicePrimaryCtxRelease(self._handle)
-        self._open = False
+        for stream in [resource for resource in self._owned if isinstance(resource, Stream)]:
+            self._driver.cuStreamSynchronize(stream.handle)
+        try:
+            yield
+        finally:
+            for free in reversed(list(self._owned.values())):
+                free()
+            self._owned.clear()
+            self._driver.cuCtxPopCurrent()
+            self._driver.cuDevicePrimaryCtxRelease(self._handle)
+            self._open = False
 
 
 class DeviceMemory:

@@ -1,0 +1,557 @@
+"""TensorRT: plans on one GPU, and a denoising loop that is one captured CUDA graph per step.
+
+Everything runs in one stream, in the order in which it was started, and stays on the GPU: text embeddings go from the text
+encoder to the denoiser, latents from there to the VAE. The host uploads a picture's whole table at once through pinned memory;
+a step copies its row into place and launches; the host waits once, for the pixels.
+"""
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..bundle import Bundle
+from ..contract import INPUTS, LATENT_CHANNELS, OUTPUTS, SLOTS, VAE_FACTOR, dtype
+from ..errors import CudaError, DeviceLostError, TensorRtError
+from ..plans import Machine, Plans, rebuild_command
+from . import tensorrt_versions as versions
+from .cuda import Device, DeviceMemory, Event, Graph, PinnedMemory, Stream, align
+from .interface import Decoded, Denoising
+
+SHAPES_KEPT = 4
+"""Sizes of a component that stay ready, with their buffers and graphs; the one that was not used for longest makes way."""
+
+EMBEDDINGS_PER_BLOCK = 64
+LOG_LINES = 12
+
+Shape = tuple[int, ...]
+
+
+def open_log(trt: Any) -> Any:
+    """A logger that keeps TensorRT's last warnings and errors for our own messages, in `lines`."""
+    severities = trt.ILogger.Severity
+    kept = {severities.INTERNAL_ERROR, severities.ERROR, severities.WARNING}
+
+    class Log(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.lines: deque[str] = deque(maxlen=LOG_LINES)
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in kept:
+                self.lines.append(msg)
+
+        def tail(self) -> str:
+            """The lines, for the end of a message."""
+            return "TensorRT's log ends with: " + " | ".join(self.lines) if self.lines else "TensorRT logged nothing"
+
+    return Log()
+
+
+class TensorRtRuntime:
+    """Plans on one GPU: its stream, the ways to and from it, and the engines with the scratch memory that they share."""
+
+    rebuild = "build_engines.py --backend tensorrt"
+
+    def __init__(self, gpu: int = 0) -> None:
+        """Raises BackendError where TensorRT or a driver is missing, and DeviceError where there is no such GPU."""
+        self.trt = versions.load_tensorrt()
+        self.device = Device(gpu)
+        self.machine = Machine(self.device.name, self.device.compute_capability, self.trt.__version__)
+        self.description = f"TensorRT {self.machine.tensorrt} on GPU {gpu}, {self.machine.gpu}"
+        self.log = open_log(self.trt)
+        self.engines: dict[str, Engine] = {}
+        self._result: PinnedMemory | None = None
+        self._events: list[Event] = []
+        try:
+            with self.device:
+                self.stream = Stream(self.device)
+                self.uploads = Uploads(self.device, self.stream)
+                self._runtime = self.trt.Runtime(self.log)
+        except BaseException:
+            self.close()
+            raise
+
+    def load(self, plans: Iterable[tuple[str, bytes]]) -> None:
+        """Deserializes plans, by component; each is dropped from the host's memory before the next is asked for."""
+        with self.device:
+            for component, content in plans:
+                self.engines[component] = Engine(self, component, self._runtime.deserialize_cuda_engine(content))
+            needed = max(engine.scratch_bytes for engine in self.engines.values())
+            self.scratch = self.device.allocate(align(needed), "the engines' scratch memory")
+
+    def run(self, component: str, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """One run of a component: its outputs in the order of the contract, after a wait."""
+        with self.device:
+            execution = self.engines[component].at({name: value.shape for name, value in inputs.items()})
+            for name, value in inputs.items():
+                self.uploads.put(execution.address[name], value)
+            execution.enqueue()
+            sizes = [execution.nbytes[name] for name in OUTPUTS[component]]
+            result = self.result(sum(map(align, sizes)))
+            starts = [sum(map(align, sizes[:i])) for i in range(len(sizes))]
+            for name, start in zip(OUTPUTS[component], starts):
+                self.stream.download(result.address + start, execution.address[name], execution.nbytes[name])
+            self.synchronize(f"running the {component}")
+            return [result.bytes[start:start + execution.nbytes[name]].view(dtype(name)).reshape(execution.shape[name]).copy()
+                    for name, start in zip(OUTPUTS[component], starts)]
+
+    def seconds(self, component: str, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
+        """GPU time of each of `repeats` runs on inputs of these shapes, one behind the other, with whatever content they have."""
+        with self.device:
+            execution = self.engines[component].at({name: value.shape for name, value in inputs.items()})
+            watch = self.stopwatch()
+            for _ in range(repeats):
+                watch.mark()
+                execution.enqueue()
+            watch.mark()
+            self.synchronize(f"timing the {component}")
+            return watch.seconds()
+
+    def synchronize(self, doing: str) -> None:
+        """Waits for the GPU. An error of anything that was started before appears here."""
+        self.stream.synchronize(doing)
+        self.uploads.reset()
+
+    def result(self, nbytes: int) -> PinnedMemory:
+        """Pinned memory for what comes back."""
+        if self._result is None or self._result.nbytes < nbytes:
+            if self._result is not None:
+                self.synchronize("waiting for an earlier picture")
+                self._result.close()
+            self._result = PinnedMemory(self.device, nbytes, "results")
+        return self._result
+
+    def stopwatch(self) -> Stopwatch:
+        return Stopwatch(self.device, self.stream, self._events)
+
+    def close(self) -> None:
+        """Frees everything on the GPU. A second call does nothing."""
+        with self.device.closing():
+            for engine in self.engines.values():
+                engine.close()
+            self.engines.clear()
+            self._runtime = None
+
+
+class TensorRtBackend(TensorRtRuntime):
+    """The plans of a bundle for one GPU."""
+
+    def __init__(self, bundle: Bundle, gpu: int = 0, cuda_graphs: bool = True) -> None:
+        """Loads the plans for this machine, or raises the PlanError, TensorRtError or CudaError that says why not.
+
+        With `cuda_graphs` a step is captured when a size is used for the first time, and launched as a whole from then on."""
+        super().__init__(gpu)
+        self.rebuild, self.cuda_graphs = rebuild_command(bundle.folder), cuda_graphs
+        try:
+            plans = Plans.find(bundle, self.machine)
+            self.profiles = plans.profiles
+            self.load((component, plans.read(component)) for component in ("text_encoder", "denoiser", "vae_decoder"))
+            self._embeddings = Embeddings(self.device, math.prod(self.engines["text_encoder"].output_row("context")))
+        except BaseException:
+            self.close()
+            raise
+
+    def encode_text(self, input_ids: np.ndarray) -> Sequence[Embedding]:
+        """Token ids [n, 77] int32 -> n embeddings, which stay on the GPU."""
+        with self.device:
+            engine, made = self.engines["text_encoder"], list[Embedding]()
+            for part in slices(len(input_ids), *engine.allowed("input_ids", 0)):
+                execution = engine.at({"input_ids": (part.stop - part.start, *input_ids.shape[1:])})
+                self.uploads.put(execution.address["input_ids"], input_ids[part])
+                execution.enqueue()
+                for row in range(part.stop - part.start):
+                    embedding = self._embeddings.take(execution.shape["context"][1])
+                    self.stream.copy(embedding.address, execution.address["context"] + row * embedding.nbytes, embedding.nbytes)
+                    made.append(embedding)
+            return made
+
+    def start(self, denoising: Denoising) -> DenoisingSession:
+        """A loop over the evaluations of `denoising`: all that it needs is on its way to the GPU."""
+        with self.device:
+            return DenoisingSession(self, denoising)
+
+
+class Engine:
+    """A deserialized plan, and the sizes that it is ready for."""
+
+    def __init__(self, backend: TensorRtRuntime, component: str, engine: Any) -> None:
+        if engine is None:
+            raise TensorRtError(f"the plan of the {component} could not be deserialized; {backend.log.tail()}. Build it again: python {backend.rebuild}")
+        self.component, self._backend, self._engine = component, backend, engine
+        self._ready: OrderedDict[tuple[tuple[str, Shape], ...], Execution] = OrderedDict()
+        self.scratch_bytes = versions.scratch_bytes(backend.trt, engine)
+        self._check_tensors()
+        self._profiles = [{name: [tuple(shape) for shape in engine.get_tensor_profile_shape(name, i)] for name in INPUTS[component]}
+                          for i in range(engine.num_optimization_profiles)]
+
+    def _check_tensors(self) -> None:
+        """The plan's inputs and outputs are those of the contract."""
+        types, engine = self._backend.trt.DataType, self._engine
+        expected = {name: {"float32": types.FLOAT, "int32": types.INT32, "uint8": types.UINT8}[dtype(name)]
+                    for name in (*INPUTS[self.component], *OUTPUTS[self.component])}
+        found = {name: engine.get_tensor_dtype(name) for name in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors))}
+        if found != expected:
+            raise TensorRtError(f"the plan of the {self.component} has the tensors {found} instead of {expected}. "
+                                f"Build it again: python {self._backend.rebuild}")
+
+    def allowed(self, tensor: str, axis: int) -> tuple[int, int]:
+        """Smallest and largest size of an input's dimension over all profiles."""
+        shapes = [profile[tensor] for profile in self._profiles]
+        return min(low[axis] for low, _, _ in shapes), max(high[axis] for _, _, high in shapes)
+
+    def output_row(self, tensor: str) -> Shape:
+        """An output's shape without its first dimension."""
+        return tuple(self._engine.get_tensor_shape(tensor))[1:]
+
+    def at(self, shapes: Mapping[str, Shape]) -> Execution:
+        """The engine ready for inputs of these shapes."""
+        key = tuple(shapes.items())
+        if key not in self._ready:
+            while len(self._ready) >= SHAPES_KEPT:
+                self._backend.synchronize("making room for another size")
+                self._ready.popitem(last=False)[1].close()
+            self._ready[key] = Execution(self._backend, self, shapes)
+        self._ready.move_to_end(key)
+        return self._ready[key]
+
+    def open_context(self, shapes: Mapping[str, Shape]) -> Any:
+        """An execution context for inputs of these shapes, on the shared scratch memory."""
+        backend, log = self._backend, self._backend.log
+        context = versions.create_context(backend.trt, self._engine)
+        if context is None:
+            raise TensorRtError(f"TensorRT made no execution context for the {self.component}; {log.tail()}")
+        versions.set_scratch(backend.trt, context, backend.scratch.address, backend.scratch.nbytes)
+        if not context.set_optimization_profile_async(self._profile(shapes), backend.stream.number):
+            raise TensorRtError(f"TensorRT refused profile {self._profile(shapes)} of the {self.component}; {log.tail()}")
+        for name, shape in shapes.items():
+            if not context.set_input_shape(name, shape):
+                raise TensorRtError(f"TensorRT refused shape {shape} for the {self.component}'s input {name}; {log.tail()}")
+        return context
+
+    def _profile(self, shapes: Mapping[str, Shape]) -> int:
+        """The number of the first profile that serves these shapes."""
+        for i, profile in enumerate(self._profiles):
+            if all(low <= size <= high for name, shape in shapes.items() for low, size, high in zip(profile[name][0], shape, profile[name][2])):
+                return i
+        built = "; ".join(str({name: limits[::2] for name, limits in profile.items()}) for profile in self._profiles)
+        raise TensorRtError(f"no profile of the {self.component} serves {dict(shapes)}; built were {built}. "
+                            f"Build for these sizes: python {self._backend.rebuild}")
+
+    def close(self) -> None:
+        """Drops the engine and all that is ready."""
+        for execution in self._ready.values():
+            execution.close()
+        self._ready.clear()
+        self._engine = None
+
+
+class Execution:
+    """An engine at one set of shapes: a context, and inputs and outputs on the GPU, bound once.
+
+    `address` and `shape` are by tensor. All inputs and outputs lie in one block, in the order of the contract."""
+
+    def __init__(self, backend: TensorRtRuntime, engine: Engine, shapes: Mapping[str, Shape]) -> None:
+        self._backend, self.component = backend, engine.component
+        self._memory: DeviceMemory | None = None
+        self.step: Step | None = None
+        self._context = engine.open_context(shapes)
+        try:
+            self._bind(shapes)
+        except BaseException:
+            self.close()
+            raise
+
+    def _bind(self, shapes: Mapping[str, Shape]) -> None:
+        backend = self._backend
+        self.shape: dict[str, Shape] = {**shapes, **{name: tuple(self._context.get_tensor_shape(name)) for name in OUTPUTS[self.component]}}
+        if any(size < 1 for shape in self.shape.values() for size in shape):
+            raise TensorRtError(f"TensorRT computed the shapes {self.shape} for the {self.component}; {backend.log.tail()}")
+        self.nbytes = {name: math.prod(shape) * np.dtype(dtype(name)).itemsize for name, shape in self.shape.items()}
+        self._memory = backend.device.allocate(sum(map(align, self.nbytes.values())), f"the {self.component}'s inputs and outputs")
+        self.address: dict[str, int] = {}
+        position = self._memory.address
+        for name, nbytes in self.nbytes.items():
+            self.address[name] = position
+            position += align(nbytes)
+            if not self._context.set_tensor_address(name, self.address[name]):
+                raise TensorRtError(f"TensorRT refused an address for the {self.component}'s {name}; {backend.log.tail()}")
+        backend.stream.clear(self._memory.address, self._memory.nbytes)
+
+    def enqueue(self) -> None:
+        """Starts the engine on what its inputs hold then."""
+        if not self._context.execute_async_v3(self._backend.stream.number):
+            raise TensorRtError(f"TensorRT did not start the {self.component} with inputs {self.shape}; {self._backend.log.tail()}")
+
+    def close(self) -> None:
+        """Frees the buffers and the graph. The GPU may not be using them."""
+        if self.step is not None:
+            self.step.close()
+        self._context = None
+        if self._memory is not None:
+            self._memory.close()
+
+
+class Step:
+    """One denoising step of one size: the denoiser, and the new state copied back into its input; captured when it can be.
+
+    Timestep, update and noise lie one behind the other in the denoiser's block, and so do they in each row of the table."""
+
+    def __init__(self, backend: TensorRtBackend, execution: Execution) -> None:
+        self.execution, self._backend = execution, backend
+        self.graph: Graph | None = None
+        self._plain = not backend.cuda_graphs
+        self._table: DeviceMemory | None = None
+        self._constants: dict[str, Any] = {}
+        address = execution.address
+        self.offsets = {name: address[name] - address["timestep"] for name in ("timestep", "mixing", "update", "noise")}
+
+    def unchanged(self, name: str, value: Any) -> bool:
+        """Whether an input holds this value already; it is taken to hold it from now on. None stands for what is never the same."""
+        old = self._constants.get(name)
+        self._constants[name] = value
+        return old is not None and value is not None and (np.array_equal(old, value) if isinstance(value, np.ndarray) else bool(old == value))
+
+    def table(self, nbytes: int) -> DeviceMemory:
+        """Memory for a table of that size."""
+        if self._table is None or self._table.nbytes < nbytes:
+            if self._table is not None:
+                self._backend.synchronize("waiting for the last picture's table")
+                self._table.close()
+            self._constants.pop("table", None)
+            self._table = self._backend.device.allocate(nbytes, "the step table")
+        return self._table
+
+    def run(self) -> None:
+        """Starts one step. The first of a size runs plainly, as TensorRT wants before a capture."""
+        if self.graph is not None:
+            self.graph.launch(self._backend.stream)
+            return
+        self._enqueue()
+        if not self._plain:
+            self._capture()
+
+    def _enqueue(self) -> None:
+        execution = self.execution
+        execution.enqueue()
+        self._backend.stream.copy(execution.address["state"], execution.address["next_state"], execution.nbytes["state"])
+
+    def _capture(self) -> None:
+        stream = self._backend.stream
+        try:
+            with stream.capture() as made:
+                self._enqueue()
+            made[0].upload(stream)
+            self.graph = made[0]
+        except DeviceLostError:
+            raise
+        except (CudaError, TensorRtError) as error:
+            self._plain = True
+            warnings.warn(f"the denoising step could not be captured as a CUDA graph ({error}); its kernels are launched one by one", RuntimeWarning,
+                          stacklevel=2)
+
+    def close(self) -> None:
+        if self.graph is not None:
+            self.graph.close()
+        if self._table is not None:
+            self._table.close()
+
+
+class DenoisingSession:
+    """One loop. A step is a copy of a row of the table and a launch; the host never waits."""
+
+    def __init__(self, backend: TensorRtBackend, denoising: Denoising) -> None:
+        self._backend, self._latents_shape = backend, denoising.latents.shape
+        batch, rows = denoising.mixing.shape
+        state = (batch, SLOTS, *denoising.latents.shape[1:])
+        execution = backend.engines["denoiser"].at({
+            "state": state, "row_sample": (rows,), "context": (rows, denoising.contexts[0].tokens, denoising.contexts[0].channels), "timestep": (rows,),
+            "mixing": (batch, rows), "update": denoising.updates.shape[1:], "noise": denoising.latents.shape})
+        if execution.step is None:
+            execution.step = Step(backend, execution)
+        self._step, self._execution = execution.step, execution
+        self._upload_state(denoising.latents)
+        self._upload_constants(denoising)
+        self._upload_table(denoising)
+
+    def _upload_state(self, latents: np.ndarray) -> None:
+        state = np.zeros(self._execution.shape["state"], np.float32)
+        state[:, 0] = latents
+        self._backend.uploads.put(self._execution.address["state"], state)
+
+    def _upload_constants(self, denoising: Denoising) -> None:
+        stream, address = self._backend.stream, self._execution.address
+        if not self._step.unchanged("row_sample", denoising.row_sample):
+            self._backend.uploads.put(address["row_sample"], denoising.row_sample)
+        if not self._step.unchanged("context", list(denoising.contexts)):
+            for row, embedding in enumerate(denoising.contexts):
+                stream.copy(address["context"] + row * embedding.nbytes, embedding.address, embedding.nbytes)
+
+    def _upload_table(self, denoising: Denoising) -> None:
+        """The rows of the table as bytes, each laid out as the denoiser's own inputs from `timestep` on. Without noise they end
+        before it, and the input keeps what it holds, which the update multiplies by 0."""
+        offsets, nbytes, count = self._step.offsets, self._execution.nbytes, len(denoising.timesteps)
+        parts = {"timestep": denoising.timesteps, "mixing": np.broadcast_to(denoising.mixing, (count, *denoising.mixing.shape)), "update": denoising.updates}
+        if denoising.noise is not None:
+            parts["noise"] = denoising.noise
+        last = list(parts)[-1]
+        self._row_bytes = offsets[last] + nbytes[last]
+        self._pitch = align(self._row_bytes)
+        table = np.zeros((count, self._pitch), np.uint8)
+        for name, values in parts.items():
+            table[:, offsets[name]:offsets[name] + nbytes[name]] = np.ascontiguousarray(values).reshape(count, -1).view(np.uint8)
+        memory = self._step.table(table.nbytes)
+        self._table = memory.address
+        if not self._step.unchanged("table", table if denoising.noise is None else None):
+            self._backend.uploads.put(memory.address, table)
+
+    @property
+    def path(self) -> str:
+        """How the steps run."""
+        return "plain" if self._step.graph is None else "cuda_graph"
+
+    def step(self, index: int) -> None:
+        """Starts evaluation `index` of the table."""
+        with self._backend.device:
+            self._backend.stream.copy(self._execution.address["timestep"], self._table + index * self._pitch, self._row_bytes)
+            self._step.run()
+
+    @property
+    def latents(self) -> np.ndarray:
+        """A copy of the current latents, [B, 4, h, w]; waits for the GPU."""
+        with self._backend.device:
+            nbytes = math.prod(self._latents_shape) * 4
+            result = self._backend.result(nbytes)
+            for sample, source, size in self._samples():
+                self._backend.stream.download(result.address + sample * size, source, size)
+            self._backend.synchronize("waiting for the latents")
+            return result.bytes[:nbytes].view(np.float32).reshape(self._latents_shape).copy()
+
+    @latents.setter
+    def latents(self, value: np.ndarray) -> None:
+        with self._backend.device:
+            for sample, target, _ in self._samples():
+                self._backend.uploads.put(target, value[sample])
+
+    def _samples(self) -> list[tuple[int, int, int]]:
+        """For each sample its number, the address of its latents (slot 0 of the state) and their size."""
+        size = math.prod(self._latents_shape[1:]) * 4
+        return [(i, self._execution.address["state"] + i * SLOTS * size, size) for i in range(self._latents_shape[0])]
+
+    def decode(self) -> Callable[[], Decoded]:
+        """Starts the VAE decoder; the function that it returns waits for the pixels, the one wait of a picture."""
+        with self._backend.device:
+            return self._decode()
+
+    def _decode(self) -> Callable[[], Decoded]:
+        backend, engine = self._backend, self._backend.engines["vae_decoder"]
+        batch, _, height, width = self._latents_shape
+        image = (batch, VAE_FACTOR * height, VAE_FACTOR * width, 3)
+        result = backend.result(align(math.prod(image)) + 4 * batch)
+        magnitudes = result.address + align(math.prod(image))
+        samples = self._samples()
+        for part in slices(batch, *engine.allowed("latents", 0)):
+            execution = engine.at({"latents": (part.stop - part.start, LATENT_CHANNELS, height, width)})
+            for position, (_, source, size) in enumerate(samples[part]):
+                backend.stream.copy(execution.address["latents"] + position * size, source, size)
+            execution.enqueue()
+            backend.stream.download(result.address + part.start * math.prod(image[1:]), execution.address["image"], execution.nbytes["image"])
+            backend.stream.download(magnitudes + 4 * part.start, execution.address["magnitude"], execution.nbytes["magnitude"])
+
+        def finish() -> Decoded:
+            with backend.device:
+                backend.synchronize("waiting for the pixels")
+            pixels = result.bytes[:math.prod(image)].reshape(image).copy()
+            start = align(math.prod(image))
+            return Decoded(pixels, np.isfinite(result.bytes[start:start + 4 * batch].view(np.float32)))
+
+        return finish
+
+
+def slices(count: int, low: int, high: int) -> list[slice]:
+    """0..count in parts of `low` to `high`; where the rest is too small, the last part begins earlier and repeats some."""
+    starts = range(0, count, high)
+    parts = [slice(start, min(start + high, count)) for start in starts]
+    last = parts[-1]
+    if last.stop - last.start < low <= count:
+        parts[-1] = slice(count - low, count)
+    return parts
+
+
+class Embedding:
+    """A text's embedding [tokens, channels] float32 on the GPU."""
+
+    def __init__(self, address: int, tokens: int, channels: int) -> None:
+        self.address, self.tokens, self.channels = address, tokens, channels
+        self.nbytes = 4 * tokens * channels
+
+
+class Embeddings:
+    """Places for embeddings. One that nobody refers to any more gives its place to the next; that is safe without waiting, since
+    the stream overwrites it after all that was started before."""
+
+    def __init__(self, device: Device, elements: int) -> None:
+        self._device, self.nbytes, self._free = device, 4 * elements, list[int]()
+        self._elements = elements
+
+    def take(self, tokens: int) -> Embedding:
+        """A place for one embedding."""
+        if not self._free:
+            pitch = align(self.nbytes)
+            block = self._device.allocate(EMBEDDINGS_PER_BLOCK * pitch, "text embeddings")
+            self._free += [block.address + i * pitch for i in range(EMBEDDINGS_PER_BLOCK)]
+        embedding = Embedding(self._free.pop(), tokens, self._elements // tokens)
+        weakref.finalize(embedding, self._free.append, embedding.address)
+        return embedding
+
+
+class Uploads:
+    """The way to the GPU: each array is copied into pinned memory that nothing else uses until the GPU has read it."""
+
+    def __init__(self, device: Device, stream: Stream) -> None:
+        self._device, self._stream = device, stream
+        self._blocks: list[PinnedMemory] = []
+        self._used = 0
+
+    def put(self, target: int, array: np.ndarray) -> None:
+        """Starts copying the array's bytes to `target`."""
+        content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        if not self._blocks or self._used + content.nbytes > self._blocks[-1].nbytes:
+            last = self._blocks[-1].nbytes if self._blocks else 1 << 16
+            self._blocks.append(PinnedMemory(self._device, max(2 * last, align(content.nbytes)), "uploads"))
+            self._used = 0
+        block = self._blocks[-1]
+        block.bytes[self._used:self._used + content.nbytes] = content
+        self._stream.upload(target, block.address + self._used, content.nbytes)
+        self._used = min(block.nbytes, self._used + align(content.nbytes))
+
+    def reset(self) -> None:
+        """The GPU has read everything. The largest block is kept."""
+        while len(self._blocks) > 1:
+            self._blocks.pop(0).close()
+        self._used = 0
+
+
+class Stopwatch:
+    """CUDA events between the work of a picture."""
+
+    def __init__(self, device: Device, stream: Stream, events: list[Event]) -> None:
+        self._device, self._stream, self._events, self._count = device, stream, events, 0
+
+    def mark(self) -> None:
+        """Records an event behind all that was started so far."""
+        with self._device:
+            if self._count == len(self._events):
+                self._events.append(Event(self._device))
+            self._stream.record(self._events[self._count])
+            self._count += 1
+
+    def seconds(self) -> list[float]:
+        """GPU time between the marks; to be asked after the GPU has finished."""
+        with self._device:
+            return [b.seconds_since(a) for a, b in zip(self._events, self._events[1:self._count])]

@@ -1,0 +1,423 @@
+"""ONNX graphs of a bundle to TensorRT plans for the GPU of this machine. Needs numpy, tensorrt and cuda-bindings, no torch."""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from engine.backends import tensorrt_versions as versions
+from engine.backends.cuda import Device
+from engine.backends.tensorrt import TensorRtRuntime, open_log
+from engine.bundle import Bundle
+from engine.contract import COMPONENTS, INPUTS, OUTPUTS, VAE_FACTOR, Range, Shapes
+from engine.plans import BUILD, FORMAT, Machine, format_profile, onnx_hash, read_build
+from engine.version import __version__
+
+from .compare import Difference, as_json, compared, difference, input_shapes, random_inputs, tolerance
+from .errors import OutputError, PlanBuildError, RoomError, UsageError, VerificationError
+from .progress import Phases, monitor, watch
+
+PIXELS_PER_DECODE = 1024 * 1024
+"""Pictures that the VAE takes together: so many pixels, or one picture. More would cost memory and save no time."""
+
+TIMED_RUNS = 20
+BYTES_PER_PIXEL = 2048
+"""Of activations, and of what the builder tries out: an estimate for the U-Net and the VAE, guidance included."""
+
+BUILDER_BYTES = 1 << 30
+"""What CUDA and the builder take besides, an estimate too."""
+
+Report = Callable[[str], None]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the builder is told: how long it searches (0 to 5), bytes of workspace and auxiliary streams (None: TensorRT decides)."""
+
+    optimization_level: int = 3
+    workspace: int | None = None
+    max_aux_streams: int | None = None
+
+
+@dataclass(frozen=True)
+class PlanOutcome:
+    """What a build did: where the plans are, build.json, and which components were built (none: they were up to date)."""
+
+    folder: Path
+    build: dict[str, Any]
+    built: tuple[str, ...]
+
+
+def with_rows(shapes: Shapes) -> list[Shapes]:
+    """Profiles for the U-Net's rows with and without guidance: two for a fixed number of pictures, since fixed sizes are the
+    fastest, one for a range."""
+    batch = shapes.batch
+    fixed, ranged = [Range(n, n, n) for n in (2 * batch.opt, batch.opt)], [Range(batch.min, 2 * batch.opt, 2 * batch.max)]
+    rows = fixed if batch.static else ranged
+    return [Shapes(shapes.height, shapes.width, batch, one) for one in rows]
+
+
+def build_plans(folder: Path, profiles: Sequence[Shapes], settings: Settings = Settings(), *, gpu: int = 0, compare: bool = True,
+                diagnose: bool = False, force: bool = False, report: Report = print) -> PlanOutcome:
+    """Writes the plans of the bundle in `folder` for this machine's GPU, unless they are there and nothing changed.
+
+    `compare` runs every component on ONNX Runtime too, where that is installed. Raises the errors of `Bundle.open`, BackendError,
+    and those of export/errors.py; whatever happens, the old plans stay until the new ones are complete."""
+    bundle = Bundle.open(folder)
+    trt = versions.load_tensorrt()
+    if bundle.precision == "bf16" and not versions.supports_bf16(trt):
+        raise UsageError(f"TensorRT {trt.__version__} has no bfloat16; build the bundle with --precision fp16, or use TensorRT 10 or 11")
+    device = Device(gpu)
+    try:
+        builder = PlanBuilder(bundle, trt, device, profiles, settings, report)
+        with _locked(folder.parent / f".{folder.name}.lock"):
+            return builder.build(compare, diagnose, force)
+    finally:
+        with device.closing():
+            pass
+
+
+class PlanBuilder:
+    """One build of a bundle's plans on one GPU."""
+
+    def __init__(self, bundle: Bundle, trt: Any, device: Device, profiles: Sequence[Shapes], settings: Settings, report: Report) -> None:
+        self._bundle, self._trt, self._device, self._profiles, self._settings, self._report = bundle, trt, device, profiles, settings, report
+        self._machine = Machine(device.name, device.compute_capability, trt.__version__)
+        self._folder = bundle.folder / "plans" / self._machine.folder
+        self._cache = TimingCache(self._folder)
+
+    def build(self, compare: bool, diagnose: bool, force: bool) -> PlanOutcome:
+        """Builds what changed; `Plans.find` describes the result."""
+        unfinished, replaced = (self._folder.with_name(f".{self._folder.name}.{state}") for state in ("building", "replaced"))
+        _recover(self._folder, unfinished, replaced)
+        prints = {component: self._fingerprint(component) for component in COMPONENTS}
+        old = None if force else self._usable()
+        kept = {c: old["components"][c] for c in COMPONENTS if old and old["components"].get(c, {}).get("fingerprint") == prints[c]} if old else {}
+        wanted = [format_profile(profile) for profile in self._profiles]
+        if old and len(kept) == len(COMPONENTS) and old["profiles"] == wanted and not diagnose:
+            self._report(f"{self._folder} is up to date")
+            return PlanOutcome(self._folder, old, ())
+        self._require_room([component for component in COMPONENTS if component not in kept])
+        try:
+            unfinished.mkdir(parents=True)
+            entries = {}
+            for number, component in enumerate(COMPONENTS, 1):
+                label = f"[{number}/{len(COMPONENTS)}] {component}"
+                if component in kept and not diagnose:
+                    _link(self._folder / f"{component}.plan", unfinished / f"{component}.plan")
+                    entries[component] = kept[component]
+                    self._report(f"{label}: unchanged")
+                else:
+                    entries[component] = {**self._component(component, unfinished, label, compare, diagnose), "fingerprint": prints[component]}
+            build = {"format": FORMAT, "machine": asdict(self._machine), "precision": self._bundle.precision, "profiles": wanted,
+                     "settings": asdict(self._settings), "components": entries, "cuda_driver": self._device.driver_version, "latentrt": __version__,
+                     "created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+            (unfinished / BUILD).write_text(json.dumps(build, indent=1) + "\n", encoding="utf-8")
+            _swap(self._folder, unfinished, replaced)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self._report(f"wrote {self._folder}")
+        return PlanOutcome(self._folder, build, tuple(c for c in COMPONENTS if c not in kept))
+
+    def _fingerprint(self, component: str) -> str:
+        """A hash of all that determines a plan: graph, machine, sizes, precision, settings, version of this builder."""
+        profiles = [str(profile) for profile in component_profiles(component, self._profiles)]
+        parts = [str(FORMAT), onnx_hash(self._bundle, component), *asdict(self._machine).values(), self._bundle.precision, str(self._settings), *profiles]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def _usable(self) -> dict[str, Any] | None:
+        """build.json of existing plans whose files are what it says."""
+        if not self._folder.is_dir():
+            return None
+        try:
+            build = read_build(self._folder, self._bundle)
+            for component, entry in build["components"].items():
+                if hashlib.sha256((self._folder / f"{component}.plan").read_bytes()).hexdigest() != entry["sha256"]:
+                    raise PlanBuildError(f"{component}.plan is not the file that was built")
+            return build
+        except Exception as error:
+            self._report(f"the old plans are not usable and will be replaced: {error}")
+            return None
+
+    def _require_room(self, components: Sequence[str]) -> None:
+        """RoomError or OutputError where the GPU or the disk has less than an estimate of what the build takes."""
+        if not components:
+            return
+        weights = {component: self._weights(component) for component in components}
+        pixels = max(profile.height.max * profile.width.max * profile.batch.max for profile in self._profiles)
+        needed = 2 * max(weights.values()) + BYTES_PER_PIXEL * pixels + BUILDER_BYTES
+        with self._device:
+            free, total = self._device.memory()
+        if free < needed:
+            raise RoomError(f"the build is estimated to need {needed / 2**30:.1f} GiB of the GPU's memory, and {free / 2**30:.1f} of {total / 2**30:.1f} GiB "
+                            f"are free on GPU {self._device.number} ({self._device.name}); close other programs there, or build for smaller sizes")
+        disk, space = int(1.2 * sum(weights.values())), shutil.disk_usage(self._bundle.folder).free
+        if space < disk:
+            raise OutputError(f"the plans are estimated to need {disk / 1e9:.2f} GB, and {space / 1e9:.2f} GB are free at {self._bundle.folder}; free some")
+
+    def _weights(self, component: str) -> int:
+        name, files = self._bundle.manifest["components"][component]["onnx"], self._bundle.manifest["files"]
+        return sum(int(files[file]["bytes"]) for file in (name, f"{name}.data") if file in files)
+
+    def _component(self, component: str, folder: Path, label: str, compare: bool, diagnose: bool) -> dict[str, Any]:
+        """Builds, checks and writes one plan: its entry in build.json."""
+        profiles = component_profiles(component, self._profiles)
+        self._report(f"{label}: building for {'; '.join(describe(component, profile) for profile in profiles)}")
+        key = self._fingerprint(component)
+        started = perf_counter()
+        plan, channels = self._plan(component, profiles, label)
+        seconds = perf_counter() - started
+        saved = self._cache.note(key, seconds)
+        self._report(f"{label}: built in {seconds:.1f} s" + (f", {saved:.1f} s less than without the timing cache" if saved is not None else ""))
+        entry = {"sha256": hashlib.sha256(plan).hexdigest(), "bytes": len(plan), "onnx": onnx_hash(self._bundle, component),
+                 "seconds": {"build": round(seconds, 2), "saved_by_timing_cache": None if saved is None else round(saved, 2)}}
+        checks = self._check(component, plan, profiles, channels, compare, diagnose)
+        (folder / f"{component}.plan").write_bytes(plan)
+        told = f"{checks['difference']['relative_rms']:.1e} from ONNX Runtime" if checks["compared"] else f"not compared ({checks['reason']})"
+        self._report(f"{label}: {told}, " + ", ".join(f"{one['milliseconds']:.2f} ms at {one['at']}" for one in checks["timed"]))
+        return {**entry, "check": checks}
+
+    def _plan(self, component: str, profiles: Sequence[Shapes], label: str) -> tuple[bytes, int]:
+        """The serialized plan, and the size of the text's embeddings (0 where there is no text)."""
+        trt, log = self._trt, open_log(self._trt)
+
+        def fail(what: str) -> PlanBuildError:
+            return PlanBuildError(f"TensorRT {trt.__version__} {what} for the {component}; {log.tail()}. The old plans are untouched")
+
+        def made(value: Any, what: str) -> Any:
+            if value is None:
+                raise fail(f"made no {what}")
+            return value
+
+        with self._device:
+            builder = made(trt.Builder(log), "builder")
+            network = made(builder.create_network(versions.network_flags(trt)), "network")
+            parser = made(trt.OnnxParser(network, log), "parser")
+            if not parser.parse_from_file(str(self._bundle.graphs[component])):
+                reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+                raise fail(f"does not parse {self._bundle.graphs[component]} ({reasons})")
+            config = made(builder.create_builder_config(), "configuration")
+            self._configure(component, network, config)
+            channels = set_profiles(builder, network, config, component, profiles, fail)
+            cache = self._cache.attach(config, self._report)
+            phases, cancellable = Phases(), versions.has_progress(trt)
+            if cancellable:
+                watcher = monitor(trt, phases)
+                config.progress_monitor = watcher
+
+            def work() -> bytes:
+                with self._device:
+                    plan = builder.build_serialized_network(network, config)
+                    return b"" if plan is None else bytes(memoryview(plan))
+
+            plan = watch(work, label, phases, cancellable, self._report)
+            self._cache.save(cache)
+            if not plan:
+                raise fail("built no plan")
+            return plan, channels
+
+    def _configure(self, component: str, network: Any, config: Any) -> None:
+        trt, settings = self._trt, self._settings
+        config.builder_optimization_level = settings.optimization_level
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        if settings.workspace is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace)
+        if settings.max_aux_streams is not None:
+            config.max_aux_streams = settings.max_aux_streams
+        versions.configure(trt, config)
+        versions.constrain_precision(trt, network, config, self._bundle.precision)
+
+    def _check(self, component: str, plan: bytes, profiles: Sequence[Shapes], channels: int, compare: bool, diagnose: bool) -> dict[str, Any]:
+        """Runs a plan at the size that each profile is best at: differences from ONNX Runtime, finite values, time."""
+        reason = "--no-verify" if not compare else None if find_spec("onnxruntime") else "onnxruntime is not installed"
+        found, timed = list[Difference](), []
+        runtime = TensorRtRuntime(self._device.number)
+        try:
+            runtime.load([(component, plan)])
+            for profile in profiles:
+                inputs = profile_inputs(component, profile, channels)
+                outputs = runtime.run(component, inputs)
+                for name, value in zip(OUTPUTS[component], outputs):
+                    if not np.isfinite(value.astype(np.float32)).all():
+                        raise VerificationError(
+                            f"the plan of the {component} gives values that are not finite in {name} at {describe(component, profile)}; build the bundle "
+                            f"with --precision bf16 or fp32. The old plans are untouched{self._diagnosis(component, profile, inputs)}")
+                if reason is None:
+                    found += self._differences(component, inputs, outputs)
+                seconds = runtime.seconds(component, inputs, TIMED_RUNS + 3)[3:]
+                timed.append({"at": describe(component, profile), "milliseconds": round(1000 * median(seconds), 4)})
+        finally:
+            runtime.close()
+        checks: dict[str, Any] = {"compared": reason is None, "reason": reason, "difference": None, "timed": timed}
+        if reason is None:
+            worst = Difference(max(d.max_abs for d in found), max(d.relative_rms for d in found))
+            checks["difference"] = as_json(worst)
+            allowed = tolerance(component, self._bundle.precision)
+            if worst.relative_rms > allowed or diagnose:
+                diagnosis = self._diagnosis(component, profiles[0], profile_inputs(component, profiles[0], channels))
+                if worst.relative_rms > allowed:
+                    raise VerificationError(f"the plan of the {component} differs from ONNX Runtime by {worst.relative_rms:.2e} (relative RMS); {allowed:.0e} "
+                                            f"is allowed in {self._bundle.precision}. The old plans are untouched{diagnosis}")
+                self._report(f"{component}{diagnosis}")
+        return checks
+
+    def _differences(self, component: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[np.ndarray]) -> list[Difference]:
+        from engine.backends.onnxruntime import OnnxRuntimeBackend
+        expected = OnnxRuntimeBackend(self._bundle.graphs).run(component, dict(inputs))
+        return [difference(compared(component, name, a), compared(component, name, b)) for name, a, b in zip(OUTPUTS[component], outputs, expected)]
+
+    def _diagnosis(self, component: str, profile: Shapes, inputs: Mapping[str, np.ndarray]) -> str:
+        """What Polygraphy finds, layer by layer, for the end of a message."""
+        if not find_spec("polygraphy"):
+            return "; install polygraphy (pip install latentrt[tensorrt]) to learn which layer it begins in"
+        from .diagnose import first_divergence
+        return f". {first_divergence(self._bundle.graphs[component], component, self._bundle.precision, inputs, self._device)}"
+
+
+def component_profiles(component: str, profiles: Sequence[Shapes]) -> list[Shapes]:
+    """The profiles of a component, without doublets: the text encoder takes 1 text up to all prompts and negative prompts, the VAE
+    what `PIXELS_PER_DECODE` allows together."""
+    if component == "denoiser":
+        return list(profiles)
+    one = Range(1, 1, 1)
+    if component == "text_encoder":
+        most = max(profile.batch.max for profile in profiles)
+        return [Shapes(one, one, one, Range(1, 2 * profiles[0].batch.opt, 2 * most))]
+    made = []
+    for profile in profiles:
+        most = max(1, PIXELS_PER_DECODE // (profile.height.opt * profile.width.opt))
+        batch = Range(*(min(most, size) for size in (profile.batch.min, profile.batch.opt, profile.batch.max)))
+        made.append(Shapes(profile.height, profile.width, batch, one))
+    return list(dict.fromkeys(made))
+
+
+def describe(component: str, profile: Shapes) -> str:
+    """What a component's profile serves, in words."""
+    if component == "text_encoder":
+        return f"{profile.rows} texts"
+    return str(profile) if component == "denoiser" else f"{profile.height} x {profile.width}, batch {profile.batch}"
+
+
+def profile_shapes(component: str, profile: Shapes, channels: int, which: str) -> dict[str, Shape]:
+    """Input shapes at a profile's "min", "opt" or "max"."""
+    assert profile.rows is not None
+    batch, rows, height, width = (getattr(side, which) for side in (profile.batch, profile.rows, profile.height, profile.width))
+    return input_shapes(component, batch, rows, height // VAE_FACTOR, width // VAE_FACTOR, channels)
+
+
+def profile_inputs(component: str, profile: Shapes, channels: int) -> dict[str, np.ndarray]:
+    """Random inputs of the size that a profile is best at."""
+    assert profile.rows is not None
+    return random_inputs(component, profile.batch.opt, profile.rows.opt, profile.height.opt // VAE_FACTOR, profile.width.opt // VAE_FACTOR, channels)
+
+
+def set_profiles(builder: Any, network: Any, config: Any, component: str, profiles: Sequence[Shapes], fail: Callable[[str], Exception]) -> int:
+    """Tells the builder the sizes. A dimension that is the same everywhere is fixed in the network itself, which makes a faster
+    plan than a profile whose minimum is its maximum. Returns the size of the text's embeddings, 0 where there is no text."""
+    inputs = {network.get_input(i).name: network.get_input(i) for i in range(network.num_inputs)}
+    if set(inputs) != set(INPUTS[component]):
+        raise fail(f"found the inputs {sorted(inputs)} instead of {sorted(INPUTS[component])}")
+    channels = int(inputs["context"].shape[2]) if "context" in inputs else 0
+    limits = [[profile_shapes(component, profile, channels, which) for which in ("min", "opt", "max")] for profile in profiles]
+    for name, tensor in inputs.items():
+        sizes = [set(values) for values in zip(*(shapes[name] for profile in limits for shapes in profile))]
+        tensor.shape = tuple(values.pop() if len(values) == 1 else -1 for values in sizes)
+    for profile in limits:
+        added = builder.create_optimization_profile()
+        for name in inputs:
+            added.set_shape(name, *(shapes[name] for shapes in profile))
+        if config.add_optimization_profile(added) < 0:
+            raise fail(f"refused the profile {profile}")
+    return channels
+
+
+class TimingCache:
+    """What TensorRT measured in earlier builds on this machine, kept beside the plans, with the seconds of the builds without it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file, self._log = folder.with_name(f"{folder.name}.timing.cache"), folder.with_name(f"{folder.name}.timing.json")
+
+    def attach(self, config: Any, report: Report) -> Any:
+        """The cache in a builder's configuration; a new one where there is none, or none that this machine can use."""
+        content = self._file.read_bytes() if self._file.is_file() else b""
+        cache = config.create_timing_cache(content)
+        if content and (cache is None or not config.set_timing_cache(cache, False)):
+            report(f"{self._file} is not usable here and will be replaced")
+            cache = config.create_timing_cache(b"")
+            config.set_timing_cache(cache, False)
+        elif not content:
+            config.set_timing_cache(cache, False)
+        return cache
+
+    def save(self, cache: Any) -> None:
+        """Writes it, whether or not the build succeeded."""
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        _write(self._file, bytes(memoryview(cache.serialize())))
+
+    def note(self, key: str, seconds: float) -> float | None:
+        """Seconds that a build was faster than the first of the same plan; None if it was the first."""
+        try:
+            first = json.loads(self._log.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            first = {}
+        if key in first:
+            return float(first[key]) - seconds
+        _write(self._log, json.dumps({**first, key: round(seconds, 2)}).encode())
+        return None
+
+
+def _write(file: Path, content: bytes) -> None:
+    unfinished = file.with_name(f".{file.name}.tmp")
+    unfinished.write_bytes(content)
+    os.replace(unfinished, file)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _recover(target: Path, unfinished: Path, replaced: Path) -> None:
+    """Clears up after a builder that was killed."""
+    if replaced.exists() and not target.exists():
+        replaced.rename(target)
+    for leftover in (unfinished, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _swap(target: Path, unfinished: Path, replaced: Path) -> None:
+    if target.exists():
+        target.rename(replaced)
+    unfinished.rename(target)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """The lock of the bundle's builder, which takes it with the library filelock; that is not installed where plans are built."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(descriptor, msvcrt.LK_LOCK, 1)  # type: ignore[attr-defined]
+        else:
+            import fcntl
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
