@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -39,6 +40,8 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
+    if not shutil.which("git"):
+        return None
     done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
     return done.stdout.strip() or None
 

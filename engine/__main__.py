@@ -1,4 +1,8 @@
-"""The runtime from a shell:  python -m engine picture "a large red circle on a blue background" --bundle engines/demo"""
+"""The runtime from a shell.
+
+    python -m engine picture "a large red circle on a blue background" --bundle engines/demo
+    python -m engine doctor
+"""
 from __future__ import annotations
 
 import argparse
@@ -7,9 +11,12 @@ import sys
 import traceback
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import EngineError, OutputFileError
-from .pipeline import Pipeline, Result
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline, Result
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,17 +34,26 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--height", type=int, default=None, metavar="PIXELS")
     c.add_argument("--width", type=int, default=None, metavar="PIXELS")
     c.add_argument("--count", type=int, default=1, metavar="N", help="pictures to make")
+    c.add_argument("--backend", default=None, metavar="NAME", help="tensorrt or onnxruntime (default: by what the machine has)")
+    c.add_argument("--device", default=None, metavar="NAME", help="cpu, cuda or cuda:N (default: by the backend)")
+    c.add_argument("--no-cuda-graphs", action="store_true", help="launch every kernel of a step from the host")
     c.add_argument("--threads", type=int, default=None, metavar="N", help="default: every core")
     c.add_argument("--quiet", action="store_true", help="print errors only")
+    c.add_argument("--debug", action="store_true", help="print the traceback of an error")
+    c = commands.add_parser("doctor", help="say what this machine has and which bundles it can use")
+    c.add_argument("--bundles", type=Path, default=Path("engines"), metavar="FOLDER", help="a bundle, or a folder of bundles (default: engines/)")
+    c.add_argument("--verify", action="store_true", help="read every file and compare its SHA-256")
     c.add_argument("--debug", action="store_true", help="print the traceback of an error")
     return p
 
 
 def picture(options: argparse.Namespace) -> None:
     """Makes the pictures, writes them and prints where, how long it took and how far the bundle is from diffusers."""
+    from .pipeline import Pipeline
     if not options.output.parent.is_dir():
         raise OutputFileError(f"{options.output} cannot be written: {options.output.parent} is not a folder; make it, or pass another --output")
-    with Pipeline.load(options.bundle, threads=options.threads) as pipeline:
+    with Pipeline.load(options.bundle, backend=options.backend, device=options.device, cuda_graphs=not options.no_cuda_graphs,
+                       threads=options.threads) as pipeline:
         result = pipeline(
             options.prompt, options.height, options.width, options.steps, options.guidance_scale, options.negative_prompt, options.count,
             seed=options.seed, scheduler=options.scheduler, progress=not options.quiet)
@@ -66,7 +82,7 @@ def summary(pipeline: Pipeline, result: Result, files: list[Path]) -> str:
     times, verification = result.timings, pipeline.bundle.manifest["verification"]
     mean_step = 1000 * sum(times["steps"]) / len(times["steps"])
     lines = [f"wrote {file}" for file in files]
-    lines.append(f"seed {', '.join(map(str, result.seeds))}")
+    lines.append(f"seed {', '.join(map(str, result.seeds))}; {pipeline.description}{', CUDA graph' if times['path'] == 'cuda_graph' else ''}")
     lines.append(f"tokenize {1000 * times['tokenize']:.1f} ms, text encoder {1000 * times['text_encoder']:.1f} ms, denoise "
                  f"{1000 * times['denoise']:.1f} ms ({len(times['steps'])} steps of {mean_step:.1f} ms), VAE decoder "
                  f"{1000 * times['vae_decoder']:.1f} ms, total {1000 * times['total']:.1f} ms")
@@ -84,7 +100,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     failure: Exception
     try:
-        picture(options)
+        if options.command == "doctor":
+            from . import doctor
+            doctor.main(options.bundles, options.verify)
+        else:
+            picture(options)
         return 0
     except KeyboardInterrupt:
         print("python -m engine: stopped", file=sys.stderr)

@@ -17,12 +17,20 @@ from typing import Any
 
 from .contract import COMPONENTS, Range, Shapes
 from .errors import BundleNotFoundError, HashMismatchError, ManifestError, ManifestVersionError, MissingFileError, UnsafePathError
-from .tokenizer import SpecialTokens
 
 FORMAT = 2
 """Version of the manifest. It changes whenever an older runtime would misread a newer bundle."""
 
 MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids of the tokens around a text: SD 1.x pads with the end token, SD 2.x with 0."""
+
+    start: int
+    end: int
+    pad: int
 
 
 @dataclass(frozen=True)

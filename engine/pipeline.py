@@ -90,6 +90,11 @@ class Pipeline:
             self._contexts.clear()
 
     @property
+    def description(self) -> str:
+        """The library, its version and the device that this pipeline runs on."""
+        return self._backend.description
+
+    @property
     def interrupt(self) -> bool:
         """Set to True by a callback, it ends the loop after the current step; the picture is made of what is there."""
         return self._interrupt

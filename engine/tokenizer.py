@@ -2,12 +2,12 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer as Encoder
 
+from .bundle import SpecialTokens
 from .contract import PROMPT_TOKENS
 from .errors import ManifestError
 
@@ -15,15 +15,6 @@ END_OF_WORD = "</w>"
 """What CLIP's byte pairs end a word with."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SpecialTokens:
-    """Ids of the tokens around a text: SD 1.x pads with the end token, SD 2.x with 0."""
-
-    start: int
-    end: int
-    pad: int
 
 
 class ClipTokenizer:

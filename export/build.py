@@ -142,7 +142,7 @@ def _usable(target: Path, report: Report) -> dict[str, Any] | None:
         return None
 
 
-def _modules(source: Source, component: str) -> tuple[type[nn.Module], Any, int]:
+def modules(source: Source, component: str) -> tuple[type[nn.Module], Any, int]:
     """The graph's class, the model that it wraps, and the size of the text's embeddings (0 where there is no text)."""
     if component == "text_encoder":
         return TextEncoder, source.text_encoder(), 0
@@ -155,7 +155,7 @@ def _modules(source: Source, component: str) -> tuple[type[nn.Module], Any, int]
 def _export(source: Source, component: str, graphs: Graphs, folder: Path, verify: bool, label: str, report: Report) -> tuple[dict[str, Any], Any]:
     """Traces one component into `folder` and compares it with torch: its manifest entry and the differences."""
     started, precision = perf_counter(), graphs.precision
-    kind, model, context_size = _modules(source, component)
+    kind, model, context_size = modules(source, component)
     _require_disk(folder, sum(p.numel() for p in model.parameters()) * DTYPES[precision].itemsize)
     report(f"{label}: tracing {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters in {precision}")
     expected = None

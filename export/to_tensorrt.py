@@ -22,11 +22,13 @@ from engine.backends.cuda import Device
 from engine.backends.tensorrt import TensorRtRuntime, open_log
 from engine.bundle import Bundle
 from engine.contract import COMPONENTS, INPUTS, OUTPUTS, VAE_FACTOR, Range, Shapes
+from engine.errors import EngineError
 from engine.plans import BUILD, FORMAT, Machine, format_profile, onnx_hash, read_build
 from engine.version import __version__
 
 from .compare import Difference, as_json, compared, difference, input_shapes, random_inputs, tolerance
-from .errors import OutputError, PlanBuildError, RoomError, UsageError, VerificationError
+from .diagnose import every_output, mark_outputs, verdict
+from .errors import ExportError, OutputError, PlanBuildError, RoomError, UsageError, VerificationError
 from .progress import Phases, monitor, watch
 
 PIXELS_PER_DECODE = 1024 * 1024
@@ -181,7 +183,7 @@ class PlanBuilder:
         plan, channels = self._plan(component, profiles, label)
         seconds = perf_counter() - started
         saved = self._cache.note(key, seconds)
-        self._report(f"{label}: built in {seconds:.1f} s" + (f", {saved:.1f} s less than without the timing cache" if saved is not None else ""))
+        self._report(f"{label}: built in {seconds:.1f} s" + ("" if saved is None else f"; the timing cache saved {max(0.0, saved):.1f} s"))
         entry = {"sha256": hashlib.sha256(plan).hexdigest(), "bytes": len(plan), "onnx": onnx_hash(self._bundle, component),
                  "seconds": {"build": round(seconds, 2), "saved_by_timing_cache": None if saved is None else round(saved, 2)}}
         checks = self._check(component, plan, profiles, channels, compare, diagnose)
@@ -190,27 +192,28 @@ class PlanBuilder:
         self._report(f"{label}: {told}, " + ", ".join(f"{one['milliseconds']:.2f} ms at {one['at']}" for one in checks["timed"]))
         return {**entry, "check": checks}
 
-    def _plan(self, component: str, profiles: Sequence[Shapes], label: str) -> tuple[bytes, int]:
-        """The serialized plan, and the size of the text's embeddings (0 where there is no text)."""
+    def _plan(self, component: str, profiles: Sequence[Shapes], label: str, kept: Sequence[str] = ()) -> tuple[bytes, int]:
+        """The serialized plan, and the size of the text's embeddings (0 where there is no text). Tensors in `kept` become outputs."""
         trt, log = self._trt, open_log(self._trt)
 
         def fail(what: str) -> PlanBuildError:
             return PlanBuildError(f"TensorRT {trt.__version__} {what} for the {component}; {log.tail()}. The old plans are untouched")
 
-        def made(value: Any, what: str) -> Any:
-            if value is None:
+        def made(what: str, create: Callable[..., Any], *arguments: Any) -> Any:
+            if (value := versions.none_for_null(create, *arguments)) is None:
                 raise fail(f"made no {what}")
             return value
 
         with self._device:
-            builder = made(trt.Builder(log), "builder")
-            network = made(builder.create_network(versions.network_flags(trt)), "network")
-            parser = made(trt.OnnxParser(network, log), "parser")
+            builder = made("builder", trt.Builder, log)
+            network = made("network", builder.create_network, versions.network_flags(trt))
+            parser = made("parser", trt.OnnxParser, network, log)
             if not parser.parse_from_file(str(self._bundle.graphs[component])):
                 reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
                 raise fail(f"does not parse {self._bundle.graphs[component]} ({reasons})")
-            config = made(builder.create_builder_config(), "configuration")
-            self._configure(component, network, config)
+            mark_outputs(trt, network, kept)
+            config = made("configuration", builder.create_builder_config)
+            self._configure(network, config)
             channels = set_profiles(builder, network, config, component, profiles, fail)
             cache = self._cache.attach(config, self._report)
             phases, cancellable = Phases(), versions.has_progress(trt)
@@ -229,7 +232,7 @@ class PlanBuilder:
                 raise fail("built no plan")
             return plan, channels
 
-    def _configure(self, component: str, network: Any, config: Any) -> None:
+    def _configure(self, network: Any, config: Any) -> None:
         trt, settings = self._trt, self._settings
         config.builder_optimization_level = settings.optimization_level
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -254,7 +257,7 @@ class PlanBuilder:
                     if not np.isfinite(value.astype(np.float32)).all():
                         raise VerificationError(
                             f"the plan of the {component} gives values that are not finite in {name} at {describe(component, profile)}; build the bundle "
-                            f"with --precision bf16 or fp32. The old plans are untouched{self._diagnosis(component, profile, inputs)}")
+                            f"with --precision bf16 or fp32. The old plans are untouched. {self._diagnosis(component, profile, inputs)}")
                 if reason is None:
                     found += self._differences(component, inputs, outputs)
                 seconds = runtime.seconds(component, inputs, TIMED_RUNS + 3)[3:]
@@ -267,11 +270,12 @@ class PlanBuilder:
             checks["difference"] = as_json(worst)
             allowed = tolerance(component, self._bundle.precision)
             if worst.relative_rms > allowed or diagnose:
-                diagnosis = self._diagnosis(component, profiles[0], profile_inputs(component, profiles[0], channels))
-                if worst.relative_rms > allowed:
+                beyond = worst.relative_rms > allowed
+                diagnosis = self._diagnosis(component, profiles[0], profile_inputs(component, profiles[0], channels), beyond)
+                if beyond:
                     raise VerificationError(f"the plan of the {component} differs from ONNX Runtime by {worst.relative_rms:.2e} (relative RMS); {allowed:.0e} "
-                                            f"is allowed in {self._bundle.precision}. The old plans are untouched{diagnosis}")
-                self._report(f"{component}{diagnosis}")
+                                            f"is allowed in {self._bundle.precision}. The old plans are untouched. {diagnosis}")
+                self._report(f"{component}: {diagnosis}")
         return checks
 
     def _differences(self, component: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[np.ndarray]) -> list[Difference]:
@@ -279,12 +283,21 @@ class PlanBuilder:
         expected = OnnxRuntimeBackend(self._bundle.graphs).run(component, dict(inputs))
         return [difference(compared(component, name, a), compared(component, name, b)) for name, a, b in zip(OUTPUTS[component], outputs, expected)]
 
-    def _diagnosis(self, component: str, profile: Shapes, inputs: Mapping[str, np.ndarray]) -> str:
-        """What Polygraphy finds, layer by layer, for the end of a message."""
-        if not find_spec("polygraphy"):
-            return "; install polygraphy (pip install latentrt[tensorrt]) to learn which layer it begins in"
-        from .diagnose import first_divergence
-        return f". {first_divergence(self._bundle.graphs[component], component, self._bundle.precision, inputs, self._device)}"
+    def _diagnosis(self, component: str, profile: Shapes, inputs: Mapping[str, np.ndarray], plan_differs: bool = True) -> str:
+        """What a comparison layer by layer finds, for the end of a message; why there is none, where it fails."""
+        self._report(f"{component}: building once more with every layer's output kept, to compare them one by one")
+        try:
+            layers, expected = every_output(self._bundle.graphs[component], inputs)
+            plan, _ = self._plan(component, [profile], f"{component}, diagnosis", list(expected))
+            runtime = TensorRtRuntime(self._device.number)
+            try:
+                runtime.load([(component, plan)], contract=False)
+                ours = dict(zip(runtime.engines[component].outputs, runtime.run(component, inputs)))
+            finally:
+                runtime.close()
+        except (ExportError, EngineError) as error:
+            return f"It could not be compared layer by layer: {error}"
+        return verdict(component, self._bundle.precision, layers, ours, expected, plan_differs)
 
 
 def component_profiles(component: str, profiles: Sequence[Shapes]) -> list[Shapes]:

@@ -72,34 +72,39 @@ class TensorRtRuntime:
             with self.device:
                 self.stream = Stream(self.device)
                 self.uploads = Uploads(self.device, self.stream)
-                self._runtime = self.trt.Runtime(self.log)
+                self._runtime = versions.none_for_null(self.trt.Runtime, self.log)
+            if self._runtime is None:
+                raise TensorRtError(f"TensorRT {self.trt.__version__} does not start on GPU {gpu}; {self.log.tail()}")
         except BaseException:
             self.close()
             raise
 
-    def load(self, plans: Iterable[tuple[str, bytes]]) -> None:
-        """Deserializes plans, by component; each is dropped from the host's memory before the next is asked for."""
+    def load(self, plans: Iterable[tuple[str, bytes]], contract: bool = True) -> None:
+        """Deserializes plans, by component; each is dropped from the host's memory before the next is asked for. `contract` wants
+        exactly the contract's inputs and outputs of them."""
         with self.device:
             for component, content in plans:
-                self.engines[component] = Engine(self, component, self._runtime.deserialize_cuda_engine(content))
+                self.engines[component] = Engine(self, component, self._runtime.deserialize_cuda_engine(content), contract)
             needed = max(engine.scratch_bytes for engine in self.engines.values())
             self.scratch = self.device.allocate(align(needed), "the engines' scratch memory")
 
     def run(self, component: str, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """One run of a component: its outputs in the order of the contract, after a wait."""
+        """One run of a component: its outputs in the order of `Engine.outputs`, after a wait."""
         with self.device:
-            execution = self.engines[component].at({name: value.shape for name, value in inputs.items()})
+            engine = self.engines[component]
+            execution = engine.at({name: value.shape for name, value in inputs.items()})
             for name, value in inputs.items():
                 self.uploads.put(execution.address[name], value)
             execution.enqueue()
-            sizes = [execution.nbytes[name] for name in OUTPUTS[component]]
-            result = self.result(sum(map(align, sizes)))
-            starts = [sum(map(align, sizes[:i])) for i in range(len(sizes))]
-            for name, start in zip(OUTPUTS[component], starts):
+            starts, end = {}, 0
+            for name in engine.outputs:
+                starts[name], end = end, end + align(execution.nbytes[name])
+            result = self.result(end)
+            for name, start in starts.items():
                 self.stream.download(result.address + start, execution.address[name], execution.nbytes[name])
             self.synchronize(f"running the {component}")
-            return [result.bytes[start:start + execution.nbytes[name]].view(dtype(name)).reshape(execution.shape[name]).copy()
-                    for name, start in zip(OUTPUTS[component], starts)]
+            return [result.bytes[start:start + execution.nbytes[name]].view(engine.types[name]).reshape(execution.shape[name]).copy()
+                    for name, start in starts.items()]
 
     def seconds(self, component: str, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
         """GPU time of each of `repeats` runs on inputs of these shapes, one behind the other, with whatever content they have."""
@@ -180,25 +185,27 @@ class TensorRtBackend(TensorRtRuntime):
 class Engine:
     """A deserialized plan, and the sizes that it is ready for."""
 
-    def __init__(self, backend: TensorRtRuntime, component: str, engine: Any) -> None:
+    def __init__(self, backend: TensorRtRuntime, component: str, engine: Any, contract: bool) -> None:
         if engine is None:
             raise TensorRtError(f"the plan of the {component} could not be deserialized; {backend.log.tail()}. Build it again: python {backend.rebuild}")
         self.component, self._backend, self._engine = component, backend, engine
         self._ready: OrderedDict[tuple[tuple[str, Shape], ...], Execution] = OrderedDict()
         self.scratch_bytes = versions.scratch_bytes(backend.trt, engine)
-        self._check_tensors()
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        self.types: dict[str, Any] = {name: np.dtype(backend.trt.nptype(engine.get_tensor_dtype(name))) for name in names}
+        self.outputs = tuple(name for name in names if name not in INPUTS[component])
+        if contract:
+            self._check_contract()
         self._profiles = [{name: [tuple(shape) for shape in engine.get_tensor_profile_shape(name, i)] for name in INPUTS[component]}
                           for i in range(engine.num_optimization_profiles)]
 
-    def _check_tensors(self) -> None:
-        """The plan's inputs and outputs are those of the contract."""
-        types, engine = self._backend.trt.DataType, self._engine
-        expected = {name: {"float32": types.FLOAT, "int32": types.INT32, "uint8": types.UINT8}[dtype(name)]
-                    for name in (*INPUTS[self.component], *OUTPUTS[self.component])}
-        found = {name: engine.get_tensor_dtype(name) for name in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors))}
-        if found != expected:
-            raise TensorRtError(f"the plan of the {self.component} has the tensors {found} instead of {expected}. "
+    def _check_contract(self) -> None:
+        """The plan's inputs and outputs are those of the contract; the outputs are put into its order."""
+        expected = {name: np.dtype(dtype(name)) for name in (*INPUTS[self.component], *OUTPUTS[self.component])}
+        if self.types != expected:
+            raise TensorRtError(f"the plan of the {self.component} has the tensors {self.types} instead of {expected}. "
                                 f"Build it again: python {self._backend.rebuild}")
+        self.outputs = OUTPUTS[self.component]
 
     def allowed(self, tensor: str, axis: int) -> tuple[int, int]:
         """Smallest and largest size of an input's dimension over all profiles."""
@@ -243,6 +250,10 @@ class Engine:
         raise TensorRtError(f"no profile of the {self.component} serves {dict(shapes)}; built were {built}. "
                             f"Build for these sizes: python {self._backend.rebuild}")
 
+    def inspect(self) -> str:
+        """What the engine inspector tells of the layers, as JSON."""
+        return str(self._engine.create_engine_inspector().get_engine_information(self._backend.trt.LayerInformationFormat.JSON))
+
     def close(self) -> None:
         """Drops the engine and all that is ready."""
         for execution in self._ready.values():
@@ -257,7 +268,7 @@ class Execution:
     `address` and `shape` are by tensor. All inputs and outputs lie in one block, in the order of the contract."""
 
     def __init__(self, backend: TensorRtRuntime, engine: Engine, shapes: Mapping[str, Shape]) -> None:
-        self._backend, self.component = backend, engine.component
+        self._backend, self._engine, self.component = backend, engine, engine.component
         self._memory: DeviceMemory | None = None
         self.step: Step | None = None
         self._context = engine.open_context(shapes)
@@ -269,10 +280,10 @@ class Execution:
 
     def _bind(self, shapes: Mapping[str, Shape]) -> None:
         backend = self._backend
-        self.shape: dict[str, Shape] = {**shapes, **{name: tuple(self._context.get_tensor_shape(name)) for name in OUTPUTS[self.component]}}
+        self.shape: dict[str, Shape] = {**shapes, **{name: tuple(self._context.get_tensor_shape(name)) for name in self._engine.outputs}}
         if any(size < 1 for shape in self.shape.values() for size in shape):
             raise TensorRtError(f"TensorRT computed the shapes {self.shape} for the {self.component}; {backend.log.tail()}")
-        self.nbytes = {name: math.prod(shape) * np.dtype(dtype(name)).itemsize for name, shape in self.shape.items()}
+        self.nbytes = {name: math.prod(shape) * self._engine.types[name].itemsize for name, shape in self.shape.items()}
         self._memory = backend.device.allocate(sum(map(align, self.nbytes.values())), f"the {self.component}'s inputs and outputs")
         self.address: dict[str, int] = {}
         position = self._memory.address

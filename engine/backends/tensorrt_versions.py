@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +26,17 @@ def load_tensorrt() -> ModuleType:
 def version(trt: ModuleType) -> tuple[int, ...]:
     """Its release as numbers."""
     return tuple(int(part) for part in re.findall(r"\d+", trt.__version__)[:3])
+
+
+def none_for_null(create: Callable[..., Any], *arguments: Any) -> Any:
+    """What a constructor or factory makes; None where the library made nothing, which constructors of the Python API tell by a
+    TypeError ("factory function returned nullptr")."""
+    try:
+        return create(*arguments)
+    except TypeError as error:
+        if "nullptr" not in str(error):
+            raise
+        return None
 
 
 def network_flags(trt: ModuleType) -> int:

@@ -93,7 +93,7 @@ def test_backend_and_device_are_checked(demo_bundle, arguments, error, words):
 
 
 def test_cuda_asked_for_and_not_there_is_an_error(demo_bundle):
-    with pytest.raises(e.BackendError, match="has no CUDA provider, only .*CPUExecutionProvider"):
+    with pytest.raises(e.BackendError, match=r"has no CUDA provider, only .*CPUExecutionProvider"):
         Pipeline.load(demo_bundle, backend="onnxruntime", device="cuda:0")
 
 
@@ -108,12 +108,14 @@ def test_defaults_come_from_the_first_profile_for_so_many_pictures():
 
 
 @pytest.mark.parametrize(("arguments", "error", "words"), [
-    ((512, 1024, 1, 2), e.SizeError, "height 512 and width 1024 are not allowed together; this bundle was built for height x width 512 x 512, batch 1, 2 U-Net rows; "
-                                     "768 x 512:768:1024, batch 1:1:2, 1:2:4 U-Net rows. Others: build --height 512 --width 1024"),
-    ((640, None, 1, 2), e.SizeError, "height 640 is not a size that this bundle was built for; the nearest sizes that this bundle allows are 512 and 768 (512 only or "
-                                     "768 only; others: build --height MIN:OPT:MAX)"),
-    ((None, None, 3, 6), e.BatchError, "are 3 pictures in one call; this bundle was built for 1 or 1 to 2. Split the call, or build for more: build --batch 1:1:3"),
-    ((None, None, 2, 6), e.BatchError, "2 pictures with guidance are 6 rows of the U-Net; this bundle was built for 2 or 1 to 4. Build for more: build --rows 6"),
+    ((512, 1024, 1, 2), e.SizeError, "height 512 and width 1024 are not allowed together; this bundle was built for height x width 512 x 512, batch 1, "
+                                     "2 U-Net rows; 768 x 512:768:1024, batch 1:1:2, 1:2:4 U-Net rows. Others: build --height 512 --width 1024"),
+    ((640, None, 1, 2), e.SizeError, "height 640 is not a size that this bundle was built for; the nearest sizes that this bundle allows are 512 and 768 "
+                                     "(512 only or 768 only; others: build --height MIN:OPT:MAX)"),
+    ((None, None, 3, 6), e.BatchError, "are 3 pictures in one call; this bundle was built for 1 or 1 to 2. Split the call, or build for more: "
+                                       "build --batch 1:1:3"),
+    ((None, None, 2, 6), e.BatchError, "2 pictures with guidance are 6 rows of the U-Net; this bundle was built for 2 or 1 to 4. Build for more: "
+                                       "build --rows 6"),
 ])
 def test_sizes_outside_all_profiles(arguments, error, words):
     with pytest.raises(error) as raised:

@@ -1,0 +1,258 @@
+"""Everything that only a GPU can show, as one command: builds, correctness, latency, and what diffusers takes in the same run.
+
+    python -m benchmarks.gpu [--models demo,sd15,sd21] [--parts export,build,check,picture,latency,layers,eager,compile] [--output FOLDER]
+                             [--limit SECONDS] [--pictures 20] [--steps 20,30,50] [--torch-python CMD] [--tensorrt-python CMD]
+
+Each part of each model runs in a process of its own, for at most --limit seconds, and its numbers are in FOLDER/gpu.json as soon as
+it has ended: parts can be chosen, repeated and spread over several runs with the same FOLDER. TensorRT and torch may live in
+different Pythons (--tensorrt-python, --torch-python); the first needs the runtime's packages only, the second the [export] extra.
+
+Latency: every picture waits for the one before; whole pictures by the host's clock from the call to the pixels, stages and steps by
+CUDA events. diffusers: the same architecture, weights, prompt, sampler (DDIM), size and steps, fp16, SDPA, channels_last.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from benchmarks.report import conditions, print_table
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("export", "build", "check", "picture", "latency", "layers", "eager", "compile")
+CLOCKS = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu,memory.total"
+
+QUIET = {"PYTHONUNBUFFERED": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+GOALS = (("faster than torch.compile", "compile", 1.5), ("faster than eager", "eager", 2.5))
+
+
+@dataclass(frozen=True)
+class Model:
+    """What build_engines.py is told, and the size in pixels."""
+
+    arguments: tuple[str, ...]
+    side: int
+
+
+MODELS = {
+    "demo": Model((), 64),
+    "sd15": Model(("sd15", "--random-weights"), 512),
+    "sd21": Model(("sd21", "--random-weights"), 768),
+}
+
+
+class PartFailed(Exception):
+    """A part ended without its numbers; the message is the end of what it printed."""
+
+
+class Benchmark:
+    """One run: the options, and the results so far, which are written after every part."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.folder = options, options.output
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.file = self.folder / "gpu.json"
+        self.results: dict[str, Any] = json.loads(self.file.read_text()) if self.file.is_file() else {"benchmark": "gpu", "models": {}}
+
+    def run(self) -> bool:
+        """Runs the chosen parts of the chosen models; whether all of them ended well."""
+        good = True
+        for model in self.options.models:
+            for part in PARTS:
+                if part in self.options.parts:
+                    good &= self._part(model, part)
+        return good
+
+    def _part(self, model: str, part: str) -> bool:
+        print(f"== {model}: {part}", flush=True)
+        results, started = self.results["models"].setdefault(model, {}), perf_counter()
+        try:
+            results[part] = getattr(self, part)(model)
+        except PartFailed as error:
+            results[part] = {"failed": str(error)}
+            print(f"{model}: {part} failed: {error}", flush=True)
+        results[part]["wall_seconds"] = round(perf_counter() - started, 1)
+        results[part]["gpu"] = gpu_state()
+        self.results.update(conditions())
+        unfinished = self.file.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
+        os.replace(unfinished, self.file)
+        return "failed" not in results[part]
+
+    def export(self, model: str) -> dict[str, Any]:
+        """ONNX graphs in fp16."""
+        side = str(MODELS[model].side)
+        started = perf_counter()
+        self._torch("build_engines.py", *MODELS[model].arguments, "--output", str(self.folder), "--backend", "onnxruntime", "--precision", "fp16",
+                    "--height", side, "--width", side, "--batch", "1", "--no-verify")
+        return {"seconds": round(perf_counter() - started, 1)}
+
+    def build(self, model: str) -> dict[str, Any]:
+        """Plans for guided steps, first without a timing cache, then once more with it."""
+        rows = [] if model == "demo" else ["--rows", "2"]
+        for cache in (self._bundle(model) / "plans").glob("*.timing.*"):
+            cache.unlink()
+        runs = []
+        for _ in range(1 if self.options.cold_only else 2):
+            started = perf_counter()
+            self._tensorrt("build_engines.py", "--bundle", str(self._bundle(model)), "--force", *rows)
+            build = json.loads(next((self._bundle(model) / "plans").glob("*/build.json")).read_text())
+            runs.append({"seconds": round(perf_counter() - started, 1), "components": {c: e["seconds"] | {"bytes": e["bytes"], "check": e["check"]}
+                                                                                    for c, e in build["components"].items()}})
+        return {"cold": runs[0], "with_timing_cache": runs[-1] if len(runs) > 1 else None, "machine": build["machine"], "settings": build["settings"]}
+
+    def check(self, model: str) -> dict[str, Any]:
+        """Every component against torch in float32 on the same random inputs."""
+        reference = self.folder / f"{model}-reference.npz"
+        self._torch("-m", "benchmarks.gpu_torch", "reference", *self._model(model), "--file", str(reference), "--device", self.options.torch_device)
+        return self._tensorrt("-m", "benchmarks.gpu_tensorrt", "check", "--bundle", str(self._bundle(model)), "--file", str(reference))
+
+    def picture(self, model: str) -> dict[str, Any]:
+        """A picture of diffusers in float32 and ours, from the same seed."""
+        expected = self.folder / f"{model}-diffusers.npy"
+        self._torch("-m", "benchmarks.gpu_torch", "picture", *self._model(model), "--file", str(expected), "--device", self.options.torch_device)
+        return self._tensorrt("-m", "benchmarks.gpu_tensorrt", "picture", "--bundle", str(self._bundle(model)), "--file", str(expected),
+                              "--png", str(self.folder / f"{model}.png"))
+
+    def latency(self, model: str) -> dict[str, Any]:
+        """Our pictures, with CUDA graphs and without."""
+        return self._tensorrt("-m", "benchmarks.gpu_tensorrt", "latency", "--bundle", str(self._bundle(model)), *self._counts())
+
+    def layers(self, model: str) -> dict[str, Any]:
+        """What TensorRT made of the denoiser: its layers by kind and their time."""
+        return self._tensorrt("-m", "benchmarks.gpu_tensorrt", "layers", "--bundle", str(self._bundle(model)))
+
+    def eager(self, model: str) -> dict[str, Any]:
+        """diffusers as most people run it."""
+        return self._baseline(model, "eager")
+
+    def compile(self, model: str) -> dict[str, Any]:
+        """diffusers with torch.compile(mode="max-autotune") where that ends in time, else "reduce-overhead"."""
+        return self._baseline(model, self.options.compile_mode)
+
+    def _baseline(self, model: str, mode: str) -> dict[str, Any]:
+        return self._torch("-m", "benchmarks.gpu_torch", "latency", *self._model(model), "--mode", mode, "--device", self.options.torch_device, *self._counts())
+
+    def _bundle(self, model: str) -> Path:
+        return Path(self.folder) / model
+
+    def _model(self, model: str) -> list[str]:
+        return ["--model", model if MODELS[model].arguments else "", "--side", str(MODELS[model].side)]
+
+    def _counts(self) -> list[str]:
+        return ["--pictures", str(self.options.pictures), "--warmup", str(self.options.warmup), "--steps", ",".join(map(str, self.options.steps))]
+
+    def _torch(self, *arguments: str) -> dict[str, Any]:
+        return self._process(self.options.torch_python, arguments)
+
+    def _tensorrt(self, *arguments: str) -> dict[str, Any]:
+        return self._process(self.options.tensorrt_python, arguments)
+
+    def _process(self, python: str, arguments: Sequence[str]) -> dict[str, Any]:
+        """Runs a part's process: what it prints is shown, and the JSON object in its last line returned."""
+        process = subprocess.Popen([*shlex.split(python), *arguments], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   start_new_session=True, env={**os.environ, **QUIET})
+        try:
+            printed, _ = process.communicate(timeout=self.options.limit)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            printed, _ = process.communicate()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            raise PartFailed(f"stopped after {self.options.limit} s (--limit); it had printed: {printed[-1500:]}") from None
+        lines = printed.strip().splitlines()
+        print("\n".join(line[:400] for line in lines[-30:] if not line.startswith("{")), flush=True)
+        if process.returncode:
+            raise PartFailed(f"exit code {process.returncode}: {printed[-1500:]}")
+        return dict(json.loads(lines[-1])) if lines and lines[-1].startswith("{") else {}
+
+
+def gpu_state() -> dict[str, str]:
+    """Clocks, temperature and power of the first GPU at this moment, by nvidia-smi."""
+    if not shutil.which("nvidia-smi"):
+        return {}
+    done = subprocess.run(["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader", "--id=0"], capture_output=True, text=True, check=False)
+    return dict(zip(CLOCKS.split(","), (cell.strip() for cell in done.stdout.strip().split(","))))
+
+
+def summary(results: dict[str, Any]) -> list[list[str]]:
+    """One row for each model, number of steps and way of running, as far as they were measured."""
+    rows = []
+    for model, parts in results["models"].items():
+        ways = {"ours, CUDA graph": parts.get("latency", {}).get("cuda_graph"), "ours, plain": parts.get("latency", {}).get("plain"),
+                "torch.compile": parts.get("compile"), "eager": parts.get("eager")}
+        for way, numbers in ways.items():
+            for steps, one in ((numbers or {}).get("steps") or {}).items():
+                whole, step = one["whole_ms"], one.get("step_ms")
+                rows.append([model, way, steps, f"{whole['p50']:.1f}", f"{whole['p90']:.1f}", f"{whole['p99']:.1f}", f"{step['p50']:.2f}" if step else ""])
+    return rows
+
+
+def verdicts(results: dict[str, Any]) -> list[str]:
+    """The goals, met or missed and by how much, for each model and number of steps that has both sides."""
+    lines = []
+    for model, parts in results["models"].items():
+        ours = (parts.get("latency", {}).get("cuda_graph") or {}).get("steps", {})
+        for text, rival, goal in GOALS:
+            for steps, theirs in (parts.get(rival, {}).get("steps") or {}).items():
+                if steps in ours:
+                    ratio = theirs["whole_ms"]["p50"] / ours[steps]["whole_ms"]["p50"]
+                    lines.append(f"{model}, {steps} steps: {ratio:.2f}x {text}; the goal of {goal}x is {'met' if ratio >= goal else 'missed'}")
+        for steps, one in ours.items():
+            share = one["host_share_of_step"]
+            lines.append(f"{model}, {steps} steps: the host's share of a step is {share:.1%}; the goal of under 3 % is {'met' if share < 0.03 else 'missed'}")
+        if "psnr_db" in parts.get("picture", {}):
+            psnr = parts["picture"]["psnr_db"]
+            lines.append(f"{model}: PSNR {psnr:.1f} dB against float32; the goal of 30 dB is {'met' if psnr >= 30 else 'missed'}")
+    return lines
+
+
+def names(allowed: Sequence[str]) -> Any:
+    """A parser of comma-separated names."""
+    def parse(text: str) -> list[str]:
+        chosen = text.split(",")
+        for name in chosen:
+            if name not in allowed:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(allowed)}")
+        return chosen
+    return parse
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Builds, correctness and latency on a GPU, beside diffusers.")
+    p.add_argument("--models", type=names(list(MODELS)), default=list(MODELS))
+    p.add_argument("--parts", type=names(PARTS), default=list(PARTS))
+    p.add_argument("--output", type=Path, default=Path("build/gpu"), help="bundles, pictures and gpu.json go here (default: build/gpu)")
+    p.add_argument("--limit", type=int, default=540, metavar="SECONDS", help="for each process (default: 540)")
+    p.add_argument("--pictures", type=int, default=20)
+    p.add_argument("--warmup", type=int, default=3)
+    p.add_argument("--steps", type=lambda text: [int(n) for n in text.split(",")], default=[20, 30, 50])
+    p.add_argument("--compile-mode", choices=["max-autotune", "reduce-overhead"], default="max-autotune")
+    p.add_argument("--cold-only", action="store_true", help="do not build a second time with the timing cache")
+    p.add_argument("--torch-python", default=sys.executable, metavar="CMD", help="a Python with the [export] extra")
+    p.add_argument("--tensorrt-python", default=sys.executable, metavar="CMD", help="a Python with the [tensorrt] extra")
+    p.add_argument("--torch-device", default="cuda", help="cpu tries the command out, with float32 instead of fp16 (default: cuda)")
+    return p
+
+
+def main() -> int:
+    benchmark = Benchmark(parser().parse_args())
+    good = benchmark.run()
+    print_table(["model", "way", "steps", "picture p50 ms", "p90", "p99", "step p50 ms"], summary(benchmark.results))
+    print("\n".join(verdicts(benchmark.results)))
+    print(f"wrote {benchmark.file}")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""The parts of benchmarks.gpu that run TensorRT. Needs the runtime's packages only; the last line printed is JSON."""
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from engine import Pipeline
+from engine.backends.cuda import Device
+from engine.backends.tensorrt import TensorRtRuntime
+from engine.bundle import Bundle
+from engine.contract import INPUTS, OUTPUTS
+from engine.plans import Plans
+from export.compare import as_json, compared, difference, psnr, tolerance
+
+PROMPT = "a large red circle on a blue background"
+GUIDANCE = 7.5
+PICTURE_STEPS = 20
+FUSED_ATTENTION = re.compile(r"mha|fmha|flash|attention", re.IGNORECASE)
+
+
+def percentiles(milliseconds: list[float]) -> dict[str, float]:
+    """min, p50, p90, p99 and the number of samples."""
+    p50, p90, p99 = np.percentile(milliseconds, [50, 90, 99])
+    return {"min": round(min(milliseconds), 4), "p50": round(float(p50), 4), "p90": round(float(p90), 4), "p99": round(float(p99), 4), "n": len(milliseconds)}
+
+
+def check(bundle: Path, file: Path) -> dict[str, Any]:
+    """Each plan on the inputs of a reference file, against torch's outputs in it."""
+    reference, found = np.load(file), {}
+    opened = Bundle.open(bundle, verify=False)
+    for component in OUTPUTS:
+        runtime = TensorRtRuntime()
+        plans = Plans.find(opened, runtime.machine)
+        runtime.load([(component, plans.read(component))])
+        inputs = {name: reference[f"{component}/{name}"] for name in INPUTS[component]}
+        outputs = dict(zip(OUTPUTS[component], runtime.run(component, inputs)))
+        runtime.close()
+        wanted = {name: compared(component, name, reference[f"{component}/{name}"]) for name in outputs}
+        worst = max((difference(compared(component, name, value), wanted[name]) for name, value in outputs.items()), key=lambda one: one.relative_rms)
+        finite = all(np.isfinite(value.astype(np.float32)).all() for value in outputs.values())
+        allowed = tolerance(component, opened.precision)
+        found[component] = {**as_json(worst), "finite": bool(finite), "allowed": allowed, "good": bool(finite and worst.relative_rms <= allowed)}
+        print(f"{component}: {worst.relative_rms:.2e} from torch in float32, {allowed:.0e} is allowed")
+    return found
+
+
+def picture(bundle: Path, file: Path, png: Path) -> dict[str, Any]:
+    """Our picture beside diffusers' from the same seed, and whether CUDA graphs change it."""
+    expected = np.load(file)
+    made: dict[str, np.ndarray] = {}
+    for graphs in (True, False):
+        with Pipeline.load(bundle, backend="tensorrt", cuda_graphs=graphs) as pipeline:
+            result = pipeline(PROMPT, num_inference_steps=PICTURE_STEPS, guidance_scale=GUIDANCE, seed=0, scheduler="ddim", progress=False)
+            made[result.timings["path"]] = np.asarray(result.images[0])
+            if graphs:
+                result.images[0].save(png)
+                path = result.timings["path"]
+    found = {"psnr_db": round(psnr(made[path], expected), 2), "path": path, "steps": PICTURE_STEPS,
+             "graph_equals_plain": len(made) == 2 and np.array_equal(made["cuda_graph"], made["plain"])}
+    print(f"PSNR {found['psnr_db']} dB against diffusers in float32")
+    return found
+
+
+def latency(bundle: Path, steps: list[int], pictures: int, warmup: int) -> dict[str, Any]:
+    """Whole pictures and their stages, with CUDA graphs and without; memory, load time, first picture."""
+    found: dict[str, Any] = {}
+    device = Device(0)
+    for graphs in (True, False):
+        with device:
+            free = device.memory()[0]
+        started = perf_counter()
+        pipeline = Pipeline.load(bundle, backend="tensorrt", cuda_graphs=graphs)
+        loaded = perf_counter()
+        first = pipeline(PROMPT, num_inference_steps=steps[0], guidance_scale=GUIDANCE, seed=0, scheduler="ddim", progress=False, output_type="np")
+        first_seconds = perf_counter() - loaded
+        numbers = {str(count): measure(pipeline, count, pictures, warmup) for count in steps}
+        with device:
+            used = free - device.memory()[0]
+        found["cuda_graph" if graphs else "plain"] = {
+            "path": first.timings["path"], "description": pipeline.description, "load_s": round(loaded - started, 3),
+            "first_picture_s": round(first_seconds, 3), "device_mib": round(used / 2**20, 1), "steps": numbers}
+        pipeline.close()
+    with device.closing():
+        return found
+
+
+def measure(pipeline: Pipeline, steps: int, pictures: int, warmup: int) -> dict[str, Any]:
+    """Percentiles over pictures of a new prompt each, so that the text encoder runs for each; the negative prompt is cached."""
+    samples: dict[str, list[float]] = {"whole_ms": [], "step_ms": [], "text_encoder_ms": [], "vae_decoder_ms": [], "denoise_ms": []}
+    host = device = 0.0
+    for i in range(warmup + pictures):
+        started = perf_counter()
+        result = pipeline(f"{PROMPT}, number {i}", num_inference_steps=steps, guidance_scale=GUIDANCE, seed=i, scheduler="ddim", progress=False,
+                          output_type="np")
+        whole = perf_counter() - started
+        if i < warmup:
+            continue
+        times = result.timings
+        samples["whole_ms"].append(1000 * whole)
+        samples["step_ms"] += [1000 * step for step in times["steps"]]
+        for stage in ("text_encoder", "vae_decoder", "denoise"):
+            samples[f"{stage}_ms"].append(1000 * times[stage])
+        host, device = host + times["host"]["denoise"], device + times["denoise"]
+    found: dict[str, Any] = {name: percentiles(values) for name, values in samples.items()}
+    found["host_share_of_step"] = round(host / device, 4)
+    print(f"{steps} steps: picture {found['whole_ms']['p50']:.2f} ms, step {found['step_ms']['p50']:.3f} ms, VAE {found['vae_decoder_ms']['p50']:.2f} ms, "
+          f"host {found['host_share_of_step']:.1%} of the loop")
+    return found
+
+
+def layers(bundle: Path) -> dict[str, Any]:
+    """The denoiser's layers as the engine inspector tells them: how many of each kind, and those that look like fused attention."""
+    runtime = TensorRtRuntime()
+    plans = Plans.find(Bundle.open(bundle, verify=False), runtime.machine)
+    runtime.load([("denoiser", plans.read("denoiser"))])
+    with runtime.device:
+        told = json.loads(runtime.engines["denoiser"].inspect())
+    runtime.close()
+    known = [layer if isinstance(layer, dict) else {"Name": layer} for layer in told["Layers"]]
+    kinds = Counter(str(layer.get("LayerType", "unknown")) for layer in known)
+    fused = [str(layer["Name"])[:200] for layer in known if FUSED_ATTENTION.search(str(layer.get("Name", "")) + str(layer.get("TacticName", "")))]
+    print(f"{len(known)} layers: {dict(kinds.most_common(8))}; {len(fused)} of fused attention")
+    tactics = Counter(str(layer.get("TacticName", ""))[:80] for layer in known)
+    return {"layers": len(known), "kinds": dict(kinds.most_common()), "fused_attention": fused[:40], "tactics": dict(tactics.most_common(25))}
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(prog="python -m benchmarks.gpu_tensorrt")
+    p.add_argument("part", choices=["check", "picture", "latency", "layers"])
+    p.add_argument("--bundle", type=Path, required=True)
+    p.add_argument("--file", type=Path)
+    p.add_argument("--png", type=Path)
+    p.add_argument("--steps", type=lambda text: [int(n) for n in text.split(",")], default=[20])
+    p.add_argument("--pictures", type=int, default=20)
+    p.add_argument("--warmup", type=int, default=3)
+    o = p.parse_args()
+    found = check(o.bundle, o.file) if o.part == "check" else picture(o.bundle, o.file, o.png) if o.part == "picture" else \
+        latency(o.bundle, o.steps, o.pictures, o.warmup) if o.part == "latency" else layers(o.bundle)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
