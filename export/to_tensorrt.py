@@ -207,6 +207,7 @@ class PlanBuilder:
         with self._device:
             builder = made("builder", trt.Builder, log)
             network = made("network", builder.create_network, versions.network_flags(trt))
+            network.name = component
             parser = made("parser", trt.OnnxParser, network, log)
             if not parser.parse_from_file(str(self._bundle.graphs[component])):
                 reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
@@ -350,9 +351,8 @@ def set_profiles(builder: Any, network: Any, config: Any, component: str, profil
         tensor.shape = tuple(values.pop() if len(values) == 1 else -1 for values in sizes)
     for profile in limits:
         added = builder.create_optimization_profile()
-        for name in inputs:
-            added.set_shape(name, *(shapes[name] for shapes in profile))
-        if config.add_optimization_profile(added) < 0:
+        accepted = all(versions.accepted(added.set_shape, name, *(shapes[name] for shapes in profile)) for name in inputs)
+        if not accepted or config.add_optimization_profile(added) < 0:
             raise fail(f"refused the profile {profile}")
     return channels
 

@@ -1,6 +1,7 @@
 """Bundles that the tests share: built once, and kept in build/ until something that they are made of changes."""
 import json
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,13 +13,17 @@ quiet_libraries()
 import pytest
 
 from engine import Pipeline
+from engine.contract import Range, Shapes
+from export import to_tensorrt
 from export.build import build, default_shapes
 from export.checkpoint import DiffusersFolder, resolve
 
+from . import fakes
 from .models import write_tiny_model
 
 ROOT = Path(__file__).parent.parent
 ENGINES = ROOT / "build" / "test-engines"
+ONE, TWO, FIXED = (Range(n, n, n) for n in (1, 2, 64))
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +31,40 @@ def demo_bundle() -> Path:
     """The built-in model in fp32."""
     source = resolve(None)
     return build(source, ENGINES, "fp32", default_shapes(source.sample_size())).folder
+
+
+@pytest.fixture(scope="session")
+def demo_fp16() -> Path:
+    """The built-in model in fp16."""
+    source = resolve(None)
+    return build(source, ENGINES / "fp16", "fp16", default_shapes(source.sample_size()), verify=False, report=lambda message: None).folder
+
+
+PROFILES = [Shapes(FIXED, FIXED, ONE, TWO), Shapes(Range(32, 64, 96), Range(32, 64, 96), Range(1, 2, 4), Range(1, 4, 8))]
+"""What the plans of the tests are for: 64 x 64 with guidance, and a range."""
+
+
+def copy_bundle(bundle: Path, folder: Path) -> Path:
+    """A copy without plans."""
+    return Path(shutil.copytree(bundle, folder / bundle.name, ignore=shutil.ignore_patterns("plans")))
+
+
+@pytest.fixture(scope="session")
+def planned(demo_fp16, tmp_path_factory):
+    """planned(version): a bundle of the built-in model with plans of the fake TensorRT of that version, built once. The VAE takes
+    two pictures at a time, so that four are decoded in slices."""
+    made: dict[str, Path] = {}
+
+    def plan(version: str) -> Path:
+        if version not in made:
+            bundle = copy_bundle(demo_fp16, tmp_path_factory.mktemp(f"trt{version}"))
+            with fakes.install(version), pytest.MonkeyPatch.context() as patch:
+                patch.setattr(to_tensorrt, "PIXELS_PER_DECODE", 2 * 64 * 64)
+                to_tensorrt.build_plans(bundle, PROFILES, compare=False, report=lambda message: None)
+            made[version] = bundle
+        return made[version]
+
+    return plan
 
 
 def tiny_source(folder: Path, kind: str) -> DiffusersFolder:
@@ -48,7 +87,7 @@ def tiny_bundles(tiny_sources) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def demo(demo_bundle) -> Pipeline:
     """A pipeline of the built-in model."""
-    return Pipeline.load(demo_bundle)
+    return Pipeline.load(demo_bundle, backend="onnxruntime")
 
 
 @pytest.fixture

@@ -234,7 +234,7 @@ class Engine:
         if context is None:
             raise TensorRtError(f"TensorRT made no execution context for the {self.component}; {log.tail()}")
         versions.set_scratch(backend.trt, context, backend.scratch.address, backend.scratch.nbytes)
-        if not context.set_optimization_profile_async(self._profile(shapes), backend.stream.number):
+        if not versions.accepted(context.set_optimization_profile_async, self._profile(shapes), backend.stream.number):
             raise TensorRtError(f"TensorRT refused profile {self._profile(shapes)} of the {self.component}; {log.tail()}")
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):

@@ -39,6 +39,14 @@ def none_for_null(create: Callable[..., Any], *arguments: Any) -> Any:
         return None
 
 
+def accepted(call: Callable[..., Any], *arguments: Any) -> bool:
+    """Whether a call was accepted: some methods of the Python API return False otherwise, others raise RuntimeError."""
+    try:
+        return call(*arguments) is not False
+    except RuntimeError:
+        return False
+
+
 def network_flags(trt: ModuleType) -> int:
     """Flags of a network whose precision is that of its graph.
 

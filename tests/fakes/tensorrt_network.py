@@ -1,0 +1,283 @@
+"""The fake TensorRT's networks, and the ONNX parser that fills them."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .tensorrt_api import Bound
+from .tensorrt_plan import Graph, Node, Tensor, Unparsable, evaluate, read_graph
+
+
+class INetworkDefinition(Bound):
+    """`_flags` are names of NetworkDefinitionCreationFlag; TensorRT 11 has no other than strongly typed networks."""
+
+    __slots__ = ("_builder", "_flags", "_graph", "_inputs", "_layers", "_outputs", "_symbols", "_tensors", "name")
+
+    @property
+    def _logger(self) -> Any:
+        return self._builder._logger
+
+    @property
+    def _strongly_typed(self) -> bool:
+        return self._library.major == "11" or "STRONGLY_TYPED" in self._flags
+
+    @property
+    def builder(self) -> Any:
+        return self._builder
+
+    @property
+    def has_implicit_batch_dimension(self) -> bool:
+        return self._library.major == "8" and "EXPLICIT_BATCH" not in self._flags
+
+    @property
+    def flags(self) -> int:
+        return sum(1 << int(self._library.NetworkDefinitionCreationFlag.__members__[name]) for name in self._flags)
+
+    def get_flag(self, flag: Any) -> bool:
+        self._library.expect(flag, "NetworkDefinitionCreationFlag")
+        return flag.name in self._flags
+
+    @property
+    def num_inputs(self) -> int:
+        return len(self._inputs)
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self._outputs)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    def get_input(self, index: int) -> Any:
+        return self._inputs[index] if 0 <= index < len(self._inputs) else None
+
+    def get_output(self, index: int) -> Any:
+        return self._outputs[index] if 0 <= index < len(self._outputs) else None
+
+    def get_layer(self, index: int) -> Any:
+        return self._layers[index] if 0 <= index < len(self._layers) else None
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, arg0: int) -> Any:
+        return self._layers[arg0]
+
+    def mark_output(self, tensor: Any) -> None:
+        self._library.expect(tensor, "ITensor")
+        if tensor not in self._outputs:
+            self._outputs.append(tensor)
+
+    def unmark_output(self, tensor: Any) -> None:
+        self._library.expect(tensor, "ITensor")
+        self._outputs.remove(tensor)
+
+    def _fill(self, graph: Graph) -> None:
+        library = self._library
+        self._graph = graph
+        self._tensors = {name: library.ITensor._create(_network=self, _tensor=tensor) for name, tensor in graph.tensors.items()}
+        self._inputs = [self._tensors[tensor.name] for tensor in graph.inputs]
+        self._outputs = [self._tensors[tensor.name] for tensor in graph.outputs]
+        self._layers = [library.ILayer._create(_network=self, _node=node, _precision=None, _output_types={}, name=node.name,
+                                               metadata=f"[ONNX Layer: {node.name}]") for node in graph.nodes]
+
+
+class ITensor(Bound):
+    __slots__ = ("_network", "_tensor")
+    _tensor: Tensor
+
+    @property
+    def name(self) -> str:
+        return self._tensor.name
+
+    @property
+    def shape(self) -> Any:
+        return self._library.Dims([evaluate(dim, self._network._symbols) for dim in self._tensor.dims])
+
+    @shape.setter
+    def shape(self, value: Any) -> None:
+        if not self.is_network_input:
+            self._library.error(self._network._logger, f"ITensor::setDimensions: Error Code 3: API Usage Error ({self.name} is no network input)")
+            return
+        given = list(self._library.Dims(value))
+        self._network._symbols |= {name: size for name, size in zip(self._tensor.dims, given) if isinstance(name, str) and size != -1}
+        self._tensor.dims = [name if size == -1 and isinstance(name, str) else size for name, size in zip(self._tensor.dims, given)]
+
+    @property
+    def dtype(self) -> Any:
+        return self._library.DataType.__members__[self._tensor.dtype]
+
+    @property
+    def is_shape_tensor(self) -> bool:
+        return self._tensor.shape_tensor
+
+    @property
+    def is_execution_tensor(self) -> bool:
+        return not self._tensor.shape_tensor
+
+    @property
+    def is_network_input(self) -> bool:
+        return self in self._network._inputs
+
+    @property
+    def is_network_output(self) -> bool:
+        return self in self._network._outputs
+
+
+class ILayer(Bound):
+    __slots__ = ("_network", "_node", "_output_types", "_precision", "metadata", "name")
+    _node: Node
+
+    @property
+    def type(self) -> Any:
+        return self._library.LayerType.__members__[self._node.layer_type]
+
+    @property
+    def num_inputs(self) -> int:
+        return len(self._node.inputs)
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self._node.outputs)
+
+    def get_input(self, index: int) -> Any:
+        return self._network._tensors[self._node.inputs[index]] if 0 <= index < self.num_inputs else None
+
+    def get_output(self, index: int) -> Any:
+        return self._network._tensors[self._node.outputs[index]] if 0 <= index < self.num_outputs else None
+
+    @property
+    def precision(self) -> Any:
+        return self._precision or self._library.DataType.FLOAT
+
+    @precision.setter
+    def precision(self, value: Any) -> None:
+        self._library.expect(value, "DataType")
+        if self._weakly_typed("setPrecision"):
+            self._precision = value
+
+    @property
+    def precision_is_set(self) -> bool:
+        return self._precision is not None
+
+    def reset_precision(self) -> None:
+        self._precision = None
+
+    def get_output_type(self, index: int) -> Any:
+        return self._output_types.get(index, self.get_output(index).dtype)
+
+    def set_output_type(self, index: int, dtype: Any) -> None:
+        self._library.expect(dtype, "DataType")
+        if self._weakly_typed("setOutputType"):
+            self._output_types[index] = dtype
+
+    def output_type_is_set(self, index: int) -> bool:
+        return index in self._output_types
+
+    def reset_output_type(self, index: int) -> None:
+        self._output_types.pop(index, None)
+
+    def _weakly_typed(self, method: str) -> bool:
+        if self._network._strongly_typed:
+            self._library.error(self._network._logger, f"ILayer::{method}: Error Code 3: API Usage Error (layer {self.name}: the network is strongly typed)")
+        return not self._network._strongly_typed
+
+
+class ParserError(Bound):
+    __slots__ = ("_error",)
+
+    def code(self) -> Any:
+        return self._library.ErrorCode.__members__[self._error.code]
+
+    def desc(self) -> str:
+        return self._error.text
+
+    def node(self) -> int:
+        return self._error.node
+
+    def node_name(self) -> str:
+        return self._error.name
+
+    def node_operator(self) -> str:
+        return self._error.operator
+
+    def file(self) -> str:
+        return "ModelImporter.cpp"
+
+    def line(self) -> int:
+        return 771
+
+    def func(self) -> str:
+        return "importModel"
+
+    def local_function_stack(self) -> list[str]:
+        return []
+
+    def __str__(self) -> str:
+        return f"In node {self.node()} with name: {self._error.name} and operator: {self._error.operator} ({self.func()}): {self._error.code}: {self.desc()}"
+
+
+class OnnxParser(Bound):
+    __slots__ = ("_errors", "_flags", "_logger", "_network")
+
+    def __init__(self, network: Any, logger: Any) -> None:
+        self._library.expect(network, "INetworkDefinition")
+        self._library.expect(logger, "ILogger")
+        self._network, self._logger, self._errors, self._flags = network, logger, [], set()
+
+    def parse(self, model: Any, path: str | None = None) -> bool:
+        return self._parse("parse", None if path is None else Path(path), bytes(memoryview(model)))
+
+    def parse_from_file(self, model: str) -> bool:
+        self._library.expect(model, str)
+        return self._parse("parse_from_file", Path(model), None)
+
+    def _parse(self, method: str, path: Path | None, content: bytes | None) -> bool:
+        library = self._library
+        try:
+            if library.faults.hit(method):
+                raise Unparsable("the test wants it so", "INTERNAL_ERROR")
+            if self._network.has_implicit_batch_dimension:
+                raise Unparsable("Assertion failed: !_importer_ctx.network()->hasImplicitBatchDimension() && \"This version of the ONNX parser only supports "
+                                 "TensorRT INetworkDefinitions with an explicit batch dimension.\"", "INVALID_VALUE")
+            graph = read_graph(path, content, library.unsupported_operators, narrow_int64=library.major == "8")
+            unknown = sorted({t.dtype for t in graph.tensors.values()} - library.DataType.__members__.keys())
+            if unknown:
+                raise Unparsable(f"Unsupported data type: {', '.join(unknown)}", "UNSUPPORTED_NODE")
+        except Unparsable as error:
+            self._errors.append(library.ParserError._create(_error=error))
+            library.error(self._logger, str(self._errors[-1]))
+            return False
+        opset = max((entry.version for entry in graph.model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+        if library.major == "8" and opset > 17:
+            library.log(self._logger, "WARNING", f"opset {opset}: TensorRT 8.6 documents opsets up to 17")
+        self._network._fill(graph)
+        return True
+
+    @property
+    def num_errors(self) -> int:
+        return len(self._errors)
+
+    def get_error(self, index: int) -> Any:
+        return self._errors[index]
+
+    def clear_errors(self) -> None:
+        self._errors.clear()
+
+    def supports_operator(self, op_name: str) -> bool:
+        return op_name not in self._library.unsupported_operators
+
+    @property
+    def flags(self) -> int:
+        return sum(1 << int(flag) for flag in self._flags)
+
+    def set_flag(self, flag: Any) -> None:
+        self._library.expect(flag, "OnnxParserFlag")
+        self._flags.add(flag)
+
+    def get_flag(self, flag: Any) -> bool:
+        return flag in self._flags
+
+    def clear_flag(self, flag: Any) -> None:
+        self._flags.discard(flag)
