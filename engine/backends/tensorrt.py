@@ -68,6 +68,7 @@ class TensorRtRuntime:
         self.engines: dict[str, Engine] = {}
         self._result: PinnedMemory | None = None
         self._events: list[Event] = []
+        self._retired: list[Callable[[], None]] = []
         try:
             with self.device:
                 self.stream = Stream(self.device)
@@ -122,13 +123,18 @@ class TensorRtRuntime:
         """Waits for the GPU. An error of anything that was started before appears here."""
         self.stream.synchronize(doing)
         self.uploads.reset()
+        while self._retired:
+            self._retired.pop()()
+
+    def retire(self, close: Callable[[], None]) -> None:
+        """Closes something after the next wait, since the GPU may still be using it."""
+        self._retired.append(close)
 
     def result(self, nbytes: int) -> PinnedMemory:
         """Pinned memory for what comes back."""
         if self._result is None or self._result.nbytes < nbytes:
             if self._result is not None:
-                self.synchronize("waiting for an earlier picture")
-                self._result.close()
+                self.retire(self._result.close)
             self._result = PinnedMemory(self.device, nbytes, "results")
         return self._result
 
@@ -138,6 +144,7 @@ class TensorRtRuntime:
     def close(self) -> None:
         """Frees everything on the GPU. A second call does nothing."""
         with self.device.closing():
+            self._retired.clear()
             for engine in self.engines.values():
                 engine.close()
             self.engines.clear()
@@ -221,8 +228,7 @@ class Engine:
         key = tuple(shapes.items())
         if key not in self._ready:
             while len(self._ready) >= SHAPES_KEPT:
-                self._backend.synchronize("making room for another size")
-                self._ready.popitem(last=False)[1].close()
+                self._backend.retire(self._ready.popitem(last=False)[1].close)
             self._ready[key] = Execution(self._backend, self, shapes)
         self._ready.move_to_end(key)
         return self._ready[key]
@@ -234,12 +240,20 @@ class Engine:
         if context is None:
             raise TensorRtError(f"TensorRT made no execution context for the {self.component}; {log.tail()}")
         versions.set_scratch(backend.trt, context, backend.scratch.address, backend.scratch.nbytes)
-        if not versions.accepted(context.set_optimization_profile_async, self._profile(shapes), backend.stream.number):
-            raise TensorRtError(f"TensorRT refused profile {self._profile(shapes)} of the {self.component}; {log.tail()}")
+        if problem := self._refusal(context, shapes):
+            del context  # a traceback would keep it, and with it the engine's memory
+            raise TensorRtError(f"TensorRT refused {problem}; {log.tail()}")
+        return context
+
+    def _refusal(self, context: Any, shapes: Mapping[str, Shape]) -> str | None:
+        """Gives a context its profile and shapes: what it does not take, in words."""
+        profile = self._profile(shapes)
+        if not versions.accepted(context.set_optimization_profile_async, profile, self._backend.stream.number):
+            return f"profile {profile} of the {self.component}"
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
-                raise TensorRtError(f"TensorRT refused shape {shape} for the {self.component}'s input {name}; {log.tail()}")
-        return context
+                return f"shape {shape} for the {self.component}'s input {name}"
+        return None
 
     def _profile(self, shapes: Mapping[str, Shape]) -> int:
         """The number of the first profile that serves these shapes."""
@@ -332,8 +346,7 @@ class Step:
         """Memory for a table of that size."""
         if self._table is None or self._table.nbytes < nbytes:
             if self._table is not None:
-                self._backend.synchronize("waiting for the last picture's table")
-                self._table.close()
+                self._backend.retire(self._table.close)
             self._constants.pop("table", None)
             self._table = self._backend.device.allocate(nbytes, "the step table")
         return self._table
