@@ -12,13 +12,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from .bundle import Bundle
 from .errors import EngineError
+from .libraries import installed
 from .plans import Machine, Plans
 from .version import __version__
 
@@ -86,7 +86,7 @@ def find_libraries() -> Iterator[str]:
     known: list[tuple[str, str, str, Callable[[], str]]] = [
         ("TensorRT", "tensorrt", "tensorrt", tensorrt), ("ONNX Runtime", "onnxruntime", "cpu", onnxruntime)]
     for name, module, extra, describe in known:
-        if find_spec(module) is None:
+        if not installed(module):
             yield f"{name}: not installed; pip install latentrt[{extra}]"
             continue
         try:
@@ -108,7 +108,7 @@ def examine(folder: Path, machines: list[Machine], verify: bool) -> Iterator[str
         yield f"{folder}: not usable: {error}"
         return
     yield f"{folder}: {bundle.name}, {bundle.precision}, height x width {bundle.shapes}"
-    if find_spec("onnxruntime") is None:
+    if not installed("onnxruntime"):
         yield "  onnxruntime: not usable: not installed; pip install latentrt[cpu]"
     else:
         yield "  onnxruntime: usable" + (": but its CPU provider has no bf16 kernels" if bundle.precision == "bf16" else "")

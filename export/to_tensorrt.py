@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -23,6 +22,7 @@ from engine.backends.tensorrt import TensorRtRuntime, open_log
 from engine.bundle import Bundle
 from engine.contract import COMPONENTS, INPUTS, OUTPUTS, VAE_FACTOR, Range, Shapes
 from engine.errors import EngineError
+from engine.libraries import installed
 from engine.plans import BUILD, FORMAT, Machine, format_profile, onnx_hash, read_build
 from engine.version import __version__
 
@@ -246,7 +246,7 @@ class PlanBuilder:
 
     def _check(self, component: str, plan: bytes, profiles: Sequence[Shapes], channels: int, compare: bool, diagnose: bool) -> dict[str, Any]:
         """Runs a plan at the size that each profile is best at: differences from ONNX Runtime, finite values, time."""
-        reason = "--no-verify" if not compare else None if find_spec("onnxruntime") else "onnxruntime is not installed"
+        reason = "--no-verify" if not compare else None if installed("onnxruntime") else "onnxruntime is not installed"
         found, timed = list[Difference](), []
         runtime = TensorRtRuntime(self._device.number)
         try:

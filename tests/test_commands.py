@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnxruntime
 import pytest
 from PIL import Image
 
@@ -69,7 +70,7 @@ def test_picture_command_writes_a_picture_and_says_how_long_it_took(demo_bundle,
     assert command.main(["picture", "a large red circle on a blue background", "--bundle", str(demo_bundle), "--steps", "3", "--seed", "1",
                          "--output", str(file)]) == 0
     printed = capsys.readouterr().out
-    assert f"wrote {file}\nseed 1\ntokenize" in printed
+    assert f"wrote {file}\nseed 1; ONNX Runtime {onnxruntime.__version__} on the CPU\ntokenize" in printed
     assert "3 steps of" in printed
     assert "values within 1 of 255" in printed
     assert "Seed: 1" in Image.open(file).text["parameters"]

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from ..bundle import Bundle
 from ..errors import DeviceError, UnknownBackendError
+from ..libraries import installed
 from .interface import Backend
 
 BACKENDS = ("tensorrt", "onnxruntime")
@@ -39,8 +40,7 @@ def gpu_number(device: str | None) -> int | None:
 
 def tensorrt_is_usable() -> bool:
     """Whether TensorRT, CUDA's Python bindings and a GPU are here."""
-    from importlib.util import find_spec
-    if any(find_spec(name) is None for name in ("tensorrt", "cuda")):
+    if not (installed("tensorrt") and installed("cuda")):
         return False
     from .cuda import count_devices
     return count_devices() > 0

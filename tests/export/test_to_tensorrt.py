@@ -1,0 +1,416 @@
+"""Plans: what is built for which version, what is kept, what is said when it fails. On the fake GPU."""
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import build_engines
+from engine import Pipeline
+from engine.contract import COMPONENTS, Range, Shapes
+from engine.errors import BackendError, BundleNotFoundError, CudaMemoryError
+from export import diagnose, to_tensorrt
+from export.build import build
+from export.checkpoint import resolve
+from export.errors import OutputError, PlanBuildError, RoomError, UsageError, VerificationError
+from export.progress import Phases, watch
+from export.to_tensorrt import Settings, build_plans, component_profiles, with_rows
+from tests import fakes
+from tests.conftest import copy_bundle
+from tests.fakes.cuda_types import CUresult
+
+ROOT = Path(__file__).parents[2]
+ONE, FIXED = Range(1, 1, 1), Range(64, 64, 64)
+PROFILES = [Shapes(FIXED, FIXED, ONE, Range(2, 2, 2))]
+
+
+@pytest.fixture(params=fakes.VERSIONS)
+def version(request):
+    return request.param
+
+
+@pytest.fixture
+def machine():
+    with fakes.install("10.16.1") as machine:
+        yield machine
+
+
+@pytest.fixture
+def bundle(demo_fp16, tmp_path):
+    return copy_bundle(demo_fp16, tmp_path)
+
+
+def plan_folder(bundle):
+    return next((bundle / "plans").glob("*/build.json")).parent
+
+
+def said(bundle, profiles=PROFILES, **options):
+    """What a build reports."""
+    lines = []
+    build_plans(bundle, profiles, **options, report=lines.append)
+    return lines
+
+
+# --- what is built
+
+def test_every_component_is_compared_scanned_and_timed(bundle, version):
+    with fakes.install(version) as machine:
+        outcome = build_plans(bundle, PROFILES, report=lambda message: None)
+        assert machine.cuda.live() == {}
+    folder = bundle / "plans" / f"NVIDIA_H200-sm90-trt{version}"
+    assert outcome.folder == folder
+    assert outcome.built == COMPONENTS
+    written = json.loads((folder / "build.json").read_text())
+    assert written == outcome.build
+    assert written["machine"] == {"gpu": "NVIDIA H200", "compute_capability": "9.0", "tensorrt": version}
+    for component in COMPONENTS:
+        entry = written["components"][component]
+        assert (folder / f"{component}.plan").stat().st_size == entry["bytes"]
+        assert entry["check"]["compared"]
+        assert entry["check"]["difference"]["relative_rms"] <= 5e-3
+        assert entry["check"]["timed"][0]["milliseconds"] > 0
+        assert entry["seconds"]["build"] > 0
+
+
+def header(plan: Path) -> dict:
+    """What the fake TensorRT was told when it built a plan."""
+    from tests.fakes.tensorrt_plan import read_plan
+    return read_plan(plan.read_bytes()).header
+
+
+def test_precision_comes_from_the_graph(bundle, version):
+    """From 10 on by strong typing; on 8.6 by the FP16 flag and constraints that keep the graph's float32 islands."""
+    with fakes.install(version):
+        build_plans(bundle, PROFILES, compare=False, report=lambda message: None)
+    told = header(plan_folder(bundle) / "denoiser.plan")
+    if version == "8.6.0":
+        assert {"FP16", "OBEY_PRECISION_CONSTRAINTS"} <= set(told["flags"])
+        assert set(told["precisions"].values()) == {"FLOAT"}
+        assert told["precisions"]
+    else:
+        assert told["strongly_typed"]
+        assert not {"FP16", "BF16", "INT8"} & set(told["flags"])
+    assert "VERSION_COMPATIBLE" not in told["flags"]
+
+
+def test_fixed_sizes_are_fixed_in_the_network(bundle, machine):
+    build_plans(bundle, PROFILES, compare=False, report=lambda message: None)
+    inputs = {name: shape for name, _, shape in header(plan_folder(bundle) / "denoiser.plan")["inputs"]}
+    assert inputs["state"] == [1, 4, 4, 8, 8]
+    assert inputs["context"][:2] == [2, 77]
+
+
+def test_a_size_that_varies_between_profiles_is_left_open(bundle, machine):
+    build_plans(bundle, with_rows(Shapes(FIXED, FIXED, ONE)), compare=False, report=lambda message: None)
+    inputs = {name: shape for name, _, shape in header(plan_folder(bundle) / "denoiser.plan")["inputs"]}
+    assert inputs["row_sample"] == [-1]
+    assert inputs["state"] == [1, 4, 4, 8, 8]
+
+
+def test_settings_reach_the_builder(bundle, machine):
+    build_plans(bundle, PROFILES, Settings(optimization_level=1, workspace=1 << 28, max_aux_streams=0), compare=False, report=lambda message: None)
+    told = header(plan_folder(bundle) / "denoiser.plan")
+    assert (told["level"], told["workspace"], told["aux_streams"]) == (1, 1 << 28, 0)
+
+
+def test_rows_are_those_with_and_without_guidance():
+    assert [profile.rows for profile in with_rows(Shapes(FIXED, FIXED, Range(3, 3, 3)))] == [Range(6, 6, 6), Range(3, 3, 3)]
+    assert [profile.rows for profile in with_rows(Shapes(FIXED, FIXED, Range(1, 2, 4)))] == [Range(1, 4, 8)]
+
+
+def test_the_vae_takes_as_many_pictures_as_fit():
+    large = Shapes(Range(1024, 1024, 1024), Range(1024, 1024, 1024), Range(1, 2, 8), Range(1, 4, 16))
+    assert [profile.batch for profile in component_profiles("vae_decoder", [large])] == [ONE]
+    middle = Shapes(Range(512, 512, 512), Range(512, 512, 512), Range(1, 2, 8), Range(1, 4, 16))
+    assert [profile.batch for profile in component_profiles("vae_decoder", [middle])] == [Range(1, 2, 4)]
+    assert len(component_profiles("vae_decoder", with_rows(Shapes(FIXED, FIXED, ONE)))) == 1
+
+
+def test_the_built_plans_make_the_picture_of_onnx_runtime(bundle, version):
+    with Pipeline.load(bundle, backend="onnxruntime") as oracle:
+        wanted = np.asarray(oracle("a star", num_inference_steps=3, seed=1).images[0])
+    with fakes.install(version):
+        build_plans(bundle, with_rows(Shapes(FIXED, FIXED, ONE)), compare=False, report=lambda message: None)
+        with Pipeline.load(bundle) as pipeline:
+            np.testing.assert_array_equal(np.asarray(pipeline("a star", num_inference_steps=3, seed=1).images[0]), wanted)
+
+
+# --- what is kept
+
+def test_unchanged_plans_are_not_built_again(bundle, machine):
+    build_plans(bundle, PROFILES, compare=False, report=lambda message: None)
+    builds = machine.library.counts.builds
+    assert said(bundle)[-1].endswith("is up to date")
+    assert machine.library.counts.builds == builds
+
+
+def test_only_what_changed_is_built(bundle, machine):
+    said(bundle, compare=False)
+    outcome = build_plans(bundle, [Shapes(FIXED, FIXED, ONE, Range(1, 1, 1))], compare=False, report=lambda message: None)
+    assert outcome.built == ("denoiser",)
+
+
+def test_a_damaged_plan_is_built_again(bundle, machine):
+    said(bundle, compare=False)
+    (plan_folder(bundle) / "denoiser.plan").write_bytes(b"")
+    lines = said(bundle, compare=False)
+    assert "the old plans are not usable and will be replaced: denoiser.plan is not the file that was built" in lines[0]
+    assert any("denoiser: built in" in line for line in lines)
+
+
+def test_the_timing_cache_is_used_and_says_what_it_saved(bundle, machine):
+    said(bundle, compare=False)
+    cache = plan_folder(bundle).with_name(f"{plan_folder(bundle).name}.timing.cache")
+    assert cache.stat().st_size > 0
+    timed = machine.library.counts.tactics_timed
+    assert timed > 0
+    lines = said(bundle, compare=False, force=True)
+    assert machine.library.counts.tactics_timed == timed
+    assert sum("; the timing cache saved " in line for line in lines) == len(COMPONENTS)
+
+
+def test_a_timing_cache_of_another_machine_is_replaced(bundle, machine):
+    said(bundle, compare=False)
+    cache = plan_folder(bundle).with_name(f"{plan_folder(bundle).name}.timing.cache")
+    cache.write_bytes(b"not a timing cache")
+    assert any("timing.cache is not usable here and will be replaced" in line for line in said(bundle, compare=False, force=True))
+    assert cache.read_bytes() != b"not a timing cache"
+
+
+def test_plans_outlive_a_new_manifest(bundle, machine):
+    """Other sizes for ONNX Runtime trace nothing again, and the plans and their timing cache stay."""
+    said(bundle, compare=False)
+    side = Range(32, 64, 96)
+    source = resolve(None)
+    build(source, bundle.parent, "fp16", Shapes(side, side, Range(1, 1, 2)), verify=False, report=lambda message: None)
+    assert said(bundle)[-1].endswith("is up to date")
+    with Pipeline.load(bundle, backend="tensorrt") as pipeline:
+        assert len(pipeline("a star", num_inference_steps=1, seed=0).images) == 1
+
+
+# --- failures
+
+FAILURES = [
+    ("Builder", "made no builder"), ("create_network", "made no network"), ("create_builder_config", "made no configuration"),
+    ("parse_from_file", "does not parse"), ("build_serialized_network", "built no plan"), ("add_optimization_profile", "refused the profile"),
+]
+
+
+@pytest.mark.parametrize(("call", "words"), FAILURES)
+def test_every_refusal_is_an_error_with_the_log_and_the_old_plans_stay(bundle, version, call, words):
+    with fakes.install(version) as machine:
+        said(bundle, compare=False)
+        old = {file.name: file.read_bytes() for file in plan_folder(bundle).iterdir()}
+        machine.library.faults.fail(call, at=2)
+        with pytest.raises(PlanBuildError, match=rf"TensorRT {version} {words}.* for the denoiser; TensorRT's log ends with: .*The old plans are untouched"):
+            said(bundle, compare=False, force=True)
+        assert {file.name: file.read_bytes() for file in plan_folder(bundle).iterdir()} == old
+        assert not list((bundle / "plans").glob(".*"))
+        assert machine.cuda.live() == {}
+
+
+def test_a_graph_that_the_parser_does_not_know(bundle, edit_manifest):
+    graph = bundle / "onnx" / "denoiser.onnx"
+    graph.write_bytes(b"not a graph")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    from engine.bundle import sha256
+    manifest["files"]["onnx/denoiser.onnx"] = {"sha256": sha256(graph), "bytes": graph.stat().st_size}
+    edit_manifest(bundle, files=manifest["files"])
+    with fakes.install("8.6.0"), pytest.raises(PlanBuildError, match=r"does not parse .*denoiser.onnx \(Failed to parse the ONNX model"):
+        said(bundle, compare=False)
+
+
+def test_beyond_the_tolerance_the_build_fails_and_names_component_and_layer(bundle, machine, monkeypatch):
+    monkeypatch.setattr(to_tensorrt, "tolerance", lambda component, precision: -1.0)
+    monkeypatch.setattr(diagnose, "tolerance", lambda component, precision: -1.0)
+    with pytest.raises(VerificationError, match=r"the plan of the text_encoder differs from ONNX Runtime by .*allowed in fp16. The old plans are untouched. "
+                                                r"The first layer that diverges is node_\w+ \(\w+, output .*it is in (half|float) and its values go from "):
+        said(bundle)
+    assert not (bundle / "plans").exists() or not list((bundle / "plans").glob("*/build.json"))
+
+
+def test_values_that_are_not_finite_fail_the_build(bundle, machine, monkeypatch):
+    good = to_tensorrt.random_inputs
+
+    def overflowing(component, *arguments, **options):
+        inputs = good(component, *arguments, **options)
+        if component == "denoiser":
+            inputs["context"][:] = 1e38
+        return inputs
+
+    monkeypatch.setattr(to_tensorrt, "random_inputs", overflowing)
+    with pytest.raises(VerificationError, match=r"the plan of the denoiser gives values that are not finite in next_state at 64 x 64, batch 1, 2 U-Net rows; "
+                                                r"build the bundle with --precision bf16 or fp32"):
+        said(bundle)
+
+
+def test_diagnose_compares_layer_by_layer(bundle, machine):
+    lines = said(bundle, diagnose=True)
+    verdicts = [line for line in lines if "layers diverges" in line]
+    assert len(verdicts) == len(COMPONENTS)
+    assert all("None of " in line for line in verdicts)
+
+
+def test_too_small_a_gpu_is_found_before_the_build(bundle):
+    with fakes.install("10.16.1", devices=[fakes.Device("NVIDIA T400", (7, 5), memory=512 << 20)]) as machine:
+        with pytest.raises(RoomError, match=r"estimated to need 1\.\d GiB of the GPU's memory, and 0\.5 of 0\.5 GiB are free on GPU 0 \(NVIDIA T400\)"):
+            said(bundle)
+        assert machine.library.counts.builds == 0
+
+
+def test_too_small_a_disk_is_found_before_the_build(bundle, machine, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(OutputError, match=r"the plans are estimated to need 0\.\d+ GB, and 0\.00 GB are free at"):
+        said(bundle)
+
+
+def test_device_memory_that_runs_out_while_checking(bundle, machine):
+    machine.cuda.fail("cuMemAlloc", CUresult.CUDA_ERROR_OUT_OF_MEMORY, at=2)
+    with pytest.raises(CudaMemoryError, match="OUT_OF_MEMORY"):
+        said(bundle)
+    assert machine.cuda.live() == {}
+
+
+def test_bf16_needs_a_newer_tensorrt(bundle, edit_manifest):
+    edit_manifest(bundle, precision="bf16")
+    with fakes.install("8.6.0"), pytest.raises(UsageError, match=r"TensorRT 8.6.0 has no bfloat16; build the bundle with --precision fp16"):
+        said(bundle)
+
+
+def test_no_bundle(tmp_path, machine):
+    with pytest.raises(BundleNotFoundError, match="there is no bundle at"):
+        said(tmp_path / "missing")
+
+
+# --- progress and Ctrl-C
+
+def test_ctrl_c_cancels_a_build_and_leaves_the_old_plans(bundle, machine, monkeypatch):
+    said(bundle, compare=False)
+    old = {file.name: file.read_bytes() for file in plan_folder(bundle).iterdir()}
+    step = Phases.step
+
+    def interrupted(phases, phase, number):
+        if not phases.cancelled:
+            signal.raise_signal(signal.SIGINT)
+            while not phases.cancelled:
+                pass
+        return step(phases, phase, number)
+
+    monkeypatch.setattr(Phases, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        said(bundle, compare=False, force=True)
+    assert {file.name: file.read_bytes() for file in plan_folder(bundle).iterdir()} == old
+    assert not list((bundle / "plans").glob(".*"))
+    assert machine.cuda.live() == {}
+
+
+def test_nested_phases_become_one_fraction():
+    phases = Phases()
+    phases.start("build", None, 2)
+    assert phases.fraction() == 0.0
+    phases.start("tactics", "build", 4)
+    assert phases.step("tactics", 1)
+    assert phases.fraction() == 0.25
+    phases.finish("tactics")
+    phases.step("build", 0)
+    assert phases.fraction() == 0.5
+    phases.start("late", "build", 10)
+    assert phases.fraction() == 0.5  # never back
+    phases.step("build", 1)
+    phases.finish("build")
+    assert phases.fraction() == 1.0
+
+
+def test_an_error_in_the_builders_thread_arrives_here():
+    def work():
+        raise ZeroDivisionError("inside")
+
+    with pytest.raises(ZeroDivisionError, match="inside"):
+        watch(work, "a build", Phases(), True, lambda message: None)
+
+
+# --- the command
+
+def run(*arguments):
+    return build_engines.main([str(argument) for argument in arguments])
+
+
+def test_the_command_builds_plans_of_a_bundle(bundle, machine, capsys):
+    assert run("--bundle", bundle, "--height", "64,96", "--width", "64,72", "--rows", "2,1") == 0
+    profiles = json.loads((plan_folder(bundle) / "build.json").read_text())["profiles"]
+    assert [(p["height"][1], p["width"][1], p["rows"][1]) for p in profiles] == [(64, 64, 2), (64, 64, 1), (96, 72, 2), (96, 72, 1)]
+    assert "[2/4] denoiser: built in" in capsys.readouterr().out
+
+
+def test_with_a_gpu_the_command_builds_graphs_in_fp16_and_plans(demo_fp16, machine, tmp_path, capsys):
+    shutil.copytree(demo_fp16, tmp_path / "demo", ignore=shutil.ignore_patterns("plans"))  # so that nothing is traced again
+    assert run("--output", tmp_path, "--no-verify") == 0
+    manifest = json.loads((tmp_path / "demo" / "manifest.json").read_text())
+    assert manifest["precision"] == "fp16"
+    build_json = json.loads((plan_folder(tmp_path / "demo") / "build.json").read_text())
+    assert [(p["height"], p["batch"], p["rows"]) for p in build_json["profiles"]] == [
+        ([64] * 3, [1] * 3, [2] * 3), ([64] * 3, [1] * 3, [1] * 3)]
+    assert build_json["components"]["denoiser"]["check"]["reason"] == "--no-verify"
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["sd15", "--bundle", "x"], "--bundle builds TensorRT plans of a bundle that is there; leave MODEL and --backend onnxruntime out"),
+    (["--bundle", "x", "--backend", "onnxruntime"], "leave MODEL and --backend onnxruntime out"),
+    (["--bundle", "missing"], "there is no bundle at missing"),
+    (["--bundle", "BUNDLE", "--height", "64,96", "--width", "64,64,64"], "--height has 2 values and another option 3"),
+    (["--bundle", "BUNDLE", "--height", "60"], "--height 60 is not a multiple of 8"),
+    (["--bundle", "BUNDLE", "--batch", "4", "--rows", "2"], "--rows 2 is fewer than --batch 4"),
+    (["--bundle", "BUNDLE", "--device", "cuda:7"], "device 'cuda:7' does not exist"),
+    (["--bundle", "BUNDLE", "--device", "cpu"], "--device cpu cannot build TensorRT plans"),
+    (["--bundle", "BUNDLE", "--workspace", "-1"], "--workspace must be above 0"),
+    (["--backend", "onnxruntime", "--rows", "2"], "--rows, --diagnose, --workspace and --max-aux-streams are for --backend tensorrt"),
+])
+def test_mistakes_exit_with_2(bundle, machine, capsys, arguments, words):
+    assert run(*[str(bundle) if argument == "BUNDLE" else argument for argument in arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_tensorrt_asked_for_and_missing_is_found_before_anything_is_exported(tmp_path, capsys):
+    assert run("--backend", "tensorrt", "--output", tmp_path / "out") == 1
+    assert "TensorRT cannot be imported" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+BARE = """
+import sys
+class Forbid:
+    def find_spec(self, name, path=None, target=None):
+        first = name.split(".")[0]
+        if first in {"torch", "onnx", "onnxruntime", "PIL", "tokenizers", "tqdm", "filelock", "diffusers", "transformers", "polygraphy", "safetensors"}:
+            raise ModuleNotFoundError("forbidden: " + name, name=first)
+sys.path.insert(0, sys.argv[1])
+import tests.fakes as fakes  # the fake computes with onnxruntime; the code under test must not see it
+import tests.fakes.tensorrt_run, onnxruntime, onnx
+bundle = sys.argv[2]
+with fakes.install(sys.argv[3]):
+    for name in ("torch", "PIL", "tokenizers", "tqdm", "filelock"):
+        assert name not in sys.modules, name
+    for name in ("onnx", "onnxruntime"):
+        del sys.modules[name]
+    sys.meta_path.insert(0, Forbid())
+    import build_engines
+    assert build_engines.main(["--bundle", bundle, "--rows", "2"]) == 0
+    from engine import doctor
+    print("\\n".join(doctor.diagnose(__import__("pathlib").Path(bundle))))
+"""
+
+
+def test_plans_need_numpy_tensorrt_and_cuda_alone(bundle, version):
+    done = subprocess.run([sys.executable, "-c", BARE, str(ROOT), str(bundle), version], capture_output=True, text=True, cwd=bundle.parent)
+    assert done.returncode == 0, done.stderr
+    assert "denoiser: not compared (onnxruntime is not installed), " in done.stdout
+    assert "tensorrt on GPU 0: usable" in done.stdout
+
+
+def test_a_library_that_is_missing_is_named(bundle):
+    with pytest.raises(BackendError, match=r"TensorRT cannot be imported .*pip install latentrt\[tensorrt\]"):
+        said(bundle)
