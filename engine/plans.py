@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,8 @@ def read_build(folder: Path, bundle: Bundle) -> dict[str, Any]:
         if build["format"] != FORMAT:
             raise PlanMismatchError(f"{file} has format {build['format']!r}, not {FORMAT}; build the plans again: {rebuild(bundle)}")
         known = [build["machine"][field] for field in ("gpu", "compute_capability", "tensorrt")] + [build["precision"]]
-        known += [entry[field] for entry in build["components"].values() for field in ("sha256", "bytes", "onnx")]
+        known += [entry[field] for entry in build["components"].values() for field in ("sha256", "bytes", "onnx", "identity", "profiles")]
+        known += [build["settings"]]
         _ = [parse_profile(profile) for profile in build["profiles"]]
         if not build["profiles"] or not build["components"].keys() <= set(COMPONENTS):
             raise ValueError("profiles or components")
@@ -123,7 +124,17 @@ def mismatches(build: Mapping[str, Any], bundle: Bundle, machine: Machine) -> li
     changed = [component for component, entry in build["components"].items() if entry["onnx"] != onnx_hash(bundle, component)]
     if changed:
         found.append(f"the ONNX graphs of {', '.join(changed)} have changed since")
+    other = [component for component, entry in build["components"].items() if component not in changed and entry["identity"] != identity(
+        entry["onnx"], built, build["precision"], build["settings"], entry["profiles"])]
+    if other:
+        found.append(f"profiles or builder settings in {BUILD} are not those that {', '.join(other)} were built with")
     return found
+
+
+def identity(onnx: str, machine: Mapping[str, str], precision: str, settings: Mapping[str, Any], profiles: Sequence[str]) -> str:
+    """One hash of all that a plan depends on: graph and weights, machine, precision, the builder's settings and version, sizes."""
+    parts = {"format": FORMAT, "onnx": onnx, "machine": dict(machine), "precision": precision, "settings": dict(settings), "profiles": list(profiles)}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def onnx_hash(bundle: Bundle, component: str) -> str:

@@ -23,7 +23,7 @@ from engine.bundle import Bundle
 from engine.contract import COMPONENTS, INPUTS, OUTPUTS, VAE_FACTOR, Range, Shapes
 from engine.errors import EngineError
 from engine.libraries import installed
-from engine.plans import BUILD, FORMAT, Machine, format_profile, onnx_hash, read_build
+from engine.plans import BUILD, FORMAT, Machine, format_profile, identity, onnx_hash, read_build
 from engine.version import __version__
 
 from .compare import Difference, as_json, compared, difference, input_shapes, random_inputs, tolerance
@@ -82,6 +82,10 @@ def build_plans(folder: Path, profiles: Sequence[Shapes], settings: Settings = S
     trt = versions.load_tensorrt()
     if bundle.precision == "bf16" and not versions.supports_bf16(trt):
         raise UsageError(f"TensorRT {trt.__version__} has no bfloat16; build the bundle with --precision fp16, or use TensorRT 10 or 11")
+    opset = max(int(entry["opset"]) for entry in bundle.manifest["components"].values())
+    if opset > versions.newest_opset(trt):
+        raise UsageError(f"the graphs in {folder} are of opset {opset}, and TensorRT {trt.__version__} takes {versions.newest_opset(trt)}; build the bundle "
+                         f"with --opset {versions.newest_opset(trt)}, or use TensorRT 10.14 or later")
     device = Device(gpu)
     try:
         builder = PlanBuilder(bundle, trt, device, profiles, settings, report)
@@ -105,9 +109,9 @@ class PlanBuilder:
         """Builds what changed; `Plans.find` describes the result."""
         unfinished, replaced = (self._folder.with_name(f".{self._folder.name}.{state}") for state in ("building", "replaced"))
         _recover(self._folder, unfinished, replaced)
-        prints = {component: self._fingerprint(component) for component in COMPONENTS}
+        wanted_identity = {component: self._identity(component) for component in COMPONENTS}
         old = None if force else self._usable()
-        kept = {c: old["components"][c] for c in COMPONENTS if old and old["components"].get(c, {}).get("fingerprint") == prints[c]} if old else {}
+        kept = {c: old["components"][c] for c in COMPONENTS if old and old["components"].get(c, {}).get("identity") == wanted_identity[c]} if old else {}
         wanted = [format_profile(profile) for profile in self._profiles]
         if old and len(kept) == len(COMPONENTS) and old["profiles"] == wanted and not diagnose:
             self._report(f"{self._folder} is up to date")
@@ -123,7 +127,7 @@ class PlanBuilder:
                     entries[component] = kept[component]
                     self._report(f"{label}: unchanged")
                 else:
-                    entries[component] = {**self._component(component, unfinished, label, compare, diagnose), "fingerprint": prints[component]}
+                    entries[component] = self._component(component, unfinished, label, compare, diagnose)
             build = {"format": FORMAT, "machine": asdict(self._machine), "precision": self._bundle.precision, "profiles": wanted,
                      "settings": asdict(self._settings), "components": entries, "cuda_driver": self._device.driver_version, "latentrt": __version__,
                      "created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
@@ -134,11 +138,10 @@ class PlanBuilder:
         self._report(f"wrote {self._folder}")
         return PlanOutcome(self._folder, build, tuple(c for c in COMPONENTS if c not in kept))
 
-    def _fingerprint(self, component: str) -> str:
-        """A hash of all that determines a plan: graph, machine, sizes, precision, settings, version of this builder."""
+    def _identity(self, component: str) -> str:
+        """A hash of all that determines a plan."""
         profiles = [str(profile) for profile in component_profiles(component, self._profiles)]
-        parts = [str(FORMAT), onnx_hash(self._bundle, component), *asdict(self._machine).values(), self._bundle.precision, str(self._settings), *profiles]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return identity(onnx_hash(self._bundle, component), asdict(self._machine), self._bundle.precision, asdict(self._settings), profiles)
 
     def _usable(self) -> dict[str, Any] | None:
         """build.json of existing plans whose files are what it says."""
@@ -178,13 +181,13 @@ class PlanBuilder:
         """Builds, checks and writes one plan: its entry in build.json."""
         profiles = component_profiles(component, self._profiles)
         self._report(f"{label}: building for {'; '.join(describe(component, profile) for profile in profiles)}")
-        key = self._fingerprint(component)
         started = perf_counter()
         plan, channels = self._plan(component, profiles, label)
         seconds = perf_counter() - started
-        saved = self._cache.note(key, seconds)
+        saved = self._cache.note(self._identity(component), seconds)
         self._report(f"{label}: built in {seconds:.1f} s" + ("" if saved is None else f"; the timing cache saved {max(0.0, saved):.1f} s"))
         entry = {"sha256": hashlib.sha256(plan).hexdigest(), "bytes": len(plan), "onnx": onnx_hash(self._bundle, component),
+                 "identity": self._identity(component), "profiles": [str(profile) for profile in profiles],
                  "seconds": {"build": round(seconds, 2), "saved_by_timing_cache": None if saved is None else round(saved, 2)}}
         checks = self._check(component, plan, profiles, channels, compare, diagnose)
         (folder / f"{component}.plan").write_bytes(plan)

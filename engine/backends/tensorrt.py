@@ -199,7 +199,9 @@ class Engine:
         self._ready: OrderedDict[tuple[tuple[str, Shape], ...], Execution] = OrderedDict()
         self.scratch_bytes = versions.scratch_bytes(backend.trt, engine)
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-        self.types: dict[str, Any] = {name: np.dtype(backend.trt.nptype(engine.get_tensor_dtype(name))) for name in names}
+        kinds = backend.trt.DataType
+        known = {kinds.FLOAT: np.float32, kinds.HALF: np.float16, kinds.INT32: np.int32, kinds.UINT8: np.uint8}
+        self.types: dict[str, Any] = {name: np.dtype(known.get(engine.get_tensor_dtype(name), np.void)) for name in names}
         self.outputs = tuple(name for name in names if name not in INPUTS[component])
         if contract:
             self._check_contract()

@@ -92,6 +92,11 @@ def supports_bf16(trt: ModuleType) -> bool:
     return version(trt) >= (10,)
 
 
+def newest_opset(trt: ModuleType) -> int:
+    """The newest of our opsets that its parser takes. Attention, which opset 23 brought, came with 10.14."""
+    return 23 if version(trt) >= (10, 14) else 18
+
+
 def has_progress(trt: ModuleType) -> bool:
     """IProgressMonitor came with 9.0."""
     return version(trt) >= (10,)

@@ -1,12 +1,15 @@
 """The runtime loads no torch, diffusers, transformers or onnx: in a process that forbids them, and where they are not installed."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 import venv
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import copy_bundle
 
 ROOT = Path(__file__).parents[2]
 FORBIDDEN = ("torch", "diffusers", "transformers", "onnx", "safetensors", "huggingface_hub", "export")
@@ -65,6 +68,40 @@ def test_the_wheel_builds_the_built_in_model_outside_the_checkout(wheel, tmp_pat
     assert done.returncode == 0, done.stderr
     assert str(site) in done.stdout
     assert (tmp_path / "out" / "demo" / "manifest.json").is_file()
+
+
+OLDEST = """
+import sys
+from pathlib import Path
+import numpy as np
+import tests.fakes as fakes
+from engine import Pipeline
+from engine.contract import Range, Shapes
+bundle = Path(sys.argv[1])
+with Pipeline.load(bundle, backend="onnxruntime") as pipeline:
+    wanted = np.asarray(pipeline("a star", num_inference_steps=2, seed=0).images[0])
+from export.to_tensorrt import build_plans
+side, one = Range(64, 64, 64), Range(1, 1, 1)
+with fakes.install("8.6.0"):
+    build_plans(bundle, [Shapes(side, side, one, Range(2, 2, 2))])
+    with Pipeline.load(bundle) as pipeline:
+        np.testing.assert_array_equal(np.asarray(pipeline("a star", num_inference_steps=2, seed=0).images[0]), wanted)
+"""
+
+
+@pytest.mark.slow
+def test_python_3_10_which_tensorrt_8_6_needs(demo_fp16, tmp_path):
+    """The runtime and the builder of plans under the oldest Python, where one is installed."""
+    found = [shutil.which("python3.10"), *Path.home().glob(".pyenv/versions/3.10.*/bin/python3.10")]
+    python = next((one for one in found if one and subprocess.run([one, "-c", ""], capture_output=True).returncode == 0), None)
+    if python is None:
+        pytest.skip("no python3.10 is installed here")
+    bundle = copy_bundle(demo_fp16, tmp_path)
+    subprocess.run([python, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "numpy", "pillow", "tokenizers", "tqdm", "onnxruntime", "onnx"], check=True)
+    done = subprocess.run([python, "-c", OLDEST, bundle], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_runtime_needs_four_packages():

@@ -146,6 +146,15 @@ def test_fp16_weights_and_fp32_norms(built, tmp_path):
         assert len(pipeline("a ring", num_inference_steps=2, seed=0).images) == 1
 
 
+@pytest.mark.slow
+def test_opset_23_has_attention_as_one_operator_and_the_same_picture(tiny_sources, tmp_path):
+    outcome = build(tiny_sources["sd1"], tmp_path, "fp32", default_shapes(64), opset=23)
+    assert outcome.manifest["verification"]["picture"]["latents_max_abs"] < 1e-4
+    operators = [node.op_type for node in onnx.load(str(outcome.folder / "onnx" / "denoiser.onnx"), load_external_data=False).graph.node]
+    assert operators.count("Attention") == 8
+    assert "Softmax" not in operators
+
+
 def test_bf16_is_refused_where_it_cannot_be_verified(built, tmp_path):
     source, _, _ = built
     with pytest.raises(e.UsageError, match="no bf16 kernels"):

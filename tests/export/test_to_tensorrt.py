@@ -281,6 +281,13 @@ def test_bf16_needs_a_newer_tensorrt(bundle, edit_manifest):
         said(bundle)
 
 
+def test_opset_23_needs_a_newer_tensorrt(bundle, edit_manifest):
+    components = json.loads((bundle / "manifest.json").read_text())["components"]
+    edit_manifest(bundle, components={name: {**entry, "opset": 23} for name, entry in components.items()})
+    with fakes.install("8.6.0"), pytest.raises(UsageError, match=r"are of opset 23, and TensorRT 8.6.0 takes 18; build the bundle with --opset 18"):
+        said(bundle)
+
+
 def test_no_bundle(tmp_path, machine):
     with pytest.raises(BundleNotFoundError, match="there is no bundle at"):
         said(tmp_path / "missing")

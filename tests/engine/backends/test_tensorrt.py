@@ -348,6 +348,7 @@ def test_a_bundle_without_plans(demo_fp16, tmp_path, machine):
     ({"machine": {"gpu": "NVIDIA H200", "compute_capability": "9.0", "tensorrt": "10.14.1"}}, "TensorRT 10.14.1 there"),
     ({"precision": "bf16"}, "precision bf16 there, fp16 in the bundle"),
     ({"format": 0}, "has format 0, not 1"),
+    ({"settings": {"optimization_level": 5}}, "profiles or builder settings in build.json are not those that text_encoder, denoiser"),
 ])
 def test_build_json_is_compared_field_by_field(own_bundle, machine, change, words):
     file = plan_folder(own_bundle) / "build.json"
