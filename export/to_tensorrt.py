@@ -19,7 +19,7 @@ import numpy as np
 from engine.backends import tensorrt_versions as versions
 from engine.backends.cuda import Device
 from engine.backends.tensorrt import TensorRtRuntime, open_log
-from engine.bundle import Bundle
+from engine.bundle import Bundle, sha256
 from engine.contract import COMPONENTS, INPUTS, OUTPUTS, VAE_FACTOR, Range, Shapes
 from engine.errors import EngineError
 from engine.libraries import installed
@@ -150,7 +150,7 @@ class PlanBuilder:
         try:
             build = read_build(self._folder, self._bundle)
             for component, entry in build["components"].items():
-                if hashlib.sha256((self._folder / f"{component}.plan").read_bytes()).hexdigest() != entry["sha256"]:
+                if sha256(self._folder / f"{component}.plan") != entry["sha256"]:
                     raise PlanBuildError(f"{component}.plan is not the file that was built")
             return build
         except Exception as error:
@@ -251,6 +251,9 @@ class PlanBuilder:
         """Runs a plan at the size that each profile is best at: differences from ONNX Runtime, finite values, time."""
         reason = "--no-verify" if not compare else None if installed("onnxruntime") else "onnxruntime is not installed"
         found, timed = list[Difference](), []
+        if reason is None:
+            from engine.backends.onnxruntime import OnnxRuntimeBackend
+            reference = OnnxRuntimeBackend(self._bundle.graphs)
         runtime = TensorRtRuntime(self._device.number)
         try:
             runtime.load([(component, plan)])
@@ -263,7 +266,9 @@ class PlanBuilder:
                             f"the plan of the {component} gives values that are not finite in {name} at {describe(component, profile)}; build the bundle "
                             f"with --precision bf16 or fp32. The old plans are untouched. {self._diagnosis(component, profile, inputs)}")
                 if reason is None:
-                    found += self._differences(component, inputs, outputs)
+                    expected = reference.run(component, inputs)
+                    found += [difference(compared(component, name, a), compared(component, name, b))
+                              for name, a, b in zip(OUTPUTS[component], outputs, expected)]
                 seconds = runtime.seconds(component, inputs, TIMED_RUNS + 3)[3:]
                 timed.append({"at": describe(component, profile), "milliseconds": round(1000 * median(seconds), 4)})
         finally:
@@ -281,11 +286,6 @@ class PlanBuilder:
                                             f"is allowed in {self._bundle.precision}. The old plans are untouched. {diagnosis}")
                 self._report(f"{component}: {diagnosis}")
         return checks
-
-    def _differences(self, component: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[np.ndarray]) -> list[Difference]:
-        from engine.backends.onnxruntime import OnnxRuntimeBackend
-        expected = OnnxRuntimeBackend(self._bundle.graphs).run(component, dict(inputs))
-        return [difference(compared(component, name, a), compared(component, name, b)) for name, a, b in zip(OUTPUTS[component], outputs, expected)]
 
     def _diagnosis(self, component: str, profile: Shapes, inputs: Mapping[str, np.ndarray], plan_differs: bool = True) -> str:
         """What a comparison layer by layer finds, for the end of a message; why there is none, where it fails."""

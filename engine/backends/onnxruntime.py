@@ -2,19 +2,25 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..contract import LATENT_CHANNELS, OUTPUTS, SLOTS, VAE_FACTOR, Shapes
+from ..contract import OUTPUTS, SLOTS, VAE_FACTOR, Shapes, dtype
 from ..errors import BackendError
 from .interface import Decoded, Denoising, HostStopwatch
 
 PIXELS_PER_DECODE = 512 * 512
 """Pictures are decoded together up to this size; larger ones one by one, which costs no time and bounds the memory."""
+
+SHAPES_KEPT = 4
+"""Sizes whose buffers stay, and on a GPU whose steps are captured."""
 
 LARGE_GRAPH = 1 << 28
 """Bytes of weights from which on ONNX Runtime's costliest optimizations are left out: for Stable Diffusion's U-Net they take
@@ -39,12 +45,16 @@ class OnnxRuntimeBackend:
         if gpu is not None and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
             raise BackendError(f"ONNX Runtime {onnxruntime.__version__} here has no CUDA provider, only {', '.join(onnxruntime.get_available_providers())}; "
                                f"pip uninstall onnxruntime, then pip install latentrt[cuda]; or leave device out for the CPU")
+        if gpu is not None:
+            with redirect_stdout(StringIO()):  # it prints what it does not find; whether CUDA started is checked below
+                onnxruntime.preload_dlls()
         self._library = onnxruntime
         self._graphs, self._threads, self._gpu = graphs, threads or 0, gpu
         self._static = shapes.static() if shapes else {}
         self._cuda_graphs = cuda_graphs and gpu is not None
         self._sessions: dict[str, Any] = {}
         self._graph_ids = count(1)
+        self._loops: OrderedDict[tuple[tuple[str, tuple[int, ...]], ...], Loop] = OrderedDict()
         self.profiles: tuple[Shapes, ...] = (shapes,) if shapes else ()
         self.description = f"ONNX Runtime {onnxruntime.__version__} on {'the CPU' if gpu is None else f'GPU {gpu}'}"
 
@@ -63,14 +73,14 @@ class OnnxRuntimeBackend:
             session = library.InferenceSession(str(path), self._options(path), providers=providers)
         except Exception as error:  # ONNX Runtime's errors have no common base
             if cuda_graph:
-                return self._without_cuda_graph(error)
+                return self.without_cuda_graph(error)
             raise BackendError(f"ONNX Runtime {library.__version__} does not load {path}: {error}") from error
         if self._gpu is not None and "CUDAExecutionProvider" not in session.get_providers():
             raise BackendError(f"ONNX Runtime {library.__version__} did not start its CUDA provider on GPU {self._gpu} and would run {component} on the CPU; "
                                f"its log on standard error says why (CUDA or cuDNN of another version than it was built for, most often)")
         return session
 
-    def _without_cuda_graph(self, reason: Exception) -> Any:
+    def without_cuda_graph(self, reason: Exception) -> Any:
         """Opens the denoiser again for plain runs, and says so."""
         warnings.warn(f"ONNX Runtime does not capture the denoiser as a CUDA graph ({reason}); its steps run one by one", RuntimeWarning, stacklevel=2)
         self._cuda_graphs = False
@@ -125,80 +135,112 @@ class OnnxRuntimeBackend:
         """The device in ONNX Runtime's terms."""
         return ("cpu", 0) if self._gpu is None else ("cuda", self._gpu)
 
+    def loop(self, shapes: Mapping[str, tuple[int, ...]]) -> Loop:
+        """The denoiser's buffers for inputs of these shapes; those of the last sizes are kept."""
+        key = tuple(shapes.items())
+        if key not in self._loops:
+            while len(self._loops) >= SHAPES_KEPT:
+                self._loops.popitem(last=False)
+            self._loops[key] = Loop(self, shapes)
+        self._loops.move_to_end(key)
+        return self._loops[key]
+
     def run_options(self) -> Any:
-        """Options under which one binding is captured and replayed; None where nothing is."""
+        """Options under which one binding is captured and replayed; None where nothing is. ONNX Runtime never destroys a graph, so
+        the first sizes get theirs and later ones run plainly."""
         if not self._cuda_graphs:
             return None
+        number = next(self._graph_ids)
         options = self._library.RunOptions()
-        options.add_run_config_entry("gpu_graph_id", str(next(self._graph_ids)))
+        options.add_run_config_entry("gpu_graph_id", str(number) if number <= 2 * SHAPES_KEPT else "-1")
         return options
 
     def stopwatch(self) -> HostStopwatch:
         return HostStopwatch()
 
     def close(self) -> None:
-        """Frees the sessions; the next use would create them again."""
+        """Frees the sessions and buffers; the next use would create them again."""
+        self._loops.clear()
         self._sessions.clear()
 
 
-class DenoisingSession:
-    """The denoiser bound to its buffers. A step copies one row of the table and runs; the state goes back and forth
-    between two buffers without being copied."""
+class Loop:
+    """The denoiser's buffers for one size, bound once: the state goes back and forth between two of them without being copied, so
+    there are two bindings, and with CUDA graphs two graphs."""
 
-    def __init__(self, backend: OnnxRuntimeBackend, denoising: Denoising) -> None:
-        self._backend, self._plan, self._current = backend, denoising, 0
-        self._session = backend.load("denoiser")
-        batch, rows = denoising.mixing.shape
-        state = np.zeros((batch, SLOTS, *denoising.latents.shape[1:]), np.float32)
-        state[:, 0] = denoising.latents
-        self._states = (backend.on_device(state), backend.on_device(np.zeros_like(state)))
-        self._timesteps, self._updates = np.ascontiguousarray(denoising.timesteps), np.ascontiguousarray(denoising.updates)
-        self._row = {"timestep": backend.on_device(np.zeros(rows, np.float32)), "update": backend.on_device(np.zeros_like(self._updates[0])),
-                     "noise": backend.on_device(np.zeros((batch, LATENT_CHANNELS, *state.shape[3:]), np.float32))}
-        fixed = {"row_sample": denoising.row_sample, "mixing": denoising.mixing, "context": np.stack(denoising.contexts)}
-        self._inputs = {**self._row, **{name: backend.on_device(value) for name, value in fixed.items()}}
-        self._bind()
+    def __init__(self, backend: OnnxRuntimeBackend, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._backend, self._session = backend, backend.load("denoiser")
+        self.inputs = {name: backend.on_device(np.zeros(shape, dtype(name))) for name, shape in shapes.items() if name != "state"}
+        self.states = [backend.on_device(np.zeros(shapes["state"], np.float32)) for _ in range(2)]
+        self.bind()
 
-    def _bind(self) -> None:
+    def bind(self) -> None:
         self._bindings = []
-        for state, next_state in (self._states, self._states[::-1]):
+        for state, next_state in (self.states, self.states[::-1]):
             binding = self._session.io_binding()
-            for name, value in {"state": state, **self._inputs}.items():
+            for name, value in {"state": state, **self.inputs}.items():
                 binding.bind_ortvalue_input(name, value)
             binding.bind_ortvalue_output("next_state", next_state)
             self._bindings.append((binding, self._backend.run_options()))
 
     @property
+    def captured(self) -> bool:
+        """Whether the steps are CUDA graphs."""
+        return self._bindings[0][1] is not None
+
+    def run(self, current: int) -> None:
+        """One step from state `current` to the other. The first two may show that ONNX Runtime cannot capture them."""
+        try:
+            self._session.run_with_iobinding(*self._bindings[current])
+        except Exception as error:
+            if not self.captured:
+                raise BackendError(f"ONNX Runtime failed in the denoiser with state {self.states[0].shape()}: {error}") from error
+            self._session = self._backend.without_cuda_graph(error)
+            self.bind()
+            self.run(current)
+
+
+class DenoisingSession:
+    """One loop. A step copies one row of the table and runs."""
+
+    def __init__(self, backend: OnnxRuntimeBackend, denoising: Denoising) -> None:
+        self._backend, self._plan, self._current = backend, denoising, 0
+        batch = len(denoising.latents)
+        state = np.zeros((batch, SLOTS, *denoising.latents.shape[1:]), np.float32)
+        state[:, 0] = denoising.latents
+        self._timesteps, self._updates = np.ascontiguousarray(denoising.timesteps), np.ascontiguousarray(denoising.updates)
+        fixed = {"row_sample": denoising.row_sample, "mixing": denoising.mixing, "context": np.stack(denoising.contexts)}
+        row = {"timestep": self._timesteps[0], "update": self._updates[0], "noise": denoising.latents}
+        self._loop = backend.loop({name: value.shape for name, value in {"state": state, **fixed, **row}.items()})
+        self._loop.states[0].update_inplace(state)
+        for name, value in fixed.items():
+            self._loop.inputs[name].update_inplace(value)
+
+    @property
     def path(self) -> str:
         """How the steps run."""
-        return "plain" if self._bindings[0][1] is None else "cuda_graph"
+        return "cuda_graph" if self._loop.captured else "plain"
 
     def step(self, index: int) -> None:
         """Evaluation `index` of the table."""
-        self._row["timestep"].update_inplace(self._timesteps[index])
-        self._row["update"].update_inplace(self._updates[index])
+        inputs = self._loop.inputs
+        inputs["timestep"].update_inplace(self._timesteps[index])
+        inputs["update"].update_inplace(self._updates[index])
         if self._plan.noise is not None:
-            self._row["noise"].update_inplace(self._plan.noise[index])
-        try:
-            self._session.run_with_iobinding(*self._bindings[self._current])
-        except Exception as error:
-            if self.path != "cuda_graph" or index > 1:
-                raise BackendError(f"ONNX Runtime failed in step {index} of the denoiser, state {self._states[0].shape()}: {error}") from error
-            self._session = self._backend._without_cuda_graph(error)
-            self._bind()
-            return self.step(index)
+            inputs["noise"].update_inplace(self._plan.noise[index])
+        self._loop.run(self._current)
         self._current = 1 - self._current
 
     @property
     def latents(self) -> np.ndarray:
         """A copy of the current latents, [B, 4, h, w]."""
-        return self._states[self._current].numpy()[:, 0].copy()
+        return self._loop.states[self._current].numpy()[:, 0].copy()
 
     @latents.setter
     def latents(self, value: np.ndarray) -> None:
-        state = self._states[self._current].numpy().copy()
+        state = self._loop.states[self._current].numpy().copy()
         state[:, 0] = value
-        self._states[self._current].update_inplace(state)
+        self._loop.states[self._current].update_inplace(state)
 
     def decode(self) -> Callable[[], Decoded]:
         """The VAE decoder on the current latents, run at once."""
