@@ -13,7 +13,7 @@ import numpy as np
 
 from engine import Pipeline
 from engine.backends.cuda import Device
-from engine.backends.tensorrt import TensorRtRuntime
+from engine.backends.tensorrt_runtime import TensorRtRuntime
 from engine.bundle import Bundle
 from engine.contract import INPUTS, OUTPUTS
 from engine.plans import Plans

@@ -5,7 +5,6 @@ import errno
 import gc
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from . import parity
 from .checkpoint import Source
 from .compare import as_json
 from .errors import OutputError, UsageError
+from .folders import link, recover, swap
 from .graphs import DTYPES, Denoiser, Float32Norm, TextEncoder, VaeDecoder, VaeEncoder
 from .to_onnx import ATTENTION_OPSET, OPSET, example, export_onnx
 
@@ -81,7 +81,7 @@ def build(source: Source, output: Path, precision: str, shapes: Shapes, *, opset
 
 def _build_locked(source: Source, output: Path, graphs: Graphs, shapes: Shapes, verify: bool, force: bool, report: Report) -> Outcome:
     target, unfinished, replaced = (output / name for name in (source.name, f".{source.name}.building", f".{source.name}.replaced"))
-    _recover(target, unfinished, replaced)
+    recover(target, unfinished, replaced)
     prints = {component: _fingerprint(source, component, graphs) for component in COMPONENTS}
     wanted = _wanted(source, graphs.precision, shapes)
     old = None if force else _usable(target, report)
@@ -109,7 +109,7 @@ def _build_locked(source: Source, output: Path, graphs: Graphs, shapes: Shapes, 
             manifest["verification"] = _verify_picture(source, unfinished, graphs.precision, checks, report)
             _write_manifest(unfinished, manifest)
         _keep_plans(target, unfinished)
-        _swap(target, unfinished, replaced)
+        swap(target, unfinished, replaced)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     report(f"wrote {target}")
@@ -227,36 +227,14 @@ def _link(old: Path, new: Path, manifest: dict[str, Any], component: str) -> dic
     """Takes over the files of an unchanged component, as hard links where the file system has them: its manifest entry."""
     for name in manifest["files"]:
         if name.startswith(f"onnx/{component}.onnx"):
-            _link_file(str(old / name), str(new / name))
+            link(old / name, new / name)
     return dict(manifest["components"][component])
 
 
 def _keep_plans(old: Path, new: Path) -> None:
     """Takes over TensorRT's plans and timing caches. Those whose graph has changed are found out when they are loaded, by its hash."""
     if (old / "plans").is_dir():
-        shutil.copytree(old / "plans", new / "plans", copy_function=_link_file)
-
-
-def _link_file(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-def _recover(target: Path, unfinished: Path, replaced: Path) -> None:
-    """Clears up after a builder that was killed."""
-    if replaced.exists() and not target.exists():
-        replaced.rename(target)
-    for leftover in (unfinished, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _swap(target: Path, unfinished: Path, replaced: Path) -> None:
-    if target.exists():
-        target.rename(replaced)
-    unfinished.rename(target)
-    shutil.rmtree(replaced, ignore_errors=True)
+        shutil.copytree(old / "plans", new / "plans", copy_function=link)
 
 
 def _require_disk(folder: Path, needed: int) -> None:

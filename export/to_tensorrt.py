@@ -18,7 +18,7 @@ import numpy as np
 
 from engine.backends import tensorrt_versions as versions
 from engine.backends.cuda import Device
-from engine.backends.tensorrt import TensorRtRuntime, open_log
+from engine.backends.tensorrt_runtime import TensorRtRuntime, open_log
 from engine.bundle import Bundle, sha256
 from engine.contract import COMPONENTS, INPUTS, OUTPUTS, VAE_FACTOR, Range, Shapes
 from engine.errors import EngineError
@@ -29,6 +29,7 @@ from engine.version import __version__
 from .compare import Difference, as_json, compared, difference, input_shapes, random_inputs, tolerance
 from .diagnose import every_output, mark_outputs, verdict
 from .errors import ExportError, OutputError, PlanBuildError, RoomError, UsageError, VerificationError
+from .folders import link, recover, swap
 from .progress import Phases, monitor, watch
 
 PIXELS_PER_DECODE = 1024 * 1024
@@ -108,7 +109,7 @@ class PlanBuilder:
     def build(self, compare: bool, diagnose: bool, force: bool) -> PlanOutcome:
         """Builds what changed; `Plans.find` describes the result."""
         unfinished, replaced = (self._folder.with_name(f".{self._folder.name}.{state}") for state in ("building", "replaced"))
-        _recover(self._folder, unfinished, replaced)
+        recover(self._folder, unfinished, replaced)
         wanted_identity = {component: self._identity(component) for component in COMPONENTS}
         old = None if force else self._usable()
         kept = {c: old["components"][c] for c in COMPONENTS if old and old["components"].get(c, {}).get("identity") == wanted_identity[c]} if old else {}
@@ -123,7 +124,7 @@ class PlanBuilder:
             for number, component in enumerate(COMPONENTS, 1):
                 label = f"[{number}/{len(COMPONENTS)}] {component}"
                 if component in kept and not diagnose:
-                    _link(self._folder / f"{component}.plan", unfinished / f"{component}.plan")
+                    link(self._folder / f"{component}.plan", unfinished / f"{component}.plan")
                     entries[component] = kept[component]
                     self._report(f"{label}: unchanged")
                 else:
@@ -132,7 +133,7 @@ class PlanBuilder:
                      "settings": asdict(self._settings), "components": entries, "cuda_driver": self._device.driver_version, "latentrt": __version__,
                      "created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
             (unfinished / BUILD).write_text(json.dumps(build, indent=1) + "\n", encoding="utf-8")
-            _swap(self._folder, unfinished, replaced)
+            swap(self._folder, unfinished, replaced)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
         self._report(f"wrote {self._folder}")
@@ -153,7 +154,7 @@ class PlanBuilder:
                 if sha256(self._folder / f"{component}.plan") != entry["sha256"]:
                     raise PlanBuildError(f"{component}.plan is not the file that was built")
             return build
-        except Exception as error:
+        except (EngineError, ExportError, OSError) as error:
             self._report(f"the old plans are not usable and will be replaced: {error}")
             return None
 
@@ -399,28 +400,6 @@ def _write(file: Path, content: bytes) -> None:
     unfinished = file.with_name(f".{file.name}.tmp")
     unfinished.write_bytes(content)
     os.replace(unfinished, file)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-def _recover(target: Path, unfinished: Path, replaced: Path) -> None:
-    """Clears up after a builder that was killed."""
-    if replaced.exists() and not target.exists():
-        replaced.rename(target)
-    for leftover in (unfinished, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _swap(target: Path, unfinished: Path, replaced: Path) -> None:
-    if target.exists():
-        target.rename(replaced)
-    unfinished.rename(target)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 @contextmanager
