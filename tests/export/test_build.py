@@ -18,8 +18,8 @@ from filelock import FileLock
 
 from engine import Bundle, Pipeline
 from engine.contract import COMPONENTS, INPUTS, OUTPUTS, Range
+from export import compare
 from export import errors as e
-from export import parity
 from export.build import build, default_shapes
 from export.checkpoint import DiffusersFolder
 from export.to_onnx import OPSET
@@ -164,11 +164,11 @@ def test_bf16_is_refused_where_it_cannot_be_verified(built, tmp_path):
 def test_beyond_tolerance_the_build_fails_and_the_old_bundle_stays(copied, monkeypatch):
     source, engines = copied
     before = stamps(engines)
-    monkeypatch.setitem(parity.COMPONENT_TOLERANCE, "fp32", 0.0)
+    monkeypatch.setitem(compare.COMPONENT_TOLERANCE, "fp32", 0.0)
     with pytest.raises(e.VerificationError, match=r"differs from torch by .* --no-verify to keep it anyway"):
         build(source, engines, "fp32", SHAPES, force=True)
     monkeypatch.undo()
-    monkeypatch.setitem(parity.PICTURE_TOLERANCE, "fp32", 100.0)
+    monkeypatch.setitem(compare.PICTURE_TOLERANCE, "fp32", 100.0)
     with pytest.raises(e.VerificationError, match=r"the picture differs from diffusers': PSNR"):
         build(source, engines, "fp32", replace(SHAPES, batch=Range(1, 1, 1)))
     assert stamps(engines) == before
@@ -248,6 +248,6 @@ def test_a_full_disk_leaves_nothing_half_written(built, tmp_path):
 def test_picture_and_psnr_numbers():
     import numpy as np
     a = np.zeros((8, 8, 3), np.uint8)
-    assert parity.psnr(a, a) == 99.0
-    assert parity.psnr(a, a + 1) == pytest.approx(48.13, abs=0.01)
-    assert parity.difference(np.array([1.0, 2.0]), np.array([1.0, 1.0])).max_abs == 1.0
+    assert compare.psnr(a, a) == 99.0
+    assert compare.psnr(a, a + 1) == pytest.approx(48.13, abs=0.01)
+    assert compare.difference(np.array([1.0, 2.0]), np.array([1.0, 1.0])).max_abs == 1.0
