@@ -41,7 +41,8 @@ def parser() -> argparse.ArgumentParser:
                    "known architecture (sd15, sd21, sd21-base) with --random-weights; default: the built-in model")
     p.add_argument("--output", type=Path, default=Path("engines"), help="the folder that bundles go to (default: engines/)")
     p.add_argument("--name", help="what the bundle is called (default: what the model is called)")
-    p.add_argument("--backend", choices=["onnxruntime"], default="onnxruntime")
+    p.add_argument("--backend", choices=["onnxruntime", "openvino"], default="onnxruntime",
+                   help="openvino also measures which components may run in bf16 there (default: onnxruntime)")
     p.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp32")
     p.add_argument("--height", metavar="N", help="pixels: N, or MIN:OPT:MAX (default: around the size that the model was trained at)")
     p.add_argument("--width", metavar="N", help="pixels: N, or MIN:OPT:MAX")
@@ -74,7 +75,8 @@ def run(options: argparse.Namespace) -> None:
     defaults = default_shapes(source.sample_size())
     shapes = Shapes(**{side: asked.get(side, getattr(defaults, side)) for side in sides})
     report = (lambda message: None) if options.quiet else (lambda message: print(message, flush=True))
-    build(source, options.output, options.precision, shapes, verify=not options.no_verify, force=options.force, report=report)
+    build(source, options.output, options.precision, shapes, openvino=options.backend == "openvino", verify=not options.no_verify, force=options.force,
+          report=report)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 
 from engine import Pipeline
 from engine.backends.onnxruntime import OnnxRuntimeBackend
+from engine.backends.openvino import OpenVinoBackend
 from engine.bundle import Bundle
 from engine.contract import OUTPUTS, SLOTS
 from engine.errors import UnknownSchedulerError
@@ -101,7 +102,7 @@ def reference(component: str, module: nn.Module, context_size: int) -> Reference
     return Reference(inputs, outputs)
 
 
-def check_component(component: str, backend: OnnxRuntimeBackend, expected: Reference, precision: str) -> Difference:
+def check_component(component: str, backend: OnnxRuntimeBackend | OpenVinoBackend, expected: Reference, precision: str) -> Difference:
     """The largest difference of a component's outputs; VerificationError beyond the tolerance."""
     found = []
     for one, outputs in zip(expected.inputs, expected.outputs):
@@ -125,15 +126,11 @@ def check_picture(source: Source, folder: Path, precision: str) -> tuple[Picture
     the tolerance."""
     bundle = Bundle.open(folder, verify=False)
     height, width = bundle.shapes.height.opt, bundle.shapes.width.opt
-    schedule = Schedule.from_config(bundle.scheduler)
-    try:
-        scheduler = sampler_name(None, schedule)
-    except UnknownSchedulerError:
-        scheduler = "ddim"
+    scheduler = scheduler_of(bundle)
     latents, pixels, steps = _with_diffusers(source, scheduler, height, width)
     gc.collect()
     final: dict[str, np.ndarray] = {}
-    with Pipeline.load(folder, verify=False) as pipeline:
+    with Pipeline.load(folder, backend="onnxruntime", verify=False) as pipeline:
         made = pipeline(PROMPT, height, width, steps, GUIDANCE, seed=SEED, scheduler=scheduler, progress=False,
                         callback_on_step_end=lambda _, i, t, tensors: final.update(tensors))
     picture = made.images[0]
@@ -145,6 +142,14 @@ def check_picture(source: Source, folder: Path, precision: str) -> tuple[Picture
         raise VerificationError(f"the picture differs from diffusers': PSNR {found.psnr_db:.1f} dB, at least {PICTURE_TOLERANCE[precision]:.0f} dB is "
                                 f"allowed in {precision}. The old bundle is untouched. Try --precision fp32, or --no-verify to keep it anyway")
     return found, picture
+
+
+def scheduler_of(bundle: Bundle) -> str:
+    """The model's own sampler, DDIM where there is none of that name."""
+    try:
+        return sampler_name(None, Schedule.from_config(bundle.scheduler))
+    except UnknownSchedulerError:
+        return "ddim"
 
 
 def _with_diffusers(source: Source, scheduler: str, height: int, width: int) -> tuple[np.ndarray, np.ndarray, int]:

@@ -1,11 +1,13 @@
 """The inference libraries that can run a bundle, and how one of them is chosen."""
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from ..bundle import Bundle
 from ..errors import DeviceError, UnknownBackendError
 from .interface import Backend
 
-BACKENDS = ("tensorrt", "onnxruntime")
+BACKENDS = ("tensorrt", "openvino", "onnxruntime")
 
 
 def open_backend(bundle: Bundle, name: str | None, device: str | None, threads: int | None, cuda_graphs: bool) -> Backend:
@@ -14,12 +16,20 @@ def open_backend(bundle: Bundle, name: str | None, device: str | None, threads: 
         raise UnknownBackendError(f"backend is {name!r}; it must be one of {', '.join(map(repr, BACKENDS))}, or None to choose by what the machine has")
     gpu = gpu_number(device)
     if name is None:
-        name = "tensorrt" if device != "cpu" and tensorrt_is_usable() else "onnxruntime"
+        name = "tensorrt" if device != "cpu" and tensorrt_is_usable() else "openvino" if gpu is None and find_spec("openvino") else "onnxruntime"
     if name == "tensorrt":
         if device == "cpu":
             raise DeviceError("device is 'cpu', and TensorRT runs on NVIDIA GPUs only; pass device='cuda' or backend='onnxruntime'")
         from .tensorrt import TensorRtBackend
         return TensorRtBackend(bundle, gpu or 0, cuda_graphs)
+    if name == "openvino":
+        if gpu is not None:
+            raise DeviceError(f"device is {device!r}, and the OpenVINO backend runs on the CPU only; pass device='cpu', or another backend")
+        from .openvino import OpenVinoBackend
+        built = bundle.manifest.get("openvino", {})
+        openvino = OpenVinoBackend(bundle.graphs, bundle.shapes, threads, built.get("precision"))
+        openvino.load()
+        return openvino
     from .onnxruntime import OnnxRuntimeBackend
     backend = OnnxRuntimeBackend(bundle.graphs, bundle.shapes, threads, gpu, cuda_graphs)
     for component in ("text_encoder", "denoiser", "vae_decoder"):
@@ -39,7 +49,6 @@ def gpu_number(device: str | None) -> int | None:
 
 def tensorrt_is_usable() -> bool:
     """Whether TensorRT, CUDA's Python bindings and a GPU are here."""
-    from importlib.util import find_spec
     if any(find_spec(name) is None for name in ("tensorrt", "cuda")):
         return False
     from .cuda import count_devices
