@@ -18,7 +18,7 @@ from engine.backends.openvino import OpenVinoBackend
 from engine.bundle import Bundle
 from engine.contract import OUTPUTS, SLOTS
 from engine.errors import UnknownSchedulerError
-from engine.picture import Picture
+from engine.picture import Picture, psnr
 from engine.samplers import sampler_name
 from engine.schedule import Schedule
 
@@ -79,12 +79,6 @@ def difference(actual: np.ndarray, expected: np.ndarray) -> Difference:
     a, b = actual.astype(np.float64), expected.astype(np.float64)
     scale = math.sqrt((b**2).mean()) or 1.0
     return Difference(float(np.abs(a - b).max()), math.sqrt(((a - b) ** 2).mean()) / scale)
-
-
-def psnr(actual: np.ndarray, expected: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures in dB; 99 for equal ones."""
-    error = ((actual.astype(np.float64) - expected.astype(np.float64)) ** 2).mean()
-    return 99.0 if error == 0 else min(99.0, 10 * math.log10(255**2 / error))
 
 
 def reference(component: str, module: nn.Module, context_size: int) -> Reference:

@@ -15,8 +15,7 @@ def open_backend(bundle: Bundle, name: str | None, device: str | None, threads: 
     if name is not None and name not in BACKENDS:
         raise UnknownBackendError(f"backend is {name!r}; it must be one of {', '.join(map(repr, BACKENDS))}, or None to choose by what the machine has")
     gpu = gpu_number(device)
-    if name is None:
-        name = "tensorrt" if device != "cpu" and tensorrt_is_usable() else "openvino" if gpu is None and find_spec("openvino") else "onnxruntime"
+    name = name or default_backend(device)
     if name == "tensorrt":
         if device == "cpu":
             raise DeviceError("device is 'cpu', and TensorRT runs on NVIDIA GPUs only; pass device='cuda' or backend='onnxruntime'")
@@ -35,6 +34,13 @@ def open_backend(bundle: Bundle, name: str | None, device: str | None, threads: 
     for component in ("text_encoder", "denoiser", "vae_decoder"):
         backend.load(component)
     return backend
+
+
+def default_backend(device: str | None = None) -> str:
+    """TensorRT where it and a GPU are found, else on the CPU OpenVINO where it is installed, else ONNX Runtime."""
+    if device != "cpu" and tensorrt_is_usable():
+        return "tensorrt"
+    return "openvino" if gpu_number(device) is None and find_spec("openvino") else "onnxruntime"
 
 
 def gpu_number(device: str | None) -> int | None:

@@ -26,11 +26,12 @@ class Runner:
 
     def __init__(self, library: Any, compiled: Any, what: str) -> None:
         self._library, self._request, self._what = library, compiled.create_infer_request(), what
-        self._bound: dict[Any, Any] = {}
+        self._bound: dict[int | str, np.ndarray] = {}
 
     def bind(self, port: int | str, array: np.ndarray) -> None:
         """Makes `array` the input or output of that name, or the input of that number, until another is bound."""
-        self._bound[port] = tensor = self._library.Tensor(array, shared_memory=True)
+        tensor = self._library.Tensor(array, shared_memory=True)
+        self._bound[port] = array  # the tensor does not keep it alive
         if isinstance(port, str):
             self._request.set_tensor(port, tensor)
         else:
