@@ -24,6 +24,7 @@ from benchmarks.report import conditions, print_table, write_json
 from benchmarks.sides import OURS, ROOT, SCHEDULERS, Request, Setup, Side
 from engine.backends import default_backend
 from engine.bundle import Bundle
+from engine.checks import check_shapes
 from engine.picture import psnr
 
 PICTURES = 20
@@ -71,11 +72,15 @@ def run(options: argparse.Namespace) -> None:
     bundle = Bundle.open(options.bundle, verify=False)
     sides = [*names(options.backend or default_backend()), *names(options.against)]
     sizes = [parse_size(text) for text in names(options.sizes)] or [(bundle.shapes.width.opt, bundle.shapes.height.opt)]
+    batches = [int(text) for text in names(options.batch)]
+    for width, height in sizes:
+        for batch in batches:
+            check_shapes(height, width, batch, 2 * batch, (bundle.shapes,), "python build_engines.py")
     setups = setups_of(bundle, sides, options)
     content: dict[str, Any] = {"benchmark": "latency", "bundle": bundle.name, "steps": options.steps, "guidance_scale": GUIDANCE,
                                "scheduler": setups[0].sampler, "threads": options.threads, "configurations": [], "interrupted": False}
     for width, height in sizes:
-        for batch in [int(text) for text in names(options.batch)]:
+        for batch in batches:
             print(f"{width} x {height}, batch {batch}, {options.steps} steps of {setups[0].sampler}", flush=True)
             request = Request("", 0, height, width, batch, options.steps, GUIDANCE, "")
             found = measure(setups, pythons(options.python), request, options.pictures, options.budget)
@@ -230,7 +235,15 @@ def show(found: dict[str, Any]) -> None:
         print(f"refused: {reason}")
 
 
+SILENCE = 30.0
+"""Seconds between two lines of progress where there is no terminal."""
+_last_line = [perf_counter()]
+
+
 def progress(text: str) -> None:
-    """One line on a terminal that is written again and again."""
+    """On a terminal a line that is written again and again, elsewhere one now and then."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+    elif text and perf_counter() - _last_line[0] > SILENCE:
+        _last_line[0] = perf_counter()
+        print(text, file=sys.stderr, flush=True)

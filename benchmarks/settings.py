@@ -145,7 +145,7 @@ def _openvino(job: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Callabl
     from engine.backends.openvino import OpenVinoBackend
     from engine.backends.openvino_parts import fix_shapes
     backend = OpenVinoBackend({"denoiser": Path(job["graph"])}, threads=job.get("threads"), precision={"denoiser": job["precision"]})
-    model = backend._read("denoiser")
+    model = backend.read("denoiser")
     inputs = inputs_of(model.input("context").get_partial_shape()[2].get_length(), job["height"], job["width"])
     if job["cut"]:
         del model
@@ -154,7 +154,7 @@ def _openvino(job: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Callabl
         return runners.step, {"context": runners.context.run, "timestep": runners.timestep.run}
     if job["static"]:
         fix_shapes(backend._library, model, {name: value.shape for name, value in inputs.items()})
-    runner = backend._compile(model, job["precision"], "the denoiser")
+    runner = backend.compile("denoiser", model, job["precision"], "the denoiser")
     del model
     for name, value in inputs.items():
         runner.bind(name, value)

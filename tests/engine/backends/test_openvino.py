@@ -1,4 +1,5 @@
 """The OpenVINO backend: the same pictures as ONNX Runtime in float32, bfloat16 only where a build measured that it is right."""
+import gc
 import json
 import shutil
 import sys
@@ -226,6 +227,18 @@ def test_a_large_graph_stays_compiled_for_one_size_and_a_small_one_for_some(demo
     monkeypatch.setattr("engine.backends.openvino.LARGE_GRAPH", 1)
     backend.vae_decoder(1, 4, 16)
     assert list(backend._compiled) == [("vae_decoder", 1, 4, 4, 16)]
+
+
+def test_what_is_bound_stays_alive_when_its_owner_goes(demo_bundle):
+    backend = OpenVinoBackend(Bundle.open(demo_bundle, verify=False).graphs)
+    expected = loop(backend, denoising()).latents
+    session = backend.start(denoising())
+    gc.collect()
+    filling = [np.full((1, 4, 8, 8), np.nan, np.float32) for _ in range(10_000)]
+    for index in range(3):
+        session.step(index)
+    np.testing.assert_array_equal(session.latents, expected)
+    assert len(filling) == 10_000
 
 
 def test_threads_are_openvinos(demo_bundle):
