@@ -1,11 +1,13 @@
 """How fast a picture is, beside what a user would pick instead: the same weights, size, steps, sampler, seeds and threads.
 
 Every side runs in its own process. They take turns, picture by picture and in alternating order, so that a drift of the machine
-hits them all; a ratio is taken within each turn. Results that cannot be believed are refused, with the reason.
+hits them all; a ratio is taken within each turn. A turn in which other programs took part of the processors is counted as
+disturbed and repeated. Results that cannot be believed are refused, with the reason.
 """
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,6 +22,7 @@ import numpy as np
 from benchmarks import statistics
 from benchmarks.errors import BenchmarkUsageError, SkippedSide
 from benchmarks.models import model_folder, sampler_of
+from benchmarks.quiet import DISTURBED, load, others_share, wait_until_quiet
 from benchmarks.report import conditions, print_table, write_json
 from benchmarks.sides import OURS, ROOT, SCHEDULERS, Request, Setup, Side
 from engine.backends import default_backend
@@ -31,6 +34,10 @@ PICTURES = 20
 SLOW = 600.0
 """Seconds that one configuration may take; slower machines make fewer pictures, at least LEAST."""
 LEAST = 3
+ATTEMPTS = 3
+"""Turns that are tried for each one that is wanted, where other programs disturb."""
+PATIENCE = 60.0
+"""Seconds that are waited for them after a disturbed turn."""
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black")
@@ -146,9 +153,11 @@ def opened(setups: Sequence[Setup], interpreters: dict[str, str]) -> Iterator[tu
 def measure(setups: Sequence[Setup], interpreters: dict[str, str], request: Request, pictures: int, budget: float) -> dict[str, Any]:
     """One configuration: what each side took, the ratios, and what was refused. Ctrl-C ends it with the turns that are complete."""
     turns: list[dict[str, Any]] = []
+    disturbed: list[dict[str, Any]] = []
     interrupted, ends = False, {}
     with opened(setups, interpreters) as (sides, skipped), tempfile.TemporaryDirectory() as folder:
         first: dict[str, Any] = {}
+        planned = pictures
         try:
             for side in sides:
                 progress(f"warming up {side.name}")
@@ -157,19 +166,25 @@ def measure(setups: Sequence[Setup], interpreters: dict[str, str], request: Requ
             planned = max(min(pictures, LEAST), min(pictures, int(budget / max(seconds, 1e-9))))
             if planned < pictures:
                 print(f"{planned} pictures of each side instead of {pictures}: a turn takes about {seconds:.0f} s, and --budget is {budget:g} s", flush=True)
-            started = perf_counter()
-            for index in range(1, planned + 1):
-                turns.append(_turn(sides if index % 2 else sides[::-1], request, index, folder))
-                left = (perf_counter() - started) / index * (planned - index)
-                progress(f"{index} of {planned} pictures of each side, about {left:.0f} s left")
+            started, index = perf_counter(), 0
+            while len(turns) < planned and index < ATTEMPTS * planned:
+                index += 1
+                turn = _turn(sides if index % 2 else sides[::-1], request, index, folder)
+                (disturbed if turn["others_share"] > DISTURBED else turns).append(turn)
+                left = (perf_counter() - started) / index * (planned - len(turns))
+                progress(f"{len(turns)} of {planned} pictures of each side, {len(disturbed)} disturbed; about {left:.0f} s left")
+                if disturbed and disturbed[-1] is turn:
+                    wait_until_quiet(_pids(sides), PATIENCE)
         except KeyboardInterrupt:
             interrupted = True
             print(f"\nstopped after {len(turns)} pictures of each side", flush=True)
         progress("")
         ends = {side.name: side.finish() for side in sides} if not interrupted else {}
         loaded = {side.name: side.loaded for side in sides}
+    if len(turns) < min(planned, LEAST):  # then the spread has to judge
+        turns, disturbed = turns + disturbed, []
     return {"height": request.height, "width": request.width, "batch": request.batch, "interrupted": interrupted, "skipped": skipped,
-            **evaluate(loaded, first, turns, ends, request.batch)}
+            "disturbed": len(disturbed), **evaluate(loaded, first, turns, ends, request.batch)}
 
 
 def request_of(request: Request, index: int, side: Side, folder: str) -> Request:
@@ -178,10 +193,16 @@ def request_of(request: Request, index: int, side: Side, folder: str) -> Request
 
 def _turn(sides: Sequence[Side], request: Request, index: int, folder: str) -> dict[str, Any]:
     """One picture of each side: their times, and the PSNR between ours and theirs."""
+    before = load(_pids(sides))
     times = {side.name: side.picture(request_of(request, index, side, folder)) for side in sides}
+    others = others_share(before, load(_pids(sides)))
     pixels = {side.name: np.load(f"{folder}/{side.name}.npy") for side in sides}
     decibels = {f"{a} / {b}": psnr(pixels[a], pixels[b]) for a in pixels for b in pixels if a in OURS and b not in OURS}
-    return {"times": times, "psnr_db": decibels}
+    return {"times": times, "psnr_db": decibels, "others_share": others}
+
+
+def _pids(sides: Sequence[Side]) -> list[int]:
+    return [os.getpid(), *(side.pid for side in sides)]
 
 
 def evaluate(loaded: dict[str, Any], first: dict[str, Any], turns: Sequence[dict[str, Any]], ends: dict[str, Any], batch: int) -> dict[str, Any]:
@@ -227,6 +248,8 @@ def show(found: dict[str, Any]) -> None:
     if rows:
         print_table(["side", "pictures", "min s", "p50", "p90", "p99", "text p50", "step p50", "VAE p50", "pictures/s", "U-Net calls", "peak GiB", "first s",
                      "load s"], rows)
+    if found.get("disturbed"):
+        print(f"{found['disturbed']} turns were disturbed by other programs and are not counted")
     for ratio in found["ratios"]:
         if ratio["ratio"]:
             r = ratio["ratio"]

@@ -83,6 +83,8 @@ def _latency(content: dict[str, Any]) -> list[str]:
         if ratios:
             parts.append(markdown(["time of", "ratio, pair by pair", "spread", "worst PSNR dB"], ratios))
         parts += [f"Refused: {reason}." for part in (*found["sides"].values(), *found["ratios"]) for reason in part["refused"]]
+        if found.get("disturbed"):
+            parts.append(f"{found['disturbed']} turns were disturbed by other programs and are not counted.")
         parts += [f"Skipped: {reason}." for reason in found["skipped"].values()]
     return parts
 

@@ -66,6 +66,11 @@ class Side:
         self.loaded = self._ask(asdict(setup))
         self.loaded["start"] = perf_counter() - started
 
+    @property
+    def pid(self) -> int:
+        """The process."""
+        return self._process.pid
+
     def picture(self, request: Request) -> dict[str, Any]:
         """Seconds of the stages and the whole, evaluations, whether the device was waited for."""
         return self._ask(asdict(request))

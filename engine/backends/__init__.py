@@ -4,7 +4,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from ..bundle import Bundle
-from ..errors import DeviceError, UnknownBackendError
+from ..errors import DeviceError, ManifestError, UnknownBackendError
 from .interface import Backend
 
 BACKENDS = ("tensorrt", "openvino", "onnxruntime")
@@ -25,8 +25,7 @@ def open_backend(bundle: Bundle, name: str | None, device: str | None, threads: 
         if gpu is not None:
             raise DeviceError(f"device is {device!r}, and the OpenVINO backend runs on the CPU only; pass device='cpu', or another backend")
         from .openvino import OpenVinoBackend
-        built = bundle.manifest.get("openvino", {})
-        openvino = OpenVinoBackend(bundle.graphs, bundle.shapes, threads, built.get("precision"))
+        openvino = OpenVinoBackend(bundle.graphs, bundle.shapes, threads, openvino_precision(bundle))
         openvino.load()
         return openvino
     from .onnxruntime import OnnxRuntimeBackend
@@ -41,6 +40,16 @@ def default_backend(device: str | None = None) -> str:
     if device != "cpu" and tensorrt_is_usable():
         return "tensorrt"
     return "openvino" if gpu_number(device) is None and find_spec("openvino") else "onnxruntime"
+
+
+def openvino_precision(bundle: Bundle) -> dict[str, str]:
+    """What the builder measured that each component may run in; empty where it did not. ManifestError if it is garbled."""
+    precision = bundle.manifest.get("openvino", {}).get("precision", {})
+    wrong = {component: value for component, value in precision.items() if value not in ("fp32", "bf16")}
+    if wrong:
+        raise ManifestError(f"the manifest in {bundle.folder} has the OpenVINO precision {wrong}; it must be fp32 or bf16. Build the bundle again: "
+                            f"python build_engines.py --backend openvino")
+    return dict(precision)
 
 
 def gpu_number(device: str | None) -> int | None:

@@ -15,8 +15,9 @@ from engine.backends.onnxruntime import OnnxRuntimeBackend
 from engine.backends.openvino import COMPILED_SHAPES, OpenVinoBackend
 from engine.bundle import Bundle
 from engine.contract import SLOTS
-from engine.errors import BackendError, DeviceError, NumericalError
+from engine.errors import BackendError, DeviceError, ManifestError, NumericalError
 from export import parity
+from export.build import build, default_shapes
 from export.to_onnx import example
 
 PROMPT = "a large red circle on a blue background"
@@ -195,6 +196,23 @@ def test_a_bundle_that_was_measured_runs_as_its_manifest_says(demo_bundle, tmp_p
         assert pipeline._backend.precision == {"text_encoder": "fp32", "denoiser": "bf16", "vae_decoder": "fp32", "vae_encoder": "fp32"}
         picture, expected = (np.asarray(p(PROMPT, **{**FAST, "num_inference_steps": 20}).images[0]) for p in (pipeline, exact))
     assert 35 <= parity.psnr(picture, expected) < 99
+
+
+def test_a_garbled_precision_is_an_error(demo_bundle, tmp_path, edit_manifest):
+    bundle = shutil.copytree(demo_bundle, tmp_path / "demo")
+    edit_manifest(bundle, openvino={"precision": {"denoiser": "int8"}})
+    with pytest.raises(ManifestError, match=r"OpenVINO precision \{'denoiser': 'int8'\}; it must be fp32 or bf16"):
+        Pipeline.load(bundle, backend="openvino")
+
+
+def test_float16_graphs_run(tiny_sources, tmp_path):
+    bundle = build(tiny_sources["sd1"], tmp_path, "fp16", default_shapes(64), verify=False, report=lambda message: None).folder
+    latents = []
+    for name in BACKENDS:
+        with Pipeline.load(bundle, backend=name) as pipeline:
+            latents.append(pipeline("a ring", **FAST, output_type="latent").images)
+            assert np.asarray(pipeline("a ring", **FAST).images[0]).std() > 0
+    assert parity.difference(*latents).relative_rms < 5e-3
 
 
 def test_a_cpu_without_bf16_runs_in_float32_and_says_so(demo_bundle, monkeypatch):
