@@ -20,8 +20,8 @@ from onnx.reference import ReferenceEvaluator
 from benchmarks.errors import CountError
 from engine.contract import PROMPT_TOKENS, VAE_FACTOR
 
-SMALL = 64
-"""Elements of the largest tensor that can be a shape or an axis."""
+SMALL = 1024
+"""Elements of the largest tensor that is evaluated: a shape, an axis, the indices of a frequency."""
 
 Shape = tuple[int, ...]
 
@@ -112,7 +112,7 @@ def _with_shapes(file: Path, sizes: Mapping[str, int]) -> tuple[onnx.GraphProto,
     """The graph with its inputs' sizes put in, and the shape of every value (None where it is not known).
 
     Shapes that the graph computes (the product of a height and a width) are beyond ONNX's inference: it and the evaluation of
-    small integers take turns until neither finds anything new.
+    small values take turns until neither finds anything new.
     """
     model = onnx.load(str(file), load_external_data=False)
     graph = model.graph
@@ -166,7 +166,7 @@ def _constants(graph: onnx.GraphProto, folder: Path) -> dict[str, np.ndarray]:
 
 
 def _evaluate(graph: onnx.GraphProto, shapes: Mapping[str, Any], known: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Values of the operations that have just become computable from shapes and small integers."""
+    """Values of the operations that have just become computable from shapes and small constants."""
     found: dict[str, np.ndarray] = {}
     for node in graph.node:
         inputs = {name: found.get(name, known.get(name)) for name in node.input if name}
@@ -180,6 +180,6 @@ def _evaluate(graph: onnx.GraphProto, shapes: Mapping[str, Any], known: Mapping[
             else:
                 outputs: Any = ReferenceEvaluator(node).run(None, inputs)
                 value = np.asarray(outputs[0])
-            if value.dtype.kind == "i" and value.size <= SMALL:
+            if value.dtype.kind in "if" and value.size <= SMALL:
                 found[node.output[0]] = value
     return found
