@@ -47,12 +47,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output", type=Path, default=Path("engines"), help="the folder that bundles go to (default: engines/)")
     p.add_argument("--name", help="what the bundle is called (default: what the model is called)")
     p.add_argument("--bundle", type=Path, metavar="FOLDER", help="build TensorRT plans of this bundle instead of a bundle of MODEL")
-    p.add_argument("--backend", choices=BACKENDS, help="default: tensorrt where TensorRT and a GPU are found, else onnxruntime")
-    p.add_argument("--precision", choices=["fp32", "fp16", "bf16"], help="default: fp16 for tensorrt, fp32 for onnxruntime")
+    p.add_argument("--backend", choices=BACKENDS, help="default: tensorrt where TensorRT and a GPU are found, else onnxruntime; openvino "
+                   "also measures which components may run in bf16 there")
+    p.add_argument("--precision", choices=["fp32", "fp16", "bf16"], help="default: fp16 for tensorrt, else fp32")
     p.add_argument("--height", metavar="N", help="pixels: N, or MIN:OPT:MAX; several separated by commas (default: the size that the model was trained "
-                   "at for tensorrt, sizes around it for onnxruntime)")
+                   "at for tensorrt, else sizes around it)")
     p.add_argument("--width", metavar="N", help="the same")
-    p.add_argument("--batch", metavar="N", help="pictures per call, the same (default: 1 for tensorrt, 1:1:8 for onnxruntime)")
+    p.add_argument("--batch", metavar="N", help="pictures per call, the same (default: 1 for tensorrt, else 1:1:8)")
     p.add_argument("--rows", metavar="N", help="rows of the U-Net in one call, the same (default: twice the pictures, with guidance, and once)")
     p.add_argument("--opset", type=int, choices=[18, 23], default=18, help="23 has attention as one operator, for TensorRT 10.14 and later (default: 18)")
     p.add_argument("--device", default="cuda", metavar="cuda:N", help="the GPU that plans are built on and for (default: cuda:0)")
@@ -144,7 +145,8 @@ def build_bundle(options: argparse.Namespace, asked: dict[str, list[Range]], pre
         source.name = options.name
     defaults = default_shapes(source.sample_size())
     shapes = Shapes(**{side: envelope(asked.get(side, [getattr(defaults, side)])) for side in ("height", "width", "batch")})
-    return build(source, options.output, precision, shapes, opset=options.opset, verify=not options.no_verify, force=options.force, report=report).folder
+    return build(source, options.output, precision, shapes, opset=options.opset, openvino=options.backend == "openvino",
+                 verify=not options.no_verify, force=options.force, report=report).folder
 
 
 def build_plans(options: argparse.Namespace, folder: Path, asked: dict[str, list[Range]], gpu: int, report: Callable[[str], None]) -> None:

@@ -16,8 +16,9 @@ from engine.backends.cuda import Device
 from engine.backends.tensorrt_runtime import TensorRtRuntime
 from engine.bundle import Bundle
 from engine.contract import INPUTS, OUTPUTS
+from engine.picture import psnr
 from engine.plans import Plans
-from export.compare import as_json, compared, difference, psnr, tolerance
+from export.compare import as_json, compared, difference, tolerance
 
 PROMPT = "a large red circle on a blue background"
 GUIDANCE = 7.5

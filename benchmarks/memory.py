@@ -1,8 +1,6 @@
 """Peak memory and time of building Stable Diffusion 1.5's architecture in fp32, and of a 512 x 512 picture from its bundle, on the CPU.
 
-    python -m benchmarks.memory [--steps 2] [--json FILE]        needs 5 GB of disk; Linux and macOS
-
-Each command runs in its own process; the peak is the resident set that the system counted for it.
+Needs 5 GB of disk; Linux and macOS. Each command runs in its own process; the peak is the resident set that the system counted for it.
 """
 from __future__ import annotations
 
@@ -35,11 +33,13 @@ def measure(arguments: list[str]) -> tuple[float, float, list[str]]:
     return perf_counter() - started, peak_bytes / 2**30, lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Peak memory of building and running Stable Diffusion 1.5's architecture on the CPU.")
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the numbers to this file")
-    options = parser.parse_args()
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, default=2, metavar="N")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Builds, makes a picture, prints a table and writes the numbers."""
     with tempfile.TemporaryDirectory(dir=ROOT) as folder:
         build = measure(["build_engines.py", "sd15", "--random-weights", "--precision", "fp32", "--output", folder])
         picture = measure(["-m", "engine", "picture", "a large red circle", "--bundle", f"{folder}/sd15-random", "--steps", str(options.steps), "--seed", "0",
@@ -48,7 +48,3 @@ def main() -> None:
             [f"512 x 512 picture, {options.steps} steps, process start to file", round(picture[0]), round(picture[1], 1)]]
     print_table(["SD 1.5 architecture, random weights, fp32", "seconds", "peak GiB"], rows)
     write_json(options.json, {"benchmark": "memory", "rows": rows, "build": build[2], "picture": picture[2], **conditions()})
-
-
-if __name__ == "__main__":
-    main()

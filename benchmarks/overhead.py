@@ -1,10 +1,9 @@
-"""Host time of a denoising step outside the U-Net call, ours and diffusers', at 64 x 64 latents and batch 1.
+"""What surrounds the U-Net: host time of a step, import, process start to picture, installed size; ours and diffusers'.
 
-    python -m benchmarks.overhead [--json FILE]
-
-Both loops run for real, through their public pipelines, with a U-Net call that takes no time: ours with a session that
-returns at once, diffusers with a module that returns a tensor made beforehand. diffusers' guidance and sampler run on
-the host and so count; ours are part of the graph, and what they cost there is measured apart, on one graph of nothing else.
+The host time of a step is that outside the U-Net call, at 64 x 64 latents and batch 1. Both loops run for real,
+through their public pipelines, with a U-Net call that takes no time: ours with a session that returns at once, diffusers with a
+module that returns a tensor made beforehand. diffusers' guidance and sampler run on the host and so count; ours are part of the
+graph, and what they cost there is measured apart, on one graph of nothing else.
 """
 from __future__ import annotations
 
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import weight
 from benchmarks.report import conditions, print_table, write_json
 
 STEPS = 200
@@ -53,7 +53,7 @@ def seconds_per_step(run: Callable[[int], None]) -> list[float]:
 def ours(bundle: Path, scheduler: str) -> list[float]:
     """Seconds per step of our loop, one number for each repeat."""
     from engine import Pipeline
-    with Pipeline.load(bundle) as pipeline:
+    with Pipeline.load(bundle, backend="onnxruntime") as pipeline:
         backend: Any = pipeline._backend
         backend._sessions["denoiser"] = InstantSession(backend.load("denoiser"))
 
@@ -106,13 +106,30 @@ def sampler_graph_seconds() -> float:
     return (perf_counter() - started) / STEPS
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Host time of a step outside the U-Net call, ours and diffusers'.")
-    parser.add_argument("--json", type=Path, help="write the numbers to this file")
-    options = parser.parse_args()
-    from engine.contract import Range, Shapes
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bundle", type=Path, default=Path("engines/demo"), help="a bundle of the built-in model (default: engines/demo)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures all of it, prints tables and writes the numbers."""
     from export.libraries import quiet_libraries
     quiet_libraries()
+    rows, in_graph = steps_outside_unet()
+    print_table(["scheduler", "ours, µs a step", "diffusers, µs a step", "ratio"], [list(row.values()) for row in rows])
+    print(f"guidance and sampler inside our graph: {in_graph} µs a step more")
+    processes, bare = weight.measure(options.bundle)
+    print_table(["", "ours", "diffusers", "ratio", "lowest", "highest"], [list(row.values()) for row in processes])
+    print(f"a bare Python process with psutil takes {bare} MiB")
+    sizes = weight.installed_sizes()
+    print_table(["installed", "packages", "MiB"], [list(row.values()) for row in sizes])
+    write_json(options.json, {"benchmark": "overhead", "latents": f"{SIZE // 8}x{SIZE // 8}", "batch": 1, "steps": STEPS, "repeats": REPEATS, "rows": rows,
+                              "sampler_in_graph_us": in_graph, "processes": processes, "bare_process_mib": bare, "installed": sizes, **conditions()})
+
+
+def steps_outside_unet() -> tuple[list[dict[str, Any]], float]:
+    """Microseconds a step of both loops for some samplers, and of guidance and sampler in the graph."""
+    from engine.contract import Range, Shapes
     from export.build import build
     from export.checkpoint import resolve
 
@@ -124,12 +141,4 @@ def main() -> None:
                                       ("pndm", "PNDMScheduler")):
             a, b = statistics.median(ours(bundle, name)), statistics.median(diffusers(scheduler_class))
             rows.append({"scheduler": name, "ours_us": round(1e6 * a, 1), "diffusers_us": round(1e6 * b, 1), "ratio": round(b / a, 1)})
-    in_graph = round(1e6 * sampler_graph_seconds(), 1)
-    print_table(["scheduler", "ours, µs a step", "diffusers, µs a step", "ratio"], [list(row.values()) for row in rows])
-    print(f"guidance and sampler inside our graph: {in_graph} µs a step more")
-    write_json(options.json, {"benchmark": "overhead", "latents": f"{SIZE // 8}x{SIZE // 8}", "batch": 1, "steps": STEPS, "repeats": REPEATS, "rows": rows,
-                              "sampler_in_graph_us": in_graph, **conditions()})
-
-
-if __name__ == "__main__":
-    main()
+    return rows, round(1e6 * sampler_graph_seconds(), 1)

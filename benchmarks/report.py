@@ -12,11 +12,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "diffusers", "transformers", "onnxruntime", "numpy", "pillow", "tokenizers")
+PACKAGES = ("torch", "diffusers", "transformers", "onnxruntime", "openvino", "tensorrt", "optimum-onnx", "numpy", "pillow", "tokenizers")
 
 
 def conditions() -> dict[str, Any]:
-    """Hardware, versions, command line, commit and time of this run."""
+    """Hardware, clocks, driver, versions, command line, commit and time of this run."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -24,8 +24,9 @@ def conditions() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {
-        "processor": _processor(), "cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version(),
-        "versions": versions, "command": " ".join(sys.argv), "commit": _commit(),
+        "processor": _processor(), "cores": os.cpu_count(), "clocks": _clocks(), "gpu": _gpu(), "load_average": os.getloadavg()[0],
+        "system": platform.platform(), "python": platform.python_version(),
+        "versions": versions, "command": " ".join(["python", "-m", "benchmarks", *sys.argv[1:]]), "commit": _commit(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -39,6 +40,24 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def _clocks() -> dict[str, Any]:
+    """MHz of the cores now, and the governor that sets them, as far as the system tells."""
+    info, governor = Path("/proc/cpuinfo"), Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return {"cpu_mhz": [round(float(line.split(":")[1])) for line in lines if line.startswith("cpu MHz")],
+            "governor": governor.read_text().strip() if governor.is_file() else "unknown (not exposed)"}
+
+
+def _gpu() -> dict[str, str] | None:
+    """Name, driver and clocks of the first GPU by nvidia-smi; None without one."""
+    fields = ("name", "driver_version", "clocks.sm", "clocks.mem", "power.limit")
+    try:
+        done = subprocess.run(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return dict(zip(fields, (value.strip() for value in done.stdout.splitlines()[0].split(","))))
+
+
 def _commit() -> str | None:
     if not shutil.which("git"):
         return None
@@ -46,12 +65,17 @@ def _commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def print_table(header: list[str], rows: list[list[Any]]) -> None:
-    """A Markdown table."""
+def markdown(header: list[str], rows: list[list[Any]]) -> str:
+    """A Markdown table, with its columns in line."""
     cells = [[str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
-    print("\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]))
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def print_table(header: list[str], rows: list[list[Any]]) -> None:
+    """Prints it."""
+    print(markdown(header, rows), flush=True)
 
 
 def write_json(file: Path | None, content: dict[str, Any]) -> None:

@@ -1,21 +1,17 @@
-"""How heavy the runtime is beside diffusers: import, and process start to saved picture, in one run on one machine.
-
-    python -m benchmarks.weight --bundle engines/demo [--json FILE]
+"""How heavy the runtime is beside diffusers: import, process start to saved picture, installed packages. Part of `overhead`.
 
 Every measurement is a fresh process; ours and diffusers' alternate, so that a drift of the machine hits both.
 """
 from __future__ import annotations
 
-import argparse
 import statistics
 import subprocess
 import sys
 import tempfile
+from importlib import metadata
 from pathlib import Path
 from time import perf_counter
 from typing import Any
-
-from benchmarks.report import conditions, print_table, write_json
 
 REPEATS = 7
 PROMPT = "a large red circle on a blue background"
@@ -71,13 +67,10 @@ def row(name: str, ours: list[float], theirs: list[float], digits: int = 2) -> d
             "ratio": round(statistics.median(ratios), 1), "ratio_min": round(ratios[0], 1), "ratio_max": round(ratios[-1], 1)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Weight of the runtime beside diffusers.")
-    parser.add_argument("--bundle", type=Path, default=Path("engines/demo"), help="a bundle of the built-in model")
-    parser.add_argument("--json", type=Path, help="write the numbers to this file")
-    options = parser.parse_args()
+def measure(bundle: Path) -> tuple[list[dict[str, Any]], float]:
+    """Imports and pictures of both sides, taking turns; `bundle` is one of the built-in model. The rows, and the MiB of a bare
+    process."""
     model = Path(__file__).parents[1] / "export" / "demo" / "model"
-
     imports: dict[str, list[tuple[float, int]]] = {OUR_IMPORT: [], THEIR_IMPORT: []}
     pictures: dict[str, list[float]] = {OUR_PICTURE: [], THEIR_PICTURE: []}
     with tempfile.TemporaryDirectory() as folder:
@@ -86,20 +79,50 @@ def main() -> None:
                 measured = measure_import(statement)
                 if repeat:  # the first round fills the disk cache
                     imports[statement].append(measured)
-            for code, source in ((OUR_PICTURE, options.bundle), (THEIR_PICTURE, model)):
+            for code, source in ((OUR_PICTURE, bundle), (THEIR_PICTURE, model)):
                 seconds = measure_picture(code, source, Path(folder) / "picture.png")
                 if repeat:
                     pictures[code].append(seconds)
-    bare = measure_import(NOTHING)[1]
     rows = [
         row("import, s", [s for s, _ in imports[OUR_IMPORT]], [s for s, _ in imports[THEIR_IMPORT]], 3),
         row("memory after the import, MiB", [b / 2**20 for _, b in imports[OUR_IMPORT]], [b / 2**20 for _, b in imports[THEIR_IMPORT]], 1),
         row(f"process start to saved picture ({STEPS} steps), s", pictures[OUR_PICTURE], pictures[THEIR_PICTURE]),
     ]
-    print_table(["", "ours", "diffusers", "ratio", "lowest", "highest"], [list(r.values()) for r in rows])
-    print(f"a bare Python process with psutil takes {bare / 2**20:.1f} MiB")
-    write_json(options.json, {"benchmark": "weight", "repeats": REPEATS, "rows": rows, "bare_process_mib": round(bare / 2**20, 1), **conditions()})
+    return rows, round(measure_import(NOTHING)[1] / 2**20, 1)
 
 
-if __name__ == "__main__":
-    main()
+def installed_sizes() -> list[dict[str, Any]]:
+    """Packages and MiB that each choice installs, as far as it is installed here."""
+    ours = ["numpy", "pillow", "tokenizers", "tqdm"]
+    choices = {"LatentRT, ONNX Runtime": [*ours, "onnxruntime"], "LatentRT, OpenVINO": [*ours, "openvino"],
+               "diffusers, torch": ["diffusers", "transformers", "accelerate", "torch"]}
+    found = []
+    for name, roots in choices.items():
+        packages = closure(roots)
+        found.append({"what": name, "packages": len(packages), "mib": round(sum(map(package_bytes, packages)) / 2**20)})
+    return found
+
+
+def closure(roots: list[str]) -> set[str]:
+    """The installed packages among `roots` and all that they require without extras."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+    found: set[str] = set()
+    waiting = [str(canonicalize_name(root)) for root in roots]
+    while waiting:
+        name = waiting.pop()
+        try:
+            required = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        if name not in found:
+            found.add(name)
+            parsed = [Requirement(text) for text in required]
+            waiting += [str(canonicalize_name(one.name)) for one in parsed if one.marker is None or one.marker.evaluate({"extra": ""})]
+    return found
+
+
+def package_bytes(name: str) -> int:
+    """The files of an installed package."""
+    files = [Path(str(file.locate())) for file in metadata.files(name) or []]
+    return sum(file.stat().st_size for file in files if file.is_file())

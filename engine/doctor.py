@@ -83,8 +83,14 @@ def find_libraries() -> Iterator[str]:
         import onnxruntime as library
         return f"{library.__version__}, providers {', '.join(library.get_available_providers())}"
 
+    def openvino() -> str:
+        import openvino as library
+        core = library.Core()
+        return f"{library.__version__.split('-')[0]}, {core.get_property('CPU', 'FULL_DEVICE_NAME')}" \
+            + (" with bfloat16" if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "")
+
     known: list[tuple[str, str, str, Callable[[], str]]] = [
-        ("TensorRT", "tensorrt", "tensorrt", tensorrt), ("ONNX Runtime", "onnxruntime", "cpu", onnxruntime)]
+        ("TensorRT", "tensorrt", "tensorrt", tensorrt), ("OpenVINO", "openvino", "openvino", openvino), ("ONNX Runtime", "onnxruntime", "cpu", onnxruntime)]
     for name, module, extra, describe in known:
         if not installed(module):
             yield f"{name}: not installed; pip install latentrt[{extra}]"
@@ -108,10 +114,13 @@ def examine(folder: Path, machines: list[Machine], verify: bool) -> Iterator[str
         yield f"{folder}: not usable: {error}"
         return
     yield f"{folder}: {bundle.name}, {bundle.precision}, height x width {bundle.shapes}"
-    if not installed("onnxruntime"):
-        yield "  onnxruntime: not usable: not installed; pip install latentrt[cpu]"
-    else:
-        yield "  onnxruntime: usable" + (": but its CPU provider has no bf16 kernels" if bundle.precision == "bf16" else "")
+    for library, extra in (("openvino", "openvino"), ("onnxruntime", "cpu")):
+        if not installed(library):
+            yield f"  {library}: not usable: not installed; pip install latentrt[{extra}]"
+        elif library == "onnxruntime" and bundle.precision == "bf16":
+            yield "  onnxruntime: not usable: its CPU provider has no bf16 kernels; build with --precision fp32 or fp16"
+        else:
+            yield f"  {library}: usable"
     if not machines:
         yield "  tensorrt: not usable: there is no GPU with TensorRT here (see above)"
     for number, machine in enumerate(machines):

@@ -1,6 +1,7 @@
 """Pictures that carry their parameters: PIL images whose PNG files say how they were made."""
 from __future__ import annotations
 
+import math
 import re
 from os import PathLike
 from typing import IO, Any
@@ -46,3 +47,9 @@ def format_parameters(prompt: str, negative_prompt: str, fields: dict[str, str |
             text = '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
         pairs.append(f"{key}: {text}")
     return "\n".join([*lines, ", ".join(pairs)]).strip()
+
+
+def psnr(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two uint8 pictures in dB; 99 for equal ones."""
+    error = ((actual.astype(np.float64) - expected.astype(np.float64)) ** 2).mean()
+    return 99.0 if error == 0 else min(99.0, 10 * math.log10(255**2 / error))

@@ -67,7 +67,8 @@ class Pipeline:
              threads: int | None = None, verify: bool = True) -> Pipeline:
         """The pipeline of the bundle in `folder`.
 
-        backend: "tensorrt" or "onnxruntime"; None takes TensorRT where it and a GPU are found, else ONNX Runtime.
+        backend: "tensorrt", "openvino" or "onnxruntime"; None takes TensorRT where it and a GPU are found, else on the CPU OpenVINO
+        where it is installed, else ONNX Runtime.
         device: "cpu", "cuda" or "cuda:N"; None is the first GPU for TensorRT and the CPU for ONNX Runtime.
         cuda_graphs: False launches every kernel of a step from the host. threads: of one operator on the CPU, None for every
         core. verify: False skips the SHA-256 of the ONNX files; that of a TensorRT plan is never skipped.

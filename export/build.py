@@ -21,6 +21,7 @@ from torch import nn
 
 from engine import __version__
 from engine.backends.onnxruntime import OnnxRuntimeBackend
+from engine.backends.openvino import OpenVinoBackend
 from engine.bundle import FORMAT, MANIFEST, Bundle, sha256
 from engine.contract import COMPONENTS, PROMPT_TOKENS, Range, Shapes
 from engine.errors import BundleError
@@ -62,24 +63,30 @@ def default_shapes(sample_size: int) -> Shapes:
     return Shapes(height=side, width=side, batch=Range(1, 1, 8))
 
 
-def build(source: Source, output: Path, precision: str, shapes: Shapes, *, opset: int = OPSET, verify: bool = True, force: bool = False,
-          report: Report = print) -> Outcome:
-    """Writes `output`/`source.name`, unless it is there already and nothing changed.
+def build(source: Source, output: Path, precision: str, shapes: Shapes, *, opset: int = OPSET, openvino: bool = False, verify: bool = True,
+          force: bool = False, report: Report = print) -> Outcome:
+    """Writes `output`/`source.name`, unless it is there already and nothing changed. With `openvino` it is also measured
+    which components may run in bf16 there.
 
     Raises the errors of export/errors.py; whatever happens, the old bundle stays until the new one is complete.
     """
     if precision == "bf16" and verify:
         raise UsageError("ONNX Runtime's CPU provider has no bf16 kernels, so a bf16 bundle can neither be verified nor run here; use --precision "
                          "fp32 or fp16, or --no-verify to export bf16 graphs for another machine")
+    if openvino:
+        if not verify:
+            raise UsageError("--backend openvino measures which components may run in bf16, so it does not go with --no-verify; a bundle without these "
+                             "measurements runs on OpenVINO in fp32")
+        OpenVinoBackend({})  # BackendError now rather than after the export
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{output} cannot be made ({error.strerror}); pass another --output") from error
     with _as_output_errors(output), FileLock(output / f".{source.name}.lock"):
-        return _build_locked(source, output, Graphs(precision, opset), shapes, verify, force, report)
+        return _build_locked(source, output, Graphs(precision, opset), shapes, openvino, verify, force, report)
 
 
-def _build_locked(source: Source, output: Path, graphs: Graphs, shapes: Shapes, verify: bool, force: bool, report: Report) -> Outcome:
+def _build_locked(source: Source, output: Path, graphs: Graphs, shapes: Shapes, openvino: bool, verify: bool, force: bool, report: Report) -> Outcome:
     target, unfinished, replaced = (output / name for name in (source.name, f".{source.name}.building", f".{source.name}.replaced"))
     recover(target, unfinished, replaced)
     prints = {component: _fingerprint(source, component, graphs) for component in COMPONENTS}
@@ -87,7 +94,7 @@ def _build_locked(source: Source, output: Path, graphs: Graphs, shapes: Shapes, 
     old = None if force else _usable(target, report)
     kept = {c: old for c in COMPONENTS if old and old["components"][c]["fingerprint"] == prints[c]} if old else {}
     if old and len(kept) == len(COMPONENTS) and all(old[key] == value for key, value in wanted.items()) \
-            and (old["verification"]["done"] or not verify):
+            and (old["verification"]["done"] or not verify) and ("openvino" in old or not openvino):
         report(f"{target} is up to date")
         return Outcome(target, old, ())
     try:
@@ -108,6 +115,9 @@ def _build_locked(source: Source, output: Path, graphs: Graphs, shapes: Shapes, 
         if verify:
             manifest["verification"] = _verify_picture(source, unfinished, graphs.precision, checks, report)
             _write_manifest(unfinished, manifest)
+            if openvino:
+                manifest["openvino"] = _measure_openvino(source, unfinished, graphs.precision, report)
+                _write_manifest(unfinished, manifest)
         _keep_plans(target, unfinished)
         swap(target, unfinished, replaced)
     finally:
@@ -221,6 +231,19 @@ def _verify_picture(source: Source, folder: Path, precision: str, checks: dict[s
     report(f"picture: {found.pixels_within_1:.2%} of the values within 1 of 255, PSNR {found.psnr_db:.1f} dB, latents within "
            f"{found.latents_max_abs:.1e} ({perf_counter() - started:.1f} s)")
     return {"done": True, "components": checks, "picture": as_json(found)}
+
+
+def _measure_openvino(source: Source, folder: Path, precision: str, report: Report) -> dict[str, Any]:
+    from .to_openvino import choose_precision
+
+    def reference(component: str) -> parity.Reference:
+        kind, model, context_size = modules(source, component)
+        _round_weights(model, DTYPES[precision])
+        return parity.reference(component, kind(model, torch.float32), context_size)
+
+    parameters = sum(file.stat().st_size for file in folder.glob("onnx/denoiser.onnx*")) // DTYPES[precision].itemsize
+    small = parameters <= parity.SMALL
+    return choose_precision(folder, reference, 20 if small else 2, range(4) if small else [parity.SEED], report)
 
 
 def _link(old: Path, new: Path, manifest: dict[str, Any], component: str) -> dict[str, Any]:

@@ -34,12 +34,6 @@ def difference(actual: np.ndarray, expected: np.ndarray) -> Difference:
     return Difference(float(np.abs(a - b).max()), math.sqrt(((a - b) ** 2).mean()) / scale)
 
 
-def psnr(actual: np.ndarray, expected: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures in dB; 99 for equal ones."""
-    error = ((actual.astype(np.float64) - expected.astype(np.float64)) ** 2).mean()
-    return 99.0 if error == 0 else min(99.0, 10 * math.log10(255**2 / error))
-
-
 def tolerance(component: str, precision: str) -> float:
     """The relative RMS difference that a component may have."""
     return max(COMPONENT_TOLERANCE[precision], PIXEL_TOLERANCE if component == "vae_decoder" else 0.0)

@@ -12,15 +12,16 @@ from torch import nn
 
 from engine import Pipeline
 from engine.backends.onnxruntime import OnnxRuntimeBackend
+from engine.backends.openvino import OpenVinoBackend
 from engine.bundle import Bundle
 from engine.contract import OUTPUTS, SLOTS
 from engine.errors import UnknownSchedulerError
-from engine.picture import Picture
+from engine.picture import Picture, psnr
 from engine.samplers import sampler_name
 from engine.schedule import Schedule
 
 from .checkpoint import Source
-from .compare import PICTURE_TOLERANCE, Difference, compared, difference, psnr, tolerance
+from .compare import PICTURE_TOLERANCE, Difference, compared, difference, tolerance
 from .errors import VerificationError
 from .to_onnx import Example, example
 
@@ -70,7 +71,7 @@ def reference(component: str, module: nn.Module, context_size: int) -> Reference
     return Reference(inputs, outputs)
 
 
-def check_component(component: str, backend: OnnxRuntimeBackend, expected: Reference, precision: str) -> Difference:
+def check_component(component: str, backend: OnnxRuntimeBackend | OpenVinoBackend, expected: Reference, precision: str) -> Difference:
     """The largest difference of a component's outputs; VerificationError beyond the tolerance."""
     found = []
     for one, outputs in zip(expected.inputs, expected.outputs):
@@ -93,11 +94,7 @@ def check_picture(source: Source, folder: Path, precision: str) -> tuple[Picture
     the tolerance."""
     bundle = Bundle.open(folder, verify=False)
     height, width = bundle.shapes.height.opt, bundle.shapes.width.opt
-    schedule = Schedule.from_config(bundle.scheduler)
-    try:
-        scheduler = sampler_name(None, schedule)
-    except UnknownSchedulerError:
-        scheduler = "ddim"
+    scheduler = scheduler_of(bundle)
     latents, pixels, steps = _with_diffusers(source, scheduler, height, width)
     gc.collect()
     final: dict[str, np.ndarray] = {}
@@ -113,6 +110,14 @@ def check_picture(source: Source, folder: Path, precision: str) -> tuple[Picture
         raise VerificationError(f"the picture differs from diffusers': PSNR {found.psnr_db:.1f} dB, at least {PICTURE_TOLERANCE[precision]:.0f} dB is "
                                 f"allowed in {precision}. The old bundle is untouched. Try --precision fp32, or --no-verify to keep it anyway")
     return found, picture
+
+
+def scheduler_of(bundle: Bundle) -> str:
+    """The model's own sampler, DDIM where there is none of that name."""
+    try:
+        return sampler_name(None, Schedule.from_config(bundle.scheduler))
+    except UnknownSchedulerError:
+        return "ddim"
 
 
 def _with_diffusers(source: Source, scheduler: str, height: int, width: int) -> tuple[np.ndarray, np.ndarray, int]:

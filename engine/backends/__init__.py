@@ -2,11 +2,11 @@
 from __future__ import annotations
 
 from ..bundle import Bundle
-from ..errors import DeviceError, UnknownBackendError
+from ..errors import DeviceError, ManifestError, UnknownBackendError
 from ..libraries import installed
 from .interface import Backend
 
-BACKENDS = ("tensorrt", "onnxruntime")
+BACKENDS = ("tensorrt", "openvino", "onnxruntime")
 
 
 def open_backend(bundle: Bundle, name: str | None, device: str | None, threads: int | None, cuda_graphs: bool) -> Backend:
@@ -14,18 +14,41 @@ def open_backend(bundle: Bundle, name: str | None, device: str | None, threads: 
     if name is not None and name not in BACKENDS:
         raise UnknownBackendError(f"backend is {name!r}; it must be one of {', '.join(map(repr, BACKENDS))}, or None to choose by what the machine has")
     gpu = gpu_number(device)
-    if name is None:
-        name = "tensorrt" if device != "cpu" and tensorrt_is_usable() else "onnxruntime"
+    name = name or default_backend(device)
     if name == "tensorrt":
         if device == "cpu":
             raise DeviceError("device is 'cpu', and TensorRT runs on NVIDIA GPUs only; pass device='cuda' or backend='onnxruntime'")
         from .tensorrt import TensorRtBackend
         return TensorRtBackend(bundle, gpu or 0, cuda_graphs)
+    if name == "openvino":
+        if gpu is not None:
+            raise DeviceError(f"device is {device!r}, and the OpenVINO backend runs on the CPU only; pass device='cpu', or another backend")
+        from .openvino import OpenVinoBackend
+        openvino = OpenVinoBackend(bundle.graphs, bundle.shapes, threads, openvino_precision(bundle))
+        openvino.load()
+        return openvino
     from .onnxruntime import OnnxRuntimeBackend
     backend = OnnxRuntimeBackend(bundle.graphs, bundle.shapes, threads, gpu, cuda_graphs)
     for component in ("text_encoder", "denoiser", "vae_decoder"):
         backend.load(component)
     return backend
+
+
+def default_backend(device: str | None = None) -> str:
+    """TensorRT where it and a GPU are found, else on the CPU OpenVINO where it is installed, else ONNX Runtime."""
+    if device != "cpu" and tensorrt_is_usable():
+        return "tensorrt"
+    return "openvino" if gpu_number(device) is None and installed("openvino") else "onnxruntime"
+
+
+def openvino_precision(bundle: Bundle) -> dict[str, str]:
+    """What the builder measured that each component may run in; empty where it did not. ManifestError if it is garbled."""
+    precision = bundle.manifest.get("openvino", {}).get("precision", {})
+    wrong = {component: value for component, value in precision.items() if value not in ("fp32", "bf16")}
+    if wrong:
+        raise ManifestError(f"the manifest in {bundle.folder} has the OpenVINO precision {wrong}; it must be fp32 or bf16. Build the bundle again: "
+                            f"python build_engines.py --backend openvino")
+    return dict(precision)
 
 
 def gpu_number(device: str | None) -> int | None:

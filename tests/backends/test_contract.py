@@ -1,4 +1,4 @@
-"""What every backend does: the same functions for ONNX Runtime, TensorRT on the fake GPU in three versions, and the real TensorRT.
+"""What every backend does: the same functions for ONNX Runtime, OpenVINO, TensorRT on the fake GPU in three versions, and the real one.
 
 The oracle is ONNX Runtime's plain run of the same graphs, which the parity tests compare with diffusers.
 """
@@ -25,12 +25,16 @@ def expected(demo_fp16):
         yield pipeline
 
 
-@pytest.fixture(scope="module", params=["onnxruntime", *FAKES, "tensorrt"])
+@pytest.fixture(scope="module", params=["onnxruntime", "openvino", *FAKES, "fake 11.4.0 eager", "tensorrt"])
 def backend(request, demo_fp16, planned, tmp_path_factory):
     """A pipeline of the built-in model on each backend, and how far its latents may be from the oracle's."""
     if request.param == "onnxruntime":
         with Pipeline.load(demo_fp16, backend="onnxruntime", threads=1) as pipeline:
             yield pipeline, 1e-5
+    elif request.param == "openvino":
+        pytest.importorskip("openvino")
+        with Pipeline.load(demo_fp16, backend="openvino") as pipeline:
+            yield pipeline, 3e-2
     elif request.param == "tensorrt":
         if not tensorrt_is_usable():
             pytest.skip("there is no GPU with TensorRT here")
@@ -40,9 +44,9 @@ def backend(request, demo_fp16, planned, tmp_path_factory):
         with Pipeline.load(bundle, backend="tensorrt") as pipeline:
             yield pipeline, 3e-2
     else:
-        version = request.param.split()[1]
+        _, version, *eager = request.param.split()
         bundle = planned(version)
-        with fakes.install(version), Pipeline.load(bundle, backend="tensorrt") as pipeline:
+        with fakes.install(version, eager=bool(eager)), Pipeline.load(bundle, backend="tensorrt") as pipeline:
             yield pipeline, 1e-5
 
 

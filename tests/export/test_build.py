@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from engine import Bundle, Pipeline
 from engine.contract import COMPONENTS, INPUTS, OUTPUTS, Range
+from engine.picture import psnr
 from export import compare
 from export import errors as e
 from export.build import build, default_shapes
@@ -248,6 +249,6 @@ def test_a_full_disk_leaves_nothing_half_written(built, tmp_path):
 def test_picture_and_psnr_numbers():
     import numpy as np
     a = np.zeros((8, 8, 3), np.uint8)
-    assert compare.psnr(a, a) == 99.0
-    assert compare.psnr(a, a + 1) == pytest.approx(48.13, abs=0.01)
+    assert psnr(a, a) == 99.0
+    assert psnr(a, a + 1) == pytest.approx(48.13, abs=0.01)
     assert compare.difference(np.array([1.0, 2.0]), np.array([1.0, 1.0])).max_abs == 1.0

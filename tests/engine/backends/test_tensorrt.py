@@ -205,9 +205,9 @@ def test_no_gpu_and_no_driver(bundle):
             Pipeline.load(bundle, backend="tensorrt")
 
 
-def test_without_a_gpu_the_default_is_onnx_runtime(bundle):
+def test_without_a_gpu_the_default_is_the_cpu(bundle):
     with fakes.install(VERSION, devices=[]), Pipeline.load(bundle) as pipeline:
-        assert "ONNX Runtime" in pipeline.description
+        assert "on the CPU" in pipeline.description
 
 
 # --- capture

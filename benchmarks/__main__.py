@@ -1,0 +1,67 @@
+"""Benchmarks:  python -m benchmarks latency --bundle engines/demo --against diffusers,diffusers-bf16"""
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import traceback
+from typing import Any
+
+from benchmarks.errors import BenchmarkError, BenchmarkUsageError
+
+COMMANDS = {
+    "latency": "how fast a picture is, stage by stage, beside diffusers and others",
+    "overhead": "what surrounds the U-Net: host time of a step, import, process start, installed size",
+    "roofline": "operations and bytes of each component, and how close to the hardware it runs",
+    "scaling": "time and memory against steps, batch and pixels",
+    "parity": "how far the pictures are from float32 diffusers', by backend and precision",
+    "memory": "peak memory of building and of a picture",
+    "settings": "what the settings of the libraries and the exact savings give",
+    "report": "one Markdown page of the stored results",
+}
+
+
+def parser(chosen: str) -> argparse.ArgumentParser:
+    """With the options of the chosen command only: the others may need packages that are not installed."""
+    p = argparse.ArgumentParser(prog="python -m benchmarks", description="Measurements that say what they were made on.")
+    commands = p.add_subparsers(dest="command", required=True)
+    for name, purpose in COMMANDS.items():
+        command = commands.add_parser(name, help=purpose, description=purpose)
+        if name == chosen:
+            _module(name).arguments(command)
+        command.add_argument("--debug", action="store_true", help="print the traceback of an error")
+    return p
+
+
+def _module(command: str) -> Any:
+    return importlib.import_module(f"benchmarks.{'page' if command == 'report' else command}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command: 0, 2 for a mistake of the user's, 1 for a failure, 130 for Ctrl-C where nothing was measured yet."""
+    words = sys.argv[1:] if arguments is None else arguments
+    failure: Exception
+    try:
+        options = parser(words[0] if words else "").parse_args(words)
+        for file in (getattr(options, name, None) for name in ("json", "plot", "output")):
+            if file and not file.parent.is_dir():
+                raise BenchmarkUsageError(f"{file} cannot be written: {file.parent} is not a folder; make it, or pass another file")
+        _module(options.command).run(options)
+        return 0
+    except KeyboardInterrupt:
+        print("python -m benchmarks: stopped", file=sys.stderr)
+        return 130
+    except BenchmarkError as error:
+        failure, message, code = error, str(error), error.exit_code
+    except Exception as error:
+        failure, message, code = error, f"{type(error).__name__}: {error} (run again with --debug for the traceback)", getattr(error, "exit_code", 1)
+        if hasattr(error, "exit_code"):
+            message = str(error)
+    if "--debug" in words:
+        traceback.print_exception(failure)
+    print(f"python -m benchmarks: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

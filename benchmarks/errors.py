@@ -1,0 +1,34 @@
+"""Every error that a benchmark raises on purpose."""
+from __future__ import annotations
+
+
+class BenchmarkError(Exception):
+    """Base class. `exit_code` is what the command exits with: 2 where the user's input is at fault, 1 where something failed."""
+
+    exit_code = 1
+
+
+class BenchmarkUsageError(BenchmarkError):
+    """An argument of a command is not acceptable."""
+
+    exit_code = 2
+
+
+class UnknownSideError(BenchmarkUsageError):
+    """There is no competitor or backend of that name."""
+
+
+class SkippedSide(BenchmarkError):
+    """What a competitor needs is not installed; the others are measured without it."""
+
+
+class SideError(BenchmarkError):
+    """The process of a competitor failed."""
+
+
+class CountError(BenchmarkError):
+    """A graph holds a matrix operation whose cost is not known here, or shapes that cannot be found."""
+
+
+class ResultsError(BenchmarkError):
+    """A stored result cannot be read."""

@@ -1,0 +1,272 @@
+"""How fast a picture is, beside what a user would pick instead: the same weights, size, steps, sampler, seeds and threads.
+
+Every side runs in its own process. They take turns, picture by picture and in alternating order, so that a drift of the machine
+hits them all; a ratio is taken within each turn. A turn in which other programs took part of the processors is counted as
+disturbed and repeated. Results that cannot be believed are refused, with the reason.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from benchmarks import statistics
+from benchmarks.errors import BenchmarkUsageError, SkippedSide
+from benchmarks.models import model_folder, sampler_of
+from benchmarks.quiet import DISTURBED, load, others_share, wait_until_quiet
+from benchmarks.report import conditions, print_table, write_json
+from benchmarks.sides import OURS, ROOT, SCHEDULERS, Request, Setup, Side
+from engine.backends import default_backend
+from engine.bundle import Bundle
+from engine.checks import check_shapes
+from engine.picture import psnr
+
+PICTURES = 20
+SLOW = 600.0
+"""Seconds that one configuration may take; slower machines make fewer pictures, at least LEAST."""
+LEAST = 3
+ATTEMPTS = 3
+"""Turns that are tried for each one that is wanted, where other programs disturb."""
+PATIENCE = 60.0
+"""Seconds that are waited for them after a disturbed turn."""
+
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
+COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black")
+GUIDANCE = 7.5
+
+
+def prompt(index: int) -> str:
+    """Another text for every picture, so that nobody's cache helps; of the kind that the built-in model knows."""
+    return f"a large {COLOURS[index % 8]} {SHAPES[index % 6]} on a {COLOURS[(index + 1 + index // 24 % 7) % 8]} background"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    common_arguments(parser)
+    parser.add_argument("--against", default="diffusers,diffusers-bf16", metavar="A,B", help="diffusers, diffusers-bf16 (with channels_last), "
+                        "diffusers-compile (that compiled), optimum; '' for nothing (default: diffusers,diffusers-bf16)")
+    parser.add_argument("--pictures", type=int, default=PICTURES, metavar="N", help=f"of each side after the warm-up (default: {PICTURES})")
+    parser.add_argument("--budget", type=float, default=SLOW, metavar="SECONDS",
+                        help=f"for one configuration; fewer pictures are made where they would take longer, at least {LEAST} (default: {SLOW:g})")
+    parser.add_argument("--batch", default="1", metavar="N,M", help="pictures per call (default: 1)")
+    parser.add_argument("--sizes", metavar="WxH,...", help="pixels (default: what the bundle is best at)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a bar for each side, with its stages")
+
+
+def common_arguments(parser: argparse.ArgumentParser) -> None:
+    """What all commands that make pictures take."""
+    parser.add_argument("--bundle", type=Path, default=Path("engines/demo"), help="default: engines/demo")
+    parser.add_argument("--backend", metavar="A,B", help=f"ours: {', '.join(OURS)} (default: what Pipeline.load would choose)")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="the bundle's model in the diffusers layout, where the bundle does not say where it is")
+    parser.add_argument("--scheduler", choices=sorted(SCHEDULERS), help="default: the model's own")
+    parser.add_argument("--steps", type=int, default=20, metavar="N")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="of every side (default: each library's own choice)")
+    parser.add_argument("--python", action="append", default=[], metavar="SIDE=PATH", help="another interpreter for a side, where its packages do not get "
+                        "along with these")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures every configuration, prints a table for each and writes the numbers."""
+    bundle = Bundle.open(options.bundle, verify=False)
+    sides = [*names(options.backend or default_backend()), *names(options.against)]
+    sizes = [parse_size(text) for text in names(options.sizes)] or [(bundle.shapes.width.opt, bundle.shapes.height.opt)]
+    batches = [int(text) for text in names(options.batch)]
+    for width, height in sizes:
+        for batch in batches:
+            check_shapes(height, width, batch, 2 * batch, (bundle.shapes,), "python build_engines.py")
+    setups = setups_of(bundle, sides, options)
+    content: dict[str, Any] = {"benchmark": "latency", "bundle": bundle.name, "steps": options.steps, "guidance_scale": GUIDANCE,
+                               "scheduler": setups[0].sampler, "threads": options.threads, "configurations": [], "interrupted": False}
+    for width, height in sizes:
+        for batch in batches:
+            print(f"{width} x {height}, batch {batch}, {options.steps} steps of {setups[0].sampler}", flush=True)
+            request = Request("", 0, height, width, batch, options.steps, GUIDANCE, "")
+            found = measure(setups, pythons(options.python), request, options.pictures, options.budget)
+            content["configurations"].append(found)
+            content["interrupted"] = found["interrupted"]
+            show(found)
+            if found["interrupted"]:
+                break
+    write_json(options.json, {**statistics.as_json(content), **conditions()})
+    if options.plot:
+        from benchmarks.plots import latency
+        latency(statistics.as_json(content), options.plot)
+
+
+def names(text: str | None) -> list[str]:
+    """The words of a list with commas."""
+    return [word.strip() for word in (text or "").split(",") if word.strip()]
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Width and height of WxH."""
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise BenchmarkUsageError(f"--sizes has {text!r}; it must be WIDTHxHEIGHT in pixels, for example 512x512")
+    return int(parts[0]), int(parts[1])
+
+
+def pythons(given: Sequence[str]) -> dict[str, str]:
+    """The interpreters of sides that have one of their own."""
+    for text in given:
+        if "=" not in text:
+            raise BenchmarkUsageError(f"--python is {text!r}; it must be SIDE=PATH, for example optimum=/opt/optimum/bin/python")
+    return dict(text.split("=", 1) for text in given)
+
+
+def setups_of(bundle: Bundle, sides: Sequence[str], options: argparse.Namespace) -> list[Setup]:
+    """What each side loads."""
+    theirs = any(side not in OURS for side in sides)
+    model = model_folder(bundle, options.model, ROOT / "build" / "benchmarks") if theirs else Path()
+    sampler = options.scheduler or sampler_of(bundle)
+    return [Setup(side, str(bundle.folder.resolve()), str(model.resolve()), sampler, options.threads) for side in sides]
+
+
+@contextmanager
+def opened(setups: Sequence[Setup], interpreters: dict[str, str]) -> Iterator[tuple[list[Side], dict[str, str]]]:
+    """The processes of all sides that are installed, and why the others are not; they end with the block."""
+    with ExitStack() as stack:
+        sides, skipped = [], {}
+        for setup in setups:
+            progress(f"loading {setup.side}")
+            try:
+                side = Side(setup, interpreters.get(setup.side, sys.executable))
+            except SkippedSide as error:
+                skipped[setup.side] = str(error)
+                print(f"skipped {error}", flush=True)
+                continue
+            stack.callback(side.close)
+            sides.append(side)
+        progress("")
+        yield sides, skipped
+
+
+def measure(setups: Sequence[Setup], interpreters: dict[str, str], request: Request, pictures: int, budget: float) -> dict[str, Any]:
+    """One configuration: what each side took, the ratios, and what was refused. Ctrl-C ends it with the turns that are complete."""
+    turns: list[dict[str, Any]] = []
+    disturbed: list[dict[str, Any]] = []
+    interrupted, ends = False, {}
+    with opened(setups, interpreters) as (sides, skipped), tempfile.TemporaryDirectory() as folder:
+        first: dict[str, Any] = {}
+        planned = pictures
+        try:
+            for side in sides:
+                progress(f"warming up {side.name}")
+                first[side.name] = side.picture(request_of(request, 0, side, folder))
+            seconds = sum(sample["total"] for sample in first.values())
+            planned = max(min(pictures, LEAST), min(pictures, int(budget / max(seconds, 1e-9))))
+            if planned < pictures:
+                print(f"{planned} pictures of each side instead of {pictures}: a turn takes about {seconds:.0f} s, and --budget is {budget:g} s", flush=True)
+            started, index = perf_counter(), 0
+            while len(turns) < planned and index < ATTEMPTS * planned:
+                index += 1
+                turn = _turn(sides if index % 2 else sides[::-1], request, index, folder)
+                (disturbed if turn["others_share"] > DISTURBED else turns).append(turn)
+                left = (perf_counter() - started) / index * (planned - len(turns))
+                progress(f"{len(turns)} of {planned} pictures of each side, {len(disturbed)} disturbed; about {left:.0f} s left")
+                if disturbed and disturbed[-1] is turn:
+                    wait_until_quiet(_pids(sides), PATIENCE)
+        except KeyboardInterrupt:
+            interrupted = True
+            print(f"\nstopped after {len(turns)} pictures of each side", flush=True)
+        progress("")
+        ends = {side.name: side.finish() for side in sides} if not interrupted else {}
+        loaded = {side.name: side.loaded for side in sides}
+    if len(turns) < min(planned, LEAST):  # then the spread has to judge
+        turns, disturbed = turns + disturbed, []
+    return {"height": request.height, "width": request.width, "batch": request.batch, "interrupted": interrupted, "skipped": skipped,
+            "disturbed": len(disturbed), **evaluate(loaded, first, turns, ends, request.batch)}
+
+
+def request_of(request: Request, index: int, side: Side, folder: str) -> Request:
+    return Request(**{**asdict(request), "prompt": prompt(index), "seed": index, "file": f"{folder}/{side.name}.npy"})
+
+
+def _turn(sides: Sequence[Side], request: Request, index: int, folder: str) -> dict[str, Any]:
+    """One picture of each side: their times, and the PSNR between ours and theirs."""
+    before = load(_pids(sides))
+    times = {side.name: side.picture(request_of(request, index, side, folder)) for side in sides}
+    others = others_share(before, load(_pids(sides)))
+    pixels = {side.name: np.load(f"{folder}/{side.name}.npy") for side in sides}
+    decibels = {f"{a} / {b}": psnr(pixels[a], pixels[b]) for a in pixels for b in pixels if a in OURS and b not in OURS}
+    return {"times": times, "psnr_db": decibels, "others_share": others}
+
+
+def _pids(sides: Sequence[Side]) -> list[int]:
+    return [os.getpid(), *(side.pid for side in sides)]
+
+
+def evaluate(loaded: dict[str, Any], first: dict[str, Any], turns: Sequence[dict[str, Any]], ends: dict[str, Any], batch: int) -> dict[str, Any]:
+    """Summaries of the sides and ratios between ours and theirs, or why there are none, from what was measured."""
+    sides = {name: _side(name, loaded[name], first.get(name), [turn["times"][name] for turn in turns], ends.get(name, {}), batch) for name in loaded}
+    ratios = [_ratio(a, b, loaded, turns) for a in loaded for b in loaded if a in OURS and b not in OURS] if turns else []
+    return {"sides": sides, "ratios": ratios, "turns": list(turns)}
+
+
+def _side(name: str, loaded: dict[str, Any], first: dict[str, Any] | None, samples: Sequence[dict[str, Any]], end: dict[str, Any],
+          batch: int) -> dict[str, Any]:
+    summary: dict[str, Any] = {"description": loaded["description"], "precision": loaded["precision"], "start_s": loaded["start"], "load_s": loaded["load"],
+                               "first_picture_s": first and first["total"], "peak_bytes": end.get("peak_bytes"), "device_bytes": end.get("device_bytes")}
+    if not samples:
+        return {**summary, "refused": [f"{name} made no picture after its warm-up"]}
+    refused = [reason for i, sample in enumerate(samples, 1) for reason in statistics.refuse_timing(f"picture {i} of {name}", sample)]
+    stages = {stage: statistics.summarize([sample[stage] for sample in samples]) for stage in ("total", "text_encoder", "vae_decoder")}
+    stages["step"] = statistics.summarize([step for sample in samples for step in sample["steps"]])
+    refused += statistics.refuse_noise(f"the time of a picture of {name}", stages["total"].spread)
+    return {**summary, "seconds": stages, "pictures_per_second": batch / stages["total"].p50, "evaluations": samples[0]["evaluations"], "refused": refused}
+
+
+def _ratio(ours: str, theirs: str, loaded: dict[str, Any], turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    samples = {name: [turn["times"][name] for turn in turns] for name in (ours, theirs)}
+    decibels = [turn["psnr_db"][f"{ours} / {theirs}"] for turn in turns]
+    found = statistics.pair_ratios(*([sample["total"] for sample in samples[name]] for name in (ours, theirs)))
+    refused = statistics.refuse_pictures(ours, theirs, decibels, (loaded[ours]["precision"], loaded[theirs]["precision"]))
+    refused += statistics.refuse_noise(f"the ratio of {theirs} to {ours}", found.spread)
+    refused += [reason for name in samples for sample in samples[name] for reason in statistics.refuse_timing(name, sample)][:1]
+    return {"ours": ours, "theirs": theirs, "ratio": None if refused else found, "psnr_db": min(decibels), "refused": refused}
+
+
+def show(found: dict[str, Any]) -> None:
+    """Prints a configuration."""
+    rows = []
+    for name, side in found["sides"].items():
+        if "seconds" in side:
+            stages = [side["seconds"][stage] for stage in ("total", "text_encoder", "step", "vae_decoder")]
+            memory = f"{side['peak_bytes'] / 2**30:.2f}" if side["peak_bytes"] else ""
+            rows.append([name, stages[0].n, *(f"{stages[0].__dict__[key]:.3f}" for key in ("min", "p50", "p90", "p99")),
+                         *(f"{stage.p50:.4f}" for stage in stages[1:]), f"{side['pictures_per_second']:.3g}", side["evaluations"], memory,
+                         f"{side['first_picture_s']:.2f}", f"{side['load_s']:.2f}"])
+    if rows:
+        print_table(["side", "pictures", "min s", "p50", "p90", "p99", "text p50", "step p50", "VAE p50", "pictures/s", "U-Net calls", "peak GiB", "first s",
+                     "load s"], rows)
+    if found.get("disturbed"):
+        print(f"{found['disturbed']} turns were disturbed by other programs and are not counted")
+    for ratio in found["ratios"]:
+        if ratio["ratio"]:
+            r = ratio["ratio"]
+            print(f"{ratio['theirs']} takes {r.p50:.2f} times as long as {ratio['ours']} (spread {r.spread:.0%}, {r.n} pairs, PSNR {ratio['psnr_db']:.1f} dB)")
+    for reason in [reason for part in (*found["sides"].values(), *found["ratios"]) for reason in part["refused"]]:
+        print(f"refused: {reason}")
+
+
+SILENCE = 30.0
+"""Seconds between two lines of progress where there is no terminal."""
+_last_line = [perf_counter()]
+
+
+def progress(text: str) -> None:
+    """On a terminal a line that is written again and again, elsewhere one now and then."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+    elif text and perf_counter() - _last_line[0] > SILENCE:
+        _last_line[0] = perf_counter()
+        print(text, file=sys.stderr, flush=True)

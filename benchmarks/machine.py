@@ -1,0 +1,100 @@
+"""What the hardware does at best: measured rates of matrix products and of copying."""
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from benchmarks.errors import BenchmarkUsageError
+
+MATRIX_SIDES = (1024, 2048, 4096)
+"""Of square matrices; the fastest counts."""
+COPY_BYTES = 1 << 28
+SECONDS = 1.0
+"""How long each of them is repeated."""
+
+
+def matrix_rate(library: str, precision: str, threads: int = 0, seconds: float = SECONDS) -> float:
+    """FLOP per second of a product of square matrices through the library that runs the model: "openvino", "onnxruntime", or
+    "tensorrt", for which torch's product on the GPU stands."""
+    makers: dict[str, Callable[[int, str, int], Callable[[], Any]]] = {"openvino": _openvino, "onnxruntime": _onnxruntime, "tensorrt": _cuda}
+    if library not in makers:
+        raise BenchmarkUsageError(f"{library!r} is not a library whose rate can be measured; known: {', '.join(makers)}")
+    sides = [4 * side for side in MATRIX_SIDES] if library == "tensorrt" else MATRIX_SIDES
+    return max(2 * side**3 / _fastest(makers[library](side, precision, threads), seconds) for side in sides)
+
+
+def copy_rate(device: str, threads: int = 0, seconds: float = SECONDS) -> float:
+    """Bytes per second of copying a large array, read and write counted, on "cpu" or "cuda"."""
+    if device == "cuda":
+        import torch
+        source = torch.ones(COPY_BYTES, dtype=torch.uint8, device="cuda")
+        target = torch.empty_like(source)
+
+        def copy_on_gpu() -> None:
+            target.copy_(source)
+            torch.cuda.synchronize()
+
+        return 2 * COPY_BYTES / _fastest(copy_on_gpu, seconds)
+    workers = threads or os.cpu_count() or 1
+    parts = [np.ones(COPY_BYTES // 8 // workers) for _ in range(2 * workers)]
+    with ThreadPoolExecutor(workers) as pool:
+        return 2 * COPY_BYTES / _fastest(lambda: list(pool.map(np.copyto, parts[:workers], parts[workers:])), seconds)
+
+
+def _fastest(run: Callable[[], Any], seconds: float) -> float:
+    """The shortest of the runs that fit into so many seconds, two at least."""
+    run()
+    times: list[float] = []
+    while len(times) < 2 or sum(times) < seconds:
+        started = perf_counter()
+        run()
+        times.append(perf_counter() - started)
+    return min(times)
+
+
+def _product(side: int, element: int) -> bytes:
+    """An ONNX graph of one matrix product."""
+    from onnx import helper
+    kinds = [helper.make_tensor_value_info(name, element, [side, side]) for name in ("a", "b", "c")]
+    graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["c"])], "product", kinds[:2], kinds[2:])
+    return bytes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10).SerializeToString())
+
+
+def _onnxruntime(side: int, precision: str, threads: int) -> Callable[[], Any]:
+    import onnxruntime
+    from onnx import TensorProto
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(_product(side, TensorProto.FLOAT), options, providers=["CPUExecutionProvider"])
+    a = np.ones((side, side), np.float32)
+    return lambda: session.run(None, {"a": a, "b": a})
+
+
+def _openvino(side: int, precision: str, threads: int) -> Callable[[], Any]:
+    import openvino
+    from onnx import TensorProto
+    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision], "PERFORMANCE_HINT": "LATENCY"}
+    if threads:
+        options["INFERENCE_NUM_THREADS"] = threads
+    core = openvino.Core()
+    request = core.compile_model(core.read_model(_product(side, TensorProto.FLOAT)), "CPU", options).create_infer_request()
+    for name in ("a", "b"):
+        request.get_tensor(name).data[:] = 1.0
+    return lambda: request.infer()
+
+
+def _cuda(side: int, precision: str, threads: int) -> Callable[[], Any]:
+    import torch
+    a = torch.ones(side, side, dtype={"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision], device="cuda")
+    b = torch.empty_like(a)
+
+    def run() -> None:
+        torch.mm(a, a, out=b)
+        torch.cuda.synchronize()
+
+    return run

@@ -1,0 +1,54 @@
+"""Whether the machine is ours: the share of its processors that other programs, and other guests of its host, take."""
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter, sleep
+
+DISTURBED = 0.05
+"""The share from which on a turn is repeated rather than counted."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """Seconds of processor time since the machine started: of everybody, and of some processes."""
+
+    at: float
+    everybody: float
+    ours: float
+
+
+def load(pids: Sequence[int]) -> Load | None:
+    """Now; None where there is no /proc."""
+    if sys.platform != "linux":
+        return None
+    tick = os.sysconf("SC_CLK_TCK")
+    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9])
+    ours = sum(_ticks(pid) for pid in pids)
+    return Load(perf_counter(), (user + nice + system + irq + softirq + steal) / tick, ours / tick)
+
+
+def _ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def others_share(before: Load | None, after: Load | None) -> float:
+    """Of all processors' time between two moments, what others had; 0 where nobody can tell."""
+    if before is None or after is None:
+        return 0.0
+    others = (after.everybody - before.everybody) - (after.ours - before.ours)
+    return max(0.0, others / ((os.cpu_count() or 1) * (after.at - before.at)))
+
+
+def wait_until_quiet(pids: Sequence[int], seconds: float) -> None:
+    """Returns when others have left the machine alone for a second, or after so many seconds."""
+    end = perf_counter() + seconds
+    while perf_counter() < end:
+        before = load(pids)
+        sleep(1.0)
+        if others_share(before, load(pids)) < DISTURBED:
+            return

@@ -1,0 +1,91 @@
+"""How time and memory grow with steps, batch and pixels: each point in a process of its own, and the exponent that fits them."""
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks import statistics
+from benchmarks.latency import GUIDANCE, common_arguments, names, opened, progress, pythons, request_of, setups_of
+from benchmarks.report import conditions, print_table, write_json
+from benchmarks.sides import Request, Setup
+from engine.backends import default_backend
+from engine.bundle import Bundle
+from engine.contract import VAE_FACTOR, Range
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    common_arguments(parser)
+    parser.add_argument("--pictures", type=int, default=5, metavar="N", help="for each point, after the warm-up (default: 5)")
+    parser.add_argument("--plot", type=Path, metavar="FILE")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures the points that the bundle allows; Ctrl-C keeps those that are complete."""
+    bundle = Bundle.open(options.bundle, verify=False)
+    backend = names(options.backend or default_backend())[0]
+    setup = setups_of(bundle, [backend], options)[0]
+    shapes = bundle.shapes
+    base = Request("", 0, shapes.height.opt, shapes.width.opt, shapes.batch.opt, options.steps, GUIDANCE, "")
+    points: dict[str, list[tuple[int, Request]]] = {
+        "steps": [(steps, _with(base, steps=steps)) for steps in sorted({max(1, options.steps // part) for part in (4, 2, 1)} | {2 * options.steps})],
+        "batch": [(batch, _with(base, batch=batch)) for batch in (1, 2, 4, 8) if batch in shapes.batch],
+        "pixels": [(height * width, _with(base, height=height, width=width)) for height, width in zip(_sides(shapes.height), _sides(shapes.width))]}
+    content: dict[str, Any] = {"benchmark": "scaling", "bundle": bundle.name, "backend": backend, "base": base.__dict__, "threads": options.threads,
+                               "interrupted": False, "against": {}}
+    try:
+        for axis, requests in points.items():
+            content["against"][axis] = {"points": []}
+            for value, request in requests:
+                progress(f"{axis} {value}")
+                content["against"][axis]["points"].append({axis: value, **measure(setup, pythons(options.python), request, options.pictures)})
+    except KeyboardInterrupt:
+        content["interrupted"] = True
+    progress("")
+    for axis, found in content["against"].items():
+        found |= fit(axis, found["points"])
+    show(content)
+    write_json(options.json, {**statistics.as_json(content), **conditions()})
+    if options.plot:
+        from benchmarks.plots import scaling
+        scaling(statistics.as_json(content), options.plot)
+
+
+def _with(request: Request, **changes: Any) -> Request:
+    return Request(**{**request.__dict__, **changes})
+
+
+def _sides(side: Range) -> list[int]:
+    """Half, once, one and a half times and twice the best size, as far as the range goes."""
+    found = {side.opt * part // 2 // VAE_FACTOR * VAE_FACTOR for part in (1, 2, 3, 4)}
+    return [value if value in side else side.opt for value in sorted(found)] if not side.static else [side.opt]
+
+
+def measure(setup: Setup, interpreters: dict[str, str], request: Request, pictures: int) -> dict[str, Any]:
+    """Seconds and peak memory of one point."""
+    with opened([setup], interpreters) as (sides, _), tempfile.TemporaryDirectory() as folder:
+        samples = [sides[0].picture(request_of(request, i, sides[0], folder)) for i in range(pictures + 1)][1:]
+        ended = sides[0].finish()
+    total = statistics.summarize([sample["total"] for sample in samples])
+    return {"seconds": total, "refused": statistics.refuse_noise("the time of a picture", total.spread), **ended}
+
+
+def fit(axis: str, points: list[dict[str, Any]]) -> dict[str, Any]:
+    """The exponents of time and memory; None where there are too few sizes."""
+    usable = [point for point in points if not point["refused"]]
+    sizes = [point[axis] for point in usable]
+    if len(set(sizes)) < 2:
+        return {"time_exponent": None, "memory_exponent": None}
+    return {"time_exponent": statistics.fitted_exponent(sizes, [point["seconds"].p50 for point in usable]),
+            "memory_exponent": statistics.fitted_exponent(sizes, [point["peak_bytes"] for point in usable])}
+
+
+def show(content: dict[str, Any]) -> None:
+    """Prints a table for each axis."""
+    for axis, found in content["against"].items():
+        rows = [[point[axis], f"{point['seconds'].p50:.4g}", f"{point['seconds'].spread:.0%}", f"{point['peak_bytes'] / 2**30:.2f}",
+                 "; ".join(point["refused"])] for point in found["points"]]
+        print_table([axis, "p50 s", "spread", "peak GiB", "refused"], rows)
+        if found["time_exponent"] is not None:
+            print(f"time grows with {axis} to the power {found['time_exponent']:.2f}, memory {found['memory_exponent']:.2f}")

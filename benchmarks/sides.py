@@ -1,0 +1,311 @@
+"""The sides of a comparison: what makes a picture, each in a process of its own, driven picture by picture over a pipe.
+
+The process reads one JSON object a line on its standard input and answers with one on its standard output: first what it is to
+load, then pictures; it ends with its input. Started with `python -m benchmarks.sides`.
+"""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from benchmarks.errors import SideError, SkippedSide, UnknownSideError
+from engine.contract import COMPONENTS
+
+ROOT = Path(__file__).parents[1]
+OURS = ("tensorrt", "openvino", "openvino-fp32", "onnxruntime")
+THEIRS = ("diffusers", "diffusers-fp32", "diffusers-bf16", "diffusers-compile", "optimum")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a side loads: its name, our bundle, the same model as a diffusers folder, the sampler's name in both worlds, threads
+    (0 takes every core)."""
+
+    side: str
+    bundle: str
+    model: str
+    sampler: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call: `file` is where the pixels go, [batch, H, W, 3] uint8."""
+
+    prompt: str
+    seed: int
+    height: int
+    width: int
+    batch: int
+    steps: int
+    guidance_scale: float
+    file: str
+
+
+class Side:
+    """A process that makes pictures. SkippedSide if what it needs is not installed, SideError if it fails."""
+
+    def __init__(self, setup: Setup, python: str = sys.executable) -> None:
+        if setup.side not in (*OURS, *THEIRS):
+            raise UnknownSideError(f"{setup.side!r} is not known; it must be one of {', '.join((*OURS, *THEIRS))}")
+        self.name = setup.side
+        started = perf_counter()
+        self._process = subprocess.Popen(
+            [python, "-m", "benchmarks.sides"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            start_new_session=True,  # Ctrl-C is for the process that waits
+            env={**os.environ, "PYTHONPATH": str(ROOT)})
+        self.loaded = self._ask(asdict(setup))
+        self.loaded["start"] = perf_counter() - started
+
+    @property
+    def pid(self) -> int:
+        """The process."""
+        return self._process.pid
+
+    def picture(self, request: Request) -> dict[str, Any]:
+        """Seconds of the stages and the whole, evaluations, whether the device was waited for."""
+        return self._ask(asdict(request))
+
+    def finish(self) -> dict[str, Any]:
+        """Ends the process: its peak memory in bytes, and the device's where there is one."""
+        answer = self._ask({"finish": True})
+        self.close()
+        return answer
+
+    def close(self) -> None:
+        """Ends the process, whatever it is doing."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            stream.close()
+
+    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self.close()
+            raise SideError(f"the process of {self.name} ended with status {self._process.returncode}; what it printed above says why")
+        answer = json.loads(line)
+        for kind in (SkippedSide, SideError):
+            if kind.__name__ in answer:
+                self.close()
+                raise kind(f"{self.name}: {answer[kind.__name__]}")
+        return dict(answer)
+
+
+class Ours:
+    """Our pipeline on one backend."""
+
+    def __init__(self, setup: Setup) -> None:
+        from importlib.util import find_spec
+
+        from engine import Pipeline
+        name = setup.side.removesuffix("-fp32")
+        if find_spec(name) is None:
+            raise SkippedSide(f"{name} is not installed")
+        threads = setup.threads or None
+        if setup.side == "openvino-fp32":
+            from engine.backends.openvino import OpenVinoBackend
+            from engine.bundle import Bundle
+            bundle = Bundle.open(setup.bundle)
+            backend = OpenVinoBackend(bundle.graphs, bundle.shapes, threads)
+            backend.load()
+            self._pipeline = Pipeline(bundle, backend)
+        else:
+            self._pipeline = Pipeline.load(setup.bundle, backend=name, threads=threads)
+        self.description = self._pipeline._backend.description
+        self.precisions = dict.fromkeys(COMPONENTS, self._pipeline.bundle.precision)
+        self.precisions |= {name: "bf16" for name, precision in getattr(self._pipeline._backend, "precision", {}).items() if precision == "bf16"}
+        self.precision = self.precisions["denoiser"]
+        self._sampler = setup.sampler
+
+    def picture(self, request: Request) -> dict[str, Any]:
+        self._pipeline._contexts.clear()  # every picture pays for its text, as the others' do
+        started = perf_counter()
+        result = self._pipeline(request.prompt, request.height, request.width, request.steps, request.guidance_scale, seed=request.seed,
+                                num_images_per_prompt=request.batch, scheduler=self._sampler, progress=False)
+        total, times = perf_counter() - started, result.timings
+        np.save(request.file, np.stack([np.asarray(image) for image in result.images]))
+        return {"total": total, "text_encoder": times["tokenize"] + times["text_encoder"], "denoise": times["denoise"], "vae_decoder": times["vae_decoder"],
+                "steps": times["steps"], "evaluations": result.evaluations, "synchronised": True}
+
+    def device_bytes(self) -> int | None:
+        return _used_on_gpu()
+
+
+class Diffusers:
+    """diffusers as its documentation says: float32, or bfloat16 with channels_last, or that compiled."""
+
+    def __init__(self, setup: Setup) -> None:
+        _require("torch", "diffusers")
+        from export.libraries import quiet_libraries
+        quiet_libraries()
+        import diffusers
+        import torch
+        self._torch, self._gpu = torch, torch.cuda.is_available()
+        if setup.threads:
+            torch.set_num_threads(setup.threads)
+        plain = {"diffusers": torch.float16 if self._gpu else torch.float32, "diffusers-fp32": torch.float32}
+        dtype = plain.get(setup.side, torch.bfloat16)
+        pipeline = diffusers.StableDiffusionPipeline.from_pretrained(setup.model, torch_dtype=dtype, safety_checker=None,
+                                                                       feature_extractor=None, requires_safety_checker=False)
+        pipeline.scheduler = getattr(diffusers, SCHEDULERS[setup.sampler]).from_config(pipeline.scheduler.config)
+        pipeline.set_progress_bar_config(disable=True)
+        if self._gpu:
+            pipeline.to("cuda")
+        if setup.side not in plain:
+            pipeline.unet.to(memory_format=torch.channels_last)
+            pipeline.vae.to(memory_format=torch.channels_last)
+        if setup.side == "diffusers-compile":
+            pipeline.unet.compile()
+            pipeline.vae.decode = torch.compile(pipeline.vae.decode)
+        self._pipeline = pipeline
+        self.precision = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+        self.precisions = dict.fromkeys(COMPONENTS, self.precision)
+        place = torch.cuda.get_device_name() if self._gpu else f"the CPU, {torch.get_num_threads()} threads"
+        self.description = f"diffusers {diffusers.__version__}, torch {torch.__version__} on {place}, {self.precision}"
+
+    def _now(self) -> float:
+        if self._gpu:
+            self._torch.cuda.synchronize()
+        return perf_counter()
+
+    def picture(self, request: Request) -> dict[str, Any]:
+        marks: list[float] = []
+        pipeline, torch = self._pipeline, self._torch
+        encode = pipeline.encode_prompt
+
+        def encode_prompt(*arguments: Any, **options: Any) -> Any:
+            encoded = encode(*arguments, **options)
+            marks.append(self._now())
+            return encoded
+
+        def mark(_: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            marks.append(self._now())
+            return tensors
+
+        pipeline.encode_prompt = encode_prompt
+        started = self._now()
+        made = pipeline(request.prompt, height=request.height, width=request.width, num_inference_steps=request.steps, guidance_scale=request.guidance_scale,
+                        num_images_per_prompt=request.batch, generator=torch.Generator().manual_seed(request.seed), callback_on_step_end=mark)
+        ended = self._now()
+        pipeline.encode_prompt = encode
+        np.save(request.file, np.stack([np.asarray(image) for image in made.images]))
+        steps = [b - a for a, b in pairwise(marks)]
+        return {"total": ended - started, "text_encoder": marks[0] - started, "denoise": marks[-1] - marks[0], "vae_decoder": ended - marks[-1],
+                "steps": steps, "evaluations": len(steps), "synchronised": True}
+
+    def device_bytes(self) -> int | None:
+        return int(self._torch.cuda.max_memory_reserved()) if self._gpu else None
+
+
+class Optimum:
+    """optimum's pipeline on ONNX Runtime, exported by optimum itself."""
+
+    def __init__(self, setup: Setup) -> None:
+        _require("optimum.onnxruntime", "diffusers")
+        import diffusers
+        import onnxruntime
+        import torch
+        from optimum.onnxruntime import ORTStableDiffusionPipeline
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = setup.threads
+        self._torch = torch
+        self._pipeline = ORTStableDiffusionPipeline.from_pretrained(setup.model, export=True, session_options=options)
+        self._pipeline.scheduler = getattr(diffusers, SCHEDULERS[setup.sampler]).from_config(self._pipeline.scheduler.config)
+        self._pipeline.set_progress_bar_config(disable=True)
+        self.precisions = dict.fromkeys(COMPONENTS, "fp32")
+        self.precision, self.description = "fp32", f"optimum-onnx, ONNX Runtime {onnxruntime.__version__} on the CPU"
+
+    picture = Diffusers.picture
+
+    def _now(self) -> float:
+        return perf_counter()
+
+    def device_bytes(self) -> int | None:
+        return None
+
+
+SCHEDULERS = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "euler_a": "EulerAncestralDiscreteScheduler",
+              "dpmpp_2m": "DPMSolverMultistepScheduler", "pndm": "PNDMScheduler"}
+"""diffusers' classes by our names, where from_config makes them equal."""
+
+
+def _require(*modules: str) -> None:
+    from importlib.util import find_spec
+    for module in modules:
+        try:
+            missing = find_spec(module) is None
+        except ModuleNotFoundError:
+            missing = True
+        if missing:
+            raise SkippedSide(f"{module.split('.')[0]} is not installed")
+
+
+def _used_on_gpu() -> int | None:
+    """Bytes that this process has on the GPU, by nvidia-smi; None without one."""
+    try:
+        done = subprocess.run(["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"], capture_output=True, text=True,
+                              check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    used = [line.split(",") for line in done.stdout.splitlines()]
+    return sum(int(mib) for pid, mib in used if int(pid) == os.getpid()) * 2**20 or None
+
+
+def peak_bytes() -> int:
+    """The largest resident set that this process had."""
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def serve() -> None:
+    """The process of a side."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print does not get between the answers
+
+    def answer(content: dict[str, Any]) -> None:
+        answers.write(json.dumps(content) + "\n")
+        answers.flush()
+
+    worker: Any = None
+    try:
+        for line in sys.stdin:
+            question = json.loads(line)
+            if worker is None:
+                setup = Setup(**question)
+                started = perf_counter()
+                worker = (Ours if setup.side in OURS else Optimum if setup.side == "optimum" else Diffusers)(setup)
+                answer({"load": perf_counter() - started, "description": worker.description, "precision": worker.precision,
+                        "precisions": worker.precisions})
+            elif "finish" in question:
+                answer({"peak_bytes": peak_bytes(), "device_bytes": worker.device_bytes()})
+            else:
+                answer(worker.picture(Request(**question)))
+    except KeyboardInterrupt:
+        pass
+    except SkippedSide as error:
+        answer({"SkippedSide": str(error)})
+    except Exception as error:
+        answer({"SideError": f"{type(error).__name__}: {error}"})
+
+
+if __name__ == "__main__":
+    serve()
