@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks import statistics
 from benchmarks.errors import BenchmarkUsageError, SkippedSide
 from benchmarks.models import model_folder, sampler_of
-from benchmarks.quiet import DISTURBED, load, others_share, wait_until_quiet
+from benchmarks.quiet import allowed_share, load, others_share, wait_until_quiet
 from benchmarks.report import conditions, print_table, write_json
 from benchmarks.sides import OURS, ROOT, SCHEDULERS, Request, Setup, Side
 from engine.backends import default_backend
@@ -157,7 +157,7 @@ def measure(setups: Sequence[Setup], interpreters: dict[str, str], request: Requ
     interrupted, ends = False, {}
     with opened(setups, interpreters) as (sides, skipped), tempfile.TemporaryDirectory() as folder:
         first: dict[str, Any] = {}
-        planned = pictures
+        planned, allowed = pictures, allowed_share(setups[0].threads)
         try:
             for side in sides:
                 progress(f"warming up {side.name}")
@@ -170,11 +170,11 @@ def measure(setups: Sequence[Setup], interpreters: dict[str, str], request: Requ
             while len(turns) < planned and index < ATTEMPTS * planned:
                 index += 1
                 turn = _turn(sides if index % 2 else sides[::-1], request, index, folder)
-                (disturbed if turn["others_share"] > DISTURBED else turns).append(turn)
+                (disturbed if turn["others_share"] > allowed else turns).append(turn)
                 left = (perf_counter() - started) / index * (planned - len(turns))
                 progress(f"{len(turns)} of {planned} pictures of each side, {len(disturbed)} disturbed; about {left:.0f} s left")
                 if disturbed and disturbed[-1] is turn:
-                    wait_until_quiet(_pids(sides), PATIENCE)
+                    wait_until_quiet(_pids(sides), PATIENCE, allowed)
         except KeyboardInterrupt:
             interrupted = True
             print(f"\nstopped after {len(turns)} pictures of each side", flush=True)

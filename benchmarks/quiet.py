@@ -9,7 +9,7 @@ from pathlib import Path
 from time import perf_counter, sleep
 
 DISTURBED = 0.05
-"""The share from which on a turn is repeated rather than counted."""
+"""The share of the processors that others may have of those that we use."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,16 @@ def others_share(before: Load | None, after: Load | None) -> float:
     return max(0.0, others / ((os.cpu_count() or 1) * (after.at - before.at)))
 
 
-def wait_until_quiet(pids: Sequence[int], seconds: float) -> None:
+def allowed_share(threads: int) -> float:
+    """What others may have while we use so many threads (0: all processors): those that are left over, and a little."""
+    return DISTURBED + (max(0.0, 1 - threads / (os.cpu_count() or 1)) if threads else 0.0)
+
+
+def wait_until_quiet(pids: Sequence[int], seconds: float, allowed: float = DISTURBED) -> None:
     """Returns when others have left the machine alone for a second, or after so many seconds."""
     end = perf_counter() + seconds
     while perf_counter() < end:
         before = load(pids)
         sleep(1.0)
-        if others_share(before, load(pids)) < DISTURBED:
+        if others_share(before, load(pids)) < allowed:
             return

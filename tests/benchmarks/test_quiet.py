@@ -6,7 +6,7 @@ from time import sleep
 
 import pytest
 
-from benchmarks.quiet import Load, load, others_share, wait_until_quiet
+from benchmarks.quiet import Load, allowed_share, load, others_share, wait_until_quiet
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processor time is read from /proc")
 
@@ -29,6 +29,11 @@ def test_the_work_of_a_process_is_ours_only_if_it_is_named():
             busy.kill()
     assert with_it.ours - named.ours > 0.2
     assert others_share(named, with_it) < others_share(unnamed, without_it)
+
+
+def test_processors_that_we_do_not_use_are_free_for_others(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert [allowed_share(threads) for threads in (0, 1, 4, 8)] == pytest.approx([0.05, 0.80, 0.05, 0.05])
 
 
 def test_waiting_for_quiet_ends():

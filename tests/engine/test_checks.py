@@ -81,7 +81,7 @@ def test_threads_are_counted_from_1(demo_bundle, threads):
 
 
 @pytest.mark.parametrize(("arguments", "error", "words"), [
-    ({"backend": "pytorch"}, e.UnknownBackendError, "backend is 'pytorch'; it must be one of 'tensorrt', 'onnxruntime'"),
+    ({"backend": "pytorch"}, e.UnknownBackendError, "backend is 'pytorch'; it must be one of 'tensorrt', 'openvino', 'onnxruntime'"),
     ({"device": "gpu"}, e.DeviceError, "device is 'gpu'; it must be 'cpu', 'cuda', 'cuda:N'"),
     ({"device": 0}, e.DeviceError, "device is 0"),
     ({"backend": "tensorrt", "device": "cpu"}, e.DeviceError, "TensorRT runs on NVIDIA GPUs only"),
