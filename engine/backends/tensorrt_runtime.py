@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -139,6 +141,11 @@ class TensorRtRuntime:
                 engine.close()
             self.engines.clear()
             self._runtime = None
+
+    def __del__(self) -> None:
+        if hasattr(self, "_retired") and not sys.is_finalizing():
+            with suppress(Exception):  # nobody could catch it here
+                self.close()
 
 
 class Engine:

@@ -1,4 +1,5 @@
 """The TensorRT backend on the fake GPU: how often it waits and copies, what it leaves behind, and how it fails."""
+import gc
 import hashlib
 import json
 import threading
@@ -177,6 +178,14 @@ def test_close_frees_everything(planned, version):
         pipeline.close()
         with pytest.raises(e.EngineError, match=r"given back by close\(\); load the pipeline again"):
             pipeline(PROMPT, **FAST)
+
+
+def test_a_pipeline_that_nobody_closed_gives_its_memory_back(bundle, machine):
+    pipeline = Pipeline.load(bundle)
+    pipeline(PROMPT, **FAST)
+    del pipeline
+    gc.collect()
+    assert machine.cuda.live() == {}
 
 
 def test_two_pipelines_on_two_gpus(bundle):
