@@ -21,7 +21,10 @@ from benchmarks.errors import CountError
 from engine.contract import PROMPT_TOKENS, VAE_FACTOR
 
 SMALL = 1024
-"""Elements of the largest tensor that is evaluated: a shape, an axis, the indices of a frequency."""
+"""Elements of the largest tensor that is evaluated: a shape, or the indices of frequencies."""
+
+AXES = 64
+"""Elements of the largest weight that can be a shape or an axis."""
 
 Shape = tuple[int, ...]
 
@@ -158,7 +161,7 @@ def _constants(graph: onnx.GraphProto, folder: Path) -> dict[str, np.ndarray]:
     """The small integers among the weights."""
     found = {}
     for tensor in graph.initializer:
-        if tensor.data_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32) and math.prod(tensor.dims) <= SMALL:
+        if tensor.data_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32) and math.prod(tensor.dims) <= AXES:
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
                 load_external_data_for_tensor(tensor, str(folder))
             found[tensor.name] = numpy_helper.to_array(tensor)

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks import statistics
-from benchmarks.errors import BenchmarkUsageError, SkippedSide
+from benchmarks.errors import BenchmarkUsageError, SkippedSide, UnknownSideError
 from benchmarks.models import model_folder, sampler_of
 from benchmarks.quiet import allowed_share, load, others_share, wait_until_quiet
 from benchmarks.report import conditions, print_table, write_json
-from benchmarks.sides import OURS, ROOT, SCHEDULERS, Request, Setup, Side
+from benchmarks.sides import OURS, ROOT, SCHEDULERS, THEIRS, Request, Setup, Side
 from engine.backends import default_backend
 from engine.bundle import Bundle
 from engine.checks import check_shapes
@@ -124,7 +124,10 @@ def pythons(given: Sequence[str]) -> dict[str, str]:
 
 
 def setups_of(bundle: Bundle, sides: Sequence[str], options: argparse.Namespace) -> list[Setup]:
-    """What each side loads."""
+    """What each side loads. UnknownSideError for a name that none has."""
+    for side in sides:
+        if side not in (*OURS, *THEIRS):
+            raise UnknownSideError(f"{side!r} is not known; it must be one of {', '.join((*OURS, *THEIRS))}")
     theirs = any(side not in OURS for side in sides)
     model = model_folder(bundle, options.model, ROOT / "build" / "benchmarks") if theirs else Path()
     sampler = options.scheduler or sampler_of(bundle)
