@@ -14,15 +14,15 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 def test_every_part_runs_and_leaves_its_numbers(demo_fp16, tmp_path):
-    shutil.copytree(demo_fp16, tmp_path / "demo", ignore=shutil.ignore_patterns("plans"))  # traced already, so `export` has nothing to do
+    shutil.copytree(demo_fp16, tmp_path / "demo", ignore=shutil.ignore_patterns("plans"))
     command = [sys.executable, "-m", "benchmarks.gpu", "--models", "demo", "--output", str(tmp_path), "--pictures", "2", "--warmup", "1", "--steps", "2,3",
-               "--parts", "export,build,check,picture,latency,layers,eager", "--torch-device", "cpu",
+               "--parts", "build,check,picture,latency,layers,eager", "--torch-device", "cpu",
                "--tensorrt-python", f"{sys.executable} -m tests.fakes 8.6.0"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "gpu.json").read_text())
     parts = results["models"]["demo"]
-    assert set(parts) == {"export", "build", "check", "picture", "latency", "layers", "eager"}
+    assert set(parts) == {"build", "check", "picture", "latency", "layers", "eager"}
     assert all(one["good"] for name, one in parts["check"].items() if name in ("text_encoder", "denoiser", "vae_decoder", "vae_encoder"))
     assert parts["picture"]["psnr_db"] > 60
     assert parts["picture"]["graph_equals_plain"]

@@ -200,7 +200,7 @@ FAILURES = [
 ]
 
 
-@pytest.mark.parametrize(("call", "words"), FAILURES)
+@pytest.mark.parametrize(("version", "call", "words"), [("10.16.1", *failure) for failure in FAILURES] + [("8.6.0", *FAILURES[4]), ("11.4.0", *FAILURES[4])])
 def test_every_refusal_is_an_error_with_the_log_and_the_old_plans_stay(bundle, version, call, words):
     with fakes.install(version) as machine:
         said(bundle, compare=False)

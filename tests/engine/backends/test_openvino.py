@@ -39,10 +39,13 @@ def denoising(batch=1, rows=2, height=8, width=8, evaluations=3, noise=False, se
     """A loop of random tables, small enough to stay finite."""
     random = np.random.default_rng(seed)
     normal = lambda *shape: random.standard_normal(shape).astype(np.float32)  # noqa: E731
+    updates = 0.3 * normal(evaluations, batch, SLOTS, SLOTS + 2)
+    if not noise:
+        updates[..., -1] = 0.0  # as in every table of a sampler that draws none
     return Denoising(
         latents=normal(batch, 4, height, width), contexts=list(normal(rows, 77, 128)), row_sample=np.arange(rows, dtype=np.int32) % batch,
         mixing=normal(batch, rows), timesteps=np.broadcast_to(np.array([[900.5], [500.0], [3.0]], np.float32)[:evaluations], (evaluations, rows)),
-        updates=0.3 * normal(evaluations, batch, SLOTS, SLOTS + 2), noise=normal(evaluations, batch, 4, height, width) if noise else None)
+        updates=updates, noise=normal(evaluations, batch, 4, height, width) if noise else None)
 
 
 @pytest.fixture(scope="module")
