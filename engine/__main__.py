@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--height", type=int, default=None, metavar="PIXELS")
     c.add_argument("--width", type=int, default=None, metavar="PIXELS")
     c.add_argument("--count", type=int, default=1, metavar="N", help="pictures to make")
-    c.add_argument("--backend", default=None, metavar="NAME", help="tensorrt or onnxruntime (default: by what the machine has)")
+    c.add_argument("--backend", default=None, metavar="NAME", help="tensorrt, openvino or onnxruntime (default: by what the machine has)")
     c.add_argument("--device", default=None, metavar="NAME", help="cpu, cuda or cuda:N (default: by the backend)")
     c.add_argument("--no-cuda-graphs", action="store_true", help="launch every kernel of a step from the host")
     c.add_argument("--threads", type=int, default=None, metavar="N", help="default: every core")

@@ -68,7 +68,7 @@ def test_ranges():
 def test_picture_command_writes_a_picture_and_says_how_long_it_took(demo_bundle, tmp_path, capsys):
     file = tmp_path / "circle.png"
     assert command.main(["picture", "a large red circle on a blue background", "--bundle", str(demo_bundle), "--steps", "3", "--seed", "1",
-                         "--output", str(file)]) == 0
+                         "--backend", "onnxruntime", "--output", str(file)]) == 0
     printed = capsys.readouterr().out
     assert f"wrote {file}\nseed 1; ONNX Runtime {onnxruntime.__version__} on the CPU\ntokenize" in printed
     assert "3 steps of" in printed
