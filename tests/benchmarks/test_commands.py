@@ -125,7 +125,8 @@ def test_ctrl_c_keeps_what_was_measured(demo_bundle, tmp_path):
     file = tmp_path / "latency.json"
     process = subprocess.Popen([sys.executable, "-m", "benchmarks", "latency", "--bundle", str(demo_bundle), "--against", "", "--backend", "onnxruntime",
                                 "--pictures", "100000", "--budget", "100000", "--json", str(file)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                               env={**os.environ, "TMPDIR": str(tmp_path)})
+                               env={**os.environ, "TMPDIR": str(tmp_path)},
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a job in the background inherits that it is ignored
     while not list(tmp_path.glob("*/onnxruntime.npy")):
         assert process.poll() is None
         time.sleep(0.1)
