@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,11 +25,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from benchmarks.report import conditions, print_table
+from benchmarks.report import conditions, gpu, print_table, write_json
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("export", "build", "check", "picture", "latency", "layers", "eager", "compile")
-CLOCKS = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu,memory.total"
+HEADER = ["model", "way", "steps", "picture p50 ms", "p90", "p99", "step p50 ms"]
 
 QUIET = {"PYTHONUNBUFFERED": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 GOALS = (("faster than torch.compile", "compile", 1.5), ("faster than eager", "eager", 2.5))
@@ -82,11 +81,8 @@ class Benchmark:
             results[part] = {"failed": str(error)}
             print(f"{model}: {part} failed: {error}", flush=True)
         results[part]["wall_seconds"] = round(perf_counter() - started, 1)
-        results[part]["gpu"] = gpu_state()
-        self.results.update(conditions())
-        unfinished = self.file.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
-        os.replace(unfinished, self.file)
+        results[part]["gpu"] = gpu()
+        write_json(self.file, {**self.results, **conditions("benchmarks.gpu")})
         return "failed" not in results[part]
 
     def export(self, model: str) -> dict[str, Any]:
@@ -177,14 +173,6 @@ class Benchmark:
         return dict(json.loads(lines[-1])) if lines and lines[-1].startswith("{") else {}
 
 
-def gpu_state() -> dict[str, str]:
-    """Clocks, temperature and power of the first GPU at this moment, by nvidia-smi."""
-    if not shutil.which("nvidia-smi"):
-        return {}
-    done = subprocess.run(["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader", "--id=0"], capture_output=True, text=True, check=False)
-    return dict(zip(CLOCKS.split(","), (cell.strip() for cell in done.stdout.strip().split(","))))
-
-
 def summary(results: dict[str, Any]) -> list[list[str]]:
     """One row for each model, number of steps and way of running, as far as they were measured."""
     rows = []
@@ -248,9 +236,8 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     benchmark = Benchmark(parser().parse_args())
     good = benchmark.run()
-    print_table(["model", "way", "steps", "picture p50 ms", "p90", "p99", "step p50 ms"], summary(benchmark.results))
+    print_table(HEADER, summary(benchmark.results))
     print("\n".join(verdicts(benchmark.results)))
-    print(f"wrote {benchmark.file}")
     return 0 if good else 1
 
 

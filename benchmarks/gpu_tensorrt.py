@@ -5,12 +5,14 @@ import argparse
 import json
 import re
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
+from benchmarks.statistics import summarize
 from engine import Pipeline
 from engine.backends.cuda import Device
 from engine.backends.tensorrt_runtime import TensorRtRuntime
@@ -27,9 +29,8 @@ FUSED_ATTENTION = re.compile(r"mha|fmha|flash|attention", re.IGNORECASE)
 
 
 def percentiles(milliseconds: list[float]) -> dict[str, float]:
-    """min, p50, p90, p99 and the number of samples."""
-    p50, p90, p99 = np.percentile(milliseconds, [50, 90, 99])
-    return {"min": round(min(milliseconds), 4), "p50": round(float(p50), 4), "p90": round(float(p90), 4), "p99": round(float(p99), 4), "n": len(milliseconds)}
+    """`statistics.Summary` in plain values."""
+    return {name: round(value, 4) for name, value in asdict(summarize(milliseconds)).items()}
 
 
 def check(bundle: Path, file: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plots
+from benchmarks import gpu, plots
 from benchmarks.errors import ResultsError
 from benchmarks.report import markdown
 
@@ -144,5 +144,6 @@ def _short(value: Any) -> str:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "gpu": lambda content: [markdown(gpu.HEADER, gpu.summary(content)), *gpu.verdicts(content)],
     "latency": _latency, "roofline": _roofline, "scaling": _scaling, "parity": _parity, "overhead": _overhead, "memory": _memory, "settings": _settings}
 PLOTS: dict[str, Callable[[dict[str, Any], Path], None]] = {"latency": plots.latency, "roofline": plots.roofline, "scaling": plots.scaling}

@@ -15,8 +15,8 @@ from typing import Any
 PACKAGES = ("torch", "diffusers", "transformers", "onnxruntime", "openvino", "tensorrt", "optimum-onnx", "numpy", "pillow", "tokenizers")
 
 
-def conditions() -> dict[str, Any]:
-    """Hardware, clocks, driver, versions, command line, commit and time of this run."""
+def conditions(module: str = "benchmarks") -> dict[str, Any]:
+    """Hardware, clocks, driver, versions, command line (of `python -m module`), commit and time of this run."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -24,9 +24,9 @@ def conditions() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {
-        "processor": _processor(), "cores": os.cpu_count(), "clocks": _clocks(), "gpu": _gpu(), "load_average": os.getloadavg()[0],
+        "processor": _processor(), "cores": os.cpu_count(), "clocks": _clocks(), "gpu": gpu(), "load_average": os.getloadavg()[0],
         "system": platform.platform(), "python": platform.python_version(),
-        "versions": versions, "command": " ".join(["python", "-m", "benchmarks", *sys.argv[1:]]), "commit": _commit(),
+        "versions": versions, "command": " ".join(["python", "-m", module, *sys.argv[1:]]), "commit": _commit(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -48,9 +48,9 @@ def _clocks() -> dict[str, Any]:
             "governor": governor.read_text().strip() if governor.is_file() else "unknown (not exposed)"}
 
 
-def _gpu() -> dict[str, str] | None:
-    """Name, driver and clocks of the first GPU by nvidia-smi; None without one."""
-    fields = ("name", "driver_version", "clocks.sm", "clocks.mem", "power.limit")
+def gpu() -> dict[str, str] | None:
+    """Name, driver, clocks, power limit and temperature of the first GPU at this moment, by nvidia-smi; None without one."""
+    fields = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu", "memory.total")
     try:
         done = subprocess.run(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

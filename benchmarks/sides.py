@@ -19,6 +19,7 @@ import numpy as np
 
 from benchmarks.errors import SideError, SkippedSide
 from engine.contract import COMPONENTS
+from engine.libraries import installed
 
 ROOT = Path(__file__).parents[1]
 OURS = ("tensorrt", "openvino", "openvino-fp32", "onnxruntime")
@@ -112,11 +113,9 @@ class Ours:
     """Our pipeline on one backend."""
 
     def __init__(self, setup: Setup) -> None:
-        from importlib.util import find_spec
-
         from engine import Pipeline
         name = setup.side.removesuffix("-fp32")
-        if find_spec(name) is None:
+        if not installed(name):
             raise SkippedSide(f"{name} is not installed")
         threads = setup.threads or None
         if setup.side == "openvino-fp32":
@@ -247,13 +246,8 @@ SCHEDULERS = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "euler
 
 
 def _require(*modules: str) -> None:
-    from importlib.util import find_spec
     for module in modules:
-        try:
-            missing = find_spec(module) is None
-        except ModuleNotFoundError:
-            missing = True
-        if missing:
+        if not installed(module):
             raise SkippedSide(f"{module.split('.')[0]} is not installed")
 
 

@@ -7,12 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from export.compare import PICTURE_TOLERANCE
+
 NOISE = 0.20
 """The largest spread that a result may have."""
-
-PICTURE_PSNR = {"fp32": 50.0, "fp16": 30.0, "bf16": 20.0}
-"""dB, the least that makes two pictures the same; of two precisions the lower one counts. Rounding alone gives about 70, 50 and 35,
-another seed 10."""
 
 STAGES = ("text_encoder", "denoise", "vae_decoder")
 
@@ -68,7 +66,7 @@ def refuse_timing(what: str, sample: Mapping[str, Any]) -> list[str]:
 
 def refuse_pictures(ours: str, theirs: str, decibels: Sequence[float], precisions: tuple[str, str]) -> list[str]:
     """The reason, if two sides did not make the same pictures from the same seeds."""
-    allowed = min(PICTURE_PSNR[precision] for precision in precisions)
+    allowed = min(PICTURE_TOLERANCE[precision] for precision in precisions)
     if min(decibels) >= allowed:
         return []
     return [f"the pictures of {ours} and {theirs} differ: PSNR {min(decibels):.1f} dB, at least {allowed:.0f} dB makes them the same in "

@@ -111,10 +111,10 @@ class PlanBuilder:
         unfinished, replaced = (self._folder.with_name(f".{self._folder.name}.{state}") for state in ("building", "replaced"))
         recover(self._folder, unfinished, replaced)
         wanted_identity = {component: self._identity(component) for component in COMPONENTS}
-        old = None if force else self._usable()
+        old = None if force or diagnose else self._usable()
         kept = {c: old["components"][c] for c in COMPONENTS if old and old["components"].get(c, {}).get("identity") == wanted_identity[c]} if old else {}
         wanted = [format_profile(profile) for profile in self._profiles]
-        if old and len(kept) == len(COMPONENTS) and old["profiles"] == wanted and not diagnose:
+        if old and len(kept) == len(COMPONENTS) and old["profiles"] == wanted:
             self._report(f"{self._folder} is up to date")
             return PlanOutcome(self._folder, old, ())
         self._require_room([component for component in COMPONENTS if component not in kept])
@@ -123,7 +123,7 @@ class PlanBuilder:
             entries = {}
             for number, component in enumerate(COMPONENTS, 1):
                 label = f"[{number}/{len(COMPONENTS)}] {component}"
-                if component in kept and not diagnose:
+                if component in kept:
                     link(self._folder / f"{component}.plan", unfinished / f"{component}.plan")
                     entries[component] = kept[component]
                     self._report(f"{label}: unchanged")
@@ -182,13 +182,13 @@ class PlanBuilder:
         """Builds, checks and writes one plan: its entry in build.json."""
         profiles = component_profiles(component, self._profiles)
         self._report(f"{label}: building for {'; '.join(describe(component, profile) for profile in profiles)}")
-        started = perf_counter()
+        plan_identity, started = self._identity(component), perf_counter()
         plan, channels = self._plan(component, profiles, label)
         seconds = perf_counter() - started
-        saved = self._cache.note(self._identity(component), seconds)
+        saved = self._cache.note(plan_identity, seconds)
         self._report(f"{label}: built in {seconds:.1f} s" + ("" if saved is None else f"; the timing cache saved {max(0.0, saved):.1f} s"))
         entry = {"sha256": hashlib.sha256(plan).hexdigest(), "bytes": len(plan), "onnx": onnx_hash(self._bundle, component),
-                 "identity": self._identity(component), "profiles": [str(profile) for profile in profiles],
+                 "identity": plan_identity, "profiles": [str(profile) for profile in profiles],
                  "seconds": {"build": round(seconds, 2), "saved_by_timing_cache": None if saved is None else round(saved, 2)}}
         checks = self._check(component, plan, profiles, channels, compare, diagnose)
         (folder / f"{component}.plan").write_bytes(plan)

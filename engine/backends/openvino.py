@@ -12,7 +12,7 @@ import numpy as np
 from ..contract import INPUTS, LATENT_CHANNELS, OUTPUTS, PROMPT_TOKENS, SLOTS, VAE_FACTOR, Shapes
 from ..errors import BackendError
 from .interface import Decoded, Denoising, HostStopwatch
-from .onnxruntime import LARGE_GRAPH, PIXELS_PER_DECODE
+from .onnxruntime import LARGE_GRAPH, decoded_together
 from .openvino_parts import fix_shapes, split
 from .pages import pages_given_back
 
@@ -131,7 +131,7 @@ class OpenVinoBackend:
             batch, height, width = shapes.batch.opt, shapes.height.opt // VAE_FACTOR, shapes.width.opt // VAE_FACTOR
             self.text_encoder()
             self.denoiser(batch, 2 * batch, height, width)
-            self.vae_decoder(min(batch, _at_once(height, width)), height, width)
+            self.vae_decoder(min(batch, decoded_together(height, width)), height, width)
 
     def text_encoder(self) -> Runner:
         """For any number of texts: that costs it a tenth of its time, which is a hundredth of a picture's."""
@@ -187,7 +187,7 @@ class OpenVinoBackend:
 
     def decode(self, latents: np.ndarray) -> Decoded:
         """Latents [B, 4, h, w] float32 -> pixels."""
-        size = _at_once(*latents.shape[2:])
+        size = decoded_together(*latents.shape[2:])
         parts = [self.run("vae_decoder", {"latents": latents[i:i + size]}) for i in range(0, len(latents), size)]
         return Decoded.join([(image, magnitude) for image, magnitude in parts])
 
@@ -197,11 +197,6 @@ class OpenVinoBackend:
     def close(self) -> None:
         """Frees the compiled graphs; the next use would compile them again."""
         self._compiled.clear()
-
-
-def _at_once(height: int, width: int) -> int:
-    """How many latents of that size are decoded together."""
-    return max(1, PIXELS_PER_DECODE // (height * width * VAE_FACTOR**2))
 
 
 class DenoiserRunners:

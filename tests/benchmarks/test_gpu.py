@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, page
+from benchmarks.report import conditions
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,7 +63,7 @@ def test_results_of_several_runs_come_together(tmp_path):
     assert set(json.loads((tmp_path / "gpu.json").read_text())["models"]["demo"]) == {"latency", "layers"}
 
 
-def test_goals_are_said_to_be_met_or_missed():
+def test_goals_are_said_to_be_met_or_missed(tmp_path):
     def whole(p50):
         return {"p50": p50, "p90": p50, "p99": p50}
 
@@ -74,6 +75,8 @@ def test_goals_are_said_to_be_met_or_missed():
         "sd15, 20 steps: the host's share of a step is 5.0%; the goal of under 3 % is missed",
         "sd15: PSNR 29.0 dB against float32; the goal of 30 dB is missed"]
     assert len(gpu.summary(results)) == 3
+    told = page.section("gpu", {"benchmark": "gpu", **results, **conditions("benchmarks.gpu")}, tmp_path)
+    assert "1.60x faster than torch.compile" in told
 
 
 def test_unknown_parts_are_refused(capsys):
