@@ -2,7 +2,8 @@
 
 Operations and bytes are counted from the bundle's ONNX graphs; the rates of matrix products and copying are measured through the
 library that runs them; the floor is the sum over the matrix operations of what takes longer, arithmetic or memory, so nothing
-that runs them one by one is below it.
+that runs them one by one is below it. Our OpenVINO backend leaves a few per cent of them out (engine/backends/openvino_rewrites.py and
+openvino_parts.py); they are counted all the same, as the work that the model asks for.
 """
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """What the settings of the libraries give, and what the exact savings do: one change at a time, each in a process of its own.
 
-The denoiser runs at the bundle's best size with guidance. The exact savings are those of the OpenVINO backend, which cuts the
-graph in parts: what follows from the text alone runs once a loop instead of once a step; what follows from the timestep alone
-could run for all steps together.
+The denoiser runs at the bundle's best size with guidance. The exact savings are those of the OpenVINO backend: the graph is cut in
+parts, so that what follows from the text alone runs once a loop instead of once a step, and what does not depend on the text once
+for both rows of a sample; and it is rewritten to need fewer operations. What follows from the timestep alone could run for all
+steps together: its time is a column.
 """
 from __future__ import annotations
 
@@ -31,8 +32,11 @@ ONNXRUNTIME: dict[str, dict[str, Any]] = {
     "threads do not spin": {"spin": False},
 }
 OPENVINO: dict[str, dict[str, Any]] = {
-    "one graph, dynamic shapes": {"cut": False, "static": False}, "one graph, static shapes": {"cut": False, "static": True},
-    "in parts, static shapes": {"cut": True, "static": True}, "in parts, 1 thread": {"cut": True, "static": True, "threads": 1},
+    "one graph, dynamic shapes": {"cut": False, "static": False, "rewrites": False},
+    "one graph, static shapes": {"cut": False, "static": True, "rewrites": False},
+    "in parts, nothing shared by rows, not rewritten": {"cut": True, "rewrites": False, "share": False},
+    "in parts, not rewritten": {"cut": True, "rewrites": False},
+    "in parts": {"cut": True}, "in parts, 1 thread": {"cut": True, "threads": 1},
 }
 
 
@@ -75,10 +79,11 @@ def table(rounds: list[dict[tuple[str, str, str], dict[str, Any]]]) -> list[dict
     for key in rounds[0] if rounds else []:
         library, precision, name = key
         base = next(other for other in rounds[0] if other[:2] == key[:2])
-        middle = {field: float(np.median([found[key][field] for found in rounds])) for field in ("create", "step", "context", "timestep")}
+        middle = {field: float(np.median([found[key][field] for found in rounds])) for field in ("create", "step", "context", "timestep", "sample")}
         share = statistics.summarize([found[key]["step"] / found[base]["step"] for found in rounds])
         rows.append({"library": library, "precision": precision, "setting": name, "create s": middle["create"], "step ms": 1e3 * middle["step"],
                      "of the first": share.p50, "spread": share.spread, "text ms": 1e3 * middle["context"], "timestep ms": 1e3 * middle["timestep"],
+                     "before the text ms": 1e3 * middle["sample"],
                      "peak GiB": max(found[key]["peak"] for found in rounds) / 2**30})
     return rows
 
@@ -90,19 +95,20 @@ def _in_process(job: dict[str, Any]) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def inputs_of(context_size: int, height: int, width: int) -> dict[str, np.ndarray]:
-    """Random inputs of one guided step for one picture of so many pixels."""
+def inputs_of(context_size: int, height: int, width: int, batch: int = 1) -> dict[str, np.ndarray]:
+    """Random inputs of one step with two rows for one guided picture of so many pixels, or for two pictures."""
     random, plane = np.random.default_rng(0), (LATENT_CHANNELS, height // VAE_FACTOR, width // VAE_FACTOR)
-    shapes = {"state": (1, SLOTS, *plane), "context": (2, PROMPT_TOKENS, context_size), "mixing": (1, 2), "update": (1, SLOTS, SLOTS + 2), "noise": (1, *plane)}
+    shapes = {"state": (batch, SLOTS, *plane), "context": (2, PROMPT_TOKENS, context_size), "mixing": (batch, 2), "update": (batch, SLOTS, SLOTS + 2),
+              "noise": (batch, *plane)}
     made = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    return {**made, "row_sample": np.zeros(2, np.int32), "timestep": np.full(2, 500.0, np.float32)}
+    return {**made, "row_sample": np.arange(2, dtype=np.int32) % batch, "timestep": np.full(2, 500.0, np.float32)}
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Seconds to create and for each run (median), peak memory; of the parts too, where the graph was cut."""
     started = perf_counter()
     step, parts = (_onnxruntime if job["library"] == "onnxruntime" else _openvino)(job)
-    found = {"create": perf_counter() - started, "context": 0.0, "timestep": 0.0}
+    found = {"create": perf_counter() - started, "context": 0.0, "timestep": 0.0, "sample": 0.0}
     found |= {name: _median(part, job["runs"]) for name, part in {**parts, "step": step}.items()}
     return {**found, "peak": peak_bytes()}
 
@@ -145,13 +151,16 @@ def _openvino(job: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Callabl
     from engine.backends.openvino import OpenVinoBackend
     from engine.backends.openvino_parts import fix_shapes
     backend = OpenVinoBackend({"denoiser": Path(job["graph"])}, threads=job.get("threads"), precision={"denoiser": job["precision"]})
+    if not job.get("rewrites", True):
+        backend.rewrites = ()
+    batch = 1 if job.get("share", True) else 2  # two pictures without guidance have as many rows, and nothing to share
     model = backend.read("denoiser")
-    inputs = inputs_of(model.input("context").get_partial_shape()[2].get_length(), job["height"], job["width"])
+    inputs = inputs_of(model.input("context").get_partial_shape()[2].get_length(), job["height"], job["width"], batch)
     if job["cut"]:
         del model
-        runners = backend.denoiser(1, 2, *inputs["noise"].shape[2:])
+        runners = backend.denoiser(batch, 2, *inputs["noise"].shape[2:])
         runners.run(inputs)
-        return runners.step, {"context": runners.context.run, "timestep": runners.timestep.run}
+        return runners.step, {"context": runners.context.run, "timestep": runners.timestep.run, "sample": runners.sample.run}
     if job["static"]:
         fix_shapes(backend._library, model, {name: value.shape for name, value in inputs.items()})
     runner = backend.compile("denoiser", model, job["precision"], "the denoiser")

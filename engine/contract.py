@@ -10,7 +10,7 @@
 float32 unless said otherwise; height and width are those of the latents. The denoiser is one whole step: it evaluates
 the U-Net on slot 0 of the state, row by row, combines the rows' outputs per sample (guidance) and applies the sampler,
 `next_state = update @ [state; output; noise]`. `magnitude` is a sum over the decoder's absolute values: it is finite if they
-all are, which pixels cannot tell.
+all are, which pixels cannot tell. The rows of a sample have one timestep, so that what does not depend on the text may be computed once for them.
 """
 from __future__ import annotations
 

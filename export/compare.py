@@ -61,7 +61,7 @@ def random_inputs(component: str, batch: int, rows: int, height: int, width: int
         inputs["image"] = generator.integers(0, 256, shapes["image"], np.uint8)
     if component == "denoiser":
         inputs["row_sample"] = np.arange(rows, dtype=np.int32) % batch
-        inputs["timestep"] = np.linspace(999.0, 3.5, rows, dtype=np.float32)
+        inputs["timestep"] = np.linspace(999.0, 3.5, batch, dtype=np.float32)[inputs["row_sample"]]
         inputs["update"][:, 0] = 0.0
         inputs["update"][:, 0, SLOTS] = 1.0
     return inputs

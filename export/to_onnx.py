@@ -44,11 +44,12 @@ def example(component: str, context_size: int, batch: int = 2, rows: int = 3, he
         ids = torch.randint(0, 256, (rows, PROMPT_TOKENS), generator=generator, dtype=torch.int32)
         return Example({"input_ids": ids}, {"input_ids": {0: "rows"}})
     if component == "denoiser":
+        row_sample = torch.arange(rows, dtype=torch.int32) % batch
         inputs = {
             "state": normal(batch, SLOTS, LATENT_CHANNELS, height, width),
-            "row_sample": torch.arange(rows, dtype=torch.int32) % batch,
+            "row_sample": row_sample,
             "context": normal(rows, tokens, context_size),
-            "timestep": torch.linspace(999.0, 3.5, rows),
+            "timestep": torch.linspace(999.0, 3.5, batch)[row_sample],
             "mixing": normal(batch, rows),
             "update": normal(batch, SLOTS, SLOTS + 2),
             "noise": normal(batch, LATENT_CHANNELS, height, width),

@@ -14,6 +14,7 @@ from ..errors import BackendError
 from .interface import Decoded, Denoising, HostStopwatch
 from .onnxruntime import LARGE_GRAPH, decoded_together
 from .openvino_parts import fix_shapes, split
+from .openvino_rewrites import REWRITES
 from .pages import pages_given_back
 
 COMPILED_SHAPES = 8
@@ -61,7 +62,7 @@ class Runner:
 
 
 class OpenVinoBackend:
-    """Graphs compiled when they are first needed at a size. The denoiser runs in four parts: see openvino_parts.py."""
+    """Graphs compiled when they are first needed at a size. The denoiser runs in five parts: see openvino_parts.py."""
 
     rebuild = "build_engines.py --backend openvino"
 
@@ -79,6 +80,7 @@ class OpenVinoBackend:
         if "bf16" in self.precision.values() and not self.has_bf16():
             warnings.warn("this bundle was built to run in bf16 on OpenVINO; this CPU has no instructions for that, so it runs in fp32", RuntimeWarning, 2)
             self.precision = dict.fromkeys(graphs, "fp32")
+        self.rewrites: tuple[Callable[[Any, Any], None], ...] = REWRITES
         self._options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
             self._options["INFERENCE_NUM_THREADS"] = threads
@@ -105,6 +107,8 @@ class OpenVinoBackend:
     def compile(self, component: str, model: Any, precision: str, what: str) -> Runner:
         """A model made of a component's graph, or of a part of it. OpenVINO copies the weights in an order and a precision of its
         own; those in the file, 3.3 GiB for a U-Net, it does not read again."""
+        for rewrite in self.rewrites:
+            rewrite(self._library, model)
         try:
             with pages_given_back(Path(f"{self._graphs[component]}.data")):
                 compiled = self._core.compile_model(model, "CPU", {**self._options, "INFERENCE_PRECISION_HINT": HINTS[precision]})
@@ -140,15 +144,20 @@ class OpenVinoBackend:
 
     def denoiser(self, batch: int, rows: int, height: int, width: int, tokens: int = PROMPT_TOKENS) -> DenoiserRunners:
         """One step, compiled for these numbers of samples, U-Net rows, latent elements and tokens."""
-        def make() -> DenoiserRunners:
+        def read(rows: int) -> Any:
             model, plane = self.read("denoiser"), (LATENT_CHANNELS, height, width)
             fix_shapes(self._library, model, {
                 "state": (batch, SLOTS, *plane), "row_sample": (rows,), "context": (rows, tokens, model.input("context").get_partial_shape()[2].get_length()),
                 "timestep": (rows,), "mixing": (batch, rows), "update": (batch, SLOTS, SLOTS + 2), "noise": (batch, *plane)})
-            parts, precision, sizes = split(self._library, model), self.precision["denoiser"], f"{batch} x {height} x {width}, {rows} U-Net rows"
-            del model
+            return model
+
+        def make() -> DenoiserRunners:
+            parts = split(self._library, read(batch), read(rows))
+            precision, sizes = self.precision["denoiser"], f"{batch} x {height} x {width}, {rows} U-Net rows"
             return DenoiserRunners(
+                batch,
                 self.compile("denoiser", parts.timestep, "fp32", f"the timestep's embedding ({sizes})"),
+                self.compile("denoiser", parts.sample, precision, f"the U-Net before it sees the text ({sizes})"),
                 self.compile("denoiser", parts.context, precision, f"the text's keys and values ({sizes})"),
                 self.compile("denoiser", parts.unet, precision, f"the U-Net ({sizes})"),
                 self.compile("denoiser", parts.sampler, "fp32", f"the sampler ({sizes})"))
@@ -200,18 +209,21 @@ class OpenVinoBackend:
 
 
 class DenoiserRunners:
-    """The parts of one denoising step, chained: each reads what the one before wrote, where it wrote it."""
+    """The parts of one denoising step, chained: each reads what the ones before wrote, where they wrote it."""
 
-    def __init__(self, timestep: Runner, context: Runner, unet: Runner, sampler: Runner) -> None:
-        self.timestep, self.context, self.unet, self.sampler = timestep, context, unet, sampler
-        unet.follow(2, timestep)
-        unet.follow(2 + timestep.count, context)
+    def __init__(self, batch: int, timestep: Runner, sample: Runner, context: Runner, unet: Runner, sampler: Runner) -> None:
+        self.timestep, self.sample, self.context, self.unet, self.sampler = timestep, sample, context, unet, sampler
+        sample.bind(1, np.arange(batch, dtype=np.int32))
+        sample.follow(2, timestep)
+        unet.follow(1, timestep)
+        unet.follow(1 + timestep.count, sample)
+        unet.follow(1 + timestep.count + sample.count, context)
         sampler.follow(4, unet)
 
     def bind(self, inputs: Mapping[str, np.ndarray]) -> None:
-        """Makes arrays the inputs of the contract; those not given stay."""
-        ports = {"timestep": [(self.timestep, 0)], "context": [(self.context, 0)], "state": [(self.unet, 0), (self.sampler, 0)], "row_sample": [(self.unet, 1)],
-                 "mixing": [(self.sampler, 1)], "update": [(self.sampler, 2)], "noise": [(self.sampler, 3)]}
+        """Makes arrays the inputs of the contract; those not given stay. Only "timestep" has a row for each sample here."""
+        ports = {"timestep": [(self.timestep, 0)], "context": [(self.context, 0)], "state": [(self.sample, 0), (self.sampler, 0)],
+                 "row_sample": [(self.unet, 0)], "mixing": [(self.sampler, 1)], "update": [(self.sampler, 2)], "noise": [(self.sampler, 3)]}
         for name, array in inputs.items():
             for runner, port in ports[name]:
                 runner.bind(port, array)
@@ -219,17 +231,27 @@ class DenoiserRunners:
     def step(self) -> None:
         """One evaluation; the text's part must have run."""
         self.timestep.run()
+        self.sample.run()
         self.unet.run()
         self.sampler.run()
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """One whole step on arrays: next_state."""
         next_state = np.empty_like(inputs["state"])
-        self.bind(inputs)
+        self.bind({**inputs, "timestep": of_samples(inputs["timestep"], inputs["row_sample"], len(next_state))})
         self.sampler.bind("next_state", next_state)
         self.context.run()
         self.step()
         return next_state
+
+
+def of_samples(timesteps: np.ndarray, row_sample: np.ndarray, batch: int) -> np.ndarray:
+    """Timesteps [..., rows] -> [..., batch]. BackendError if the rows of a sample have different ones."""
+    first = np.array([np.flatnonzero(row_sample == sample)[0] for sample in range(batch)])
+    found = np.ascontiguousarray(timesteps[..., first])
+    if not np.array_equal(found[..., row_sample], timesteps):
+        raise BackendError(f"the rows of a sample have different timesteps: {timesteps} for the samples {row_sample}")
+    return found
 
 
 class DenoisingSession:
@@ -244,7 +266,8 @@ class DenoisingSession:
         self._runners = backend.denoiser(batch, rows, plane[1], plane[2], context.shape[1])
         self._states = [np.zeros((batch, SLOTS, *plane), np.float32) for _ in range(2)]
         self._states[0][:, 0] = denoising.latents
-        self._rows = {"timestep": denoising.timesteps.copy(), "update": denoising.updates.copy()}  # OpenVINO takes arrays that own their memory
+        timesteps = of_samples(denoising.timesteps, denoising.row_sample, batch)
+        self._rows = {"timestep": timesteps, "update": denoising.updates.copy()}  # OpenVINO takes arrays that own their memory
         self._runners.bind({"row_sample": denoising.row_sample, "mixing": denoising.mixing, "context": context})
         if denoising.noise is None:
             self._runners.bind({"noise": np.zeros((batch, *plane), np.float32)})

@@ -18,6 +18,7 @@ from engine.contract import SLOTS
 from engine.errors import BackendError, DeviceError, ManifestError, NumericalError
 from export import parity
 from export.build import build, default_shapes
+from export.compare import random_inputs
 from export.to_onnx import example
 
 PROMPT = "a large red circle on a blue background"
@@ -238,6 +239,21 @@ def test_in_bfloat16_the_sampler_and_the_timestep_stay_in_float32(bf16, referenc
         inputs["timestep"][:] = timestep
         outputs.append(bf16.run("denoiser", inputs)[0][:, 0])
     assert not np.array_equal(*outputs)
+
+
+def test_the_rows_of_a_sample_have_one_timestep(demo_bundle):
+    backend = OpenVinoBackend(Bundle.open(demo_bundle, verify=False).graphs)
+    inputs = random_inputs("denoiser", 1, 2, 8, 8, 128)
+    inputs["timestep"][:] = (3.0, 4.0)
+    with pytest.raises(BackendError, match=r"different timesteps: \[3. 4.\] for the samples \[0 0\]"):
+        backend.run("denoiser", inputs)
+
+
+def test_what_does_not_depend_on_the_text_is_computed_once_for_a_sample(demo_bundle):
+    runners = OpenVinoBackend(Bundle.open(demo_bundle, verify=False).graphs).denoiser(1, 2, 8, 8)
+    assert {port.get_shape()[0] for port in runners.sample._request.model_outputs} == {1}
+    assert {port.get_shape()[0] for port in runners.unet._request.model_outputs} == {2}
+    assert sum(node.get_type_name() == "Convolution" for node in runners.sample._request.get_compiled_model().get_runtime_model().get_ops()) >= 3
 
 
 def test_a_large_graph_stays_compiled_for_one_size_and_a_small_one_for_some(demo_bundle, monkeypatch):
