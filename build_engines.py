@@ -17,7 +17,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from engine.backends import BACKENDS, gpu_number, tensorrt_is_usable
+from engine.backends import BACKENDS, default_backend, gpu_number, tensorrt_is_usable
+from engine.backends.openvino import OpenVinoBackend
 from engine.contract import VAE_FACTOR, Range, Shapes
 from engine.errors import EngineError
 from export.errors import ExportError, UsageError
@@ -145,8 +146,11 @@ def build_bundle(options: argparse.Namespace, asked: dict[str, list[Range]], pre
         source.name = options.name
     defaults = default_shapes(source.sample_size())
     shapes = Shapes(**{side: envelope(asked.get(side, [getattr(defaults, side)])) for side in ("height", "width", "batch")})
-    return build(source, options.output, precision, shapes, opset=options.opset, openvino=options.backend == "openvino",
-                 verify=not options.no_verify, force=options.force, report=report).folder
+    made = build(source, options.output, precision, shapes, opset=options.opset, openvino=options.backend == "openvino",
+                 verify=not options.no_verify, force=options.force, report=report)
+    if made.exported and options.backend is None and precision != "bf16" and default_backend() == "openvino" and OpenVinoBackend({}).has_bf16():
+        report("on this CPU it runs in fp32; --backend openvino measures which components may run in bf16, which is faster")
+    return made.folder
 
 
 def build_plans(options: argparse.Namespace, folder: Path, asked: dict[str, list[Range]], gpu: int, report: Callable[[str], None]) -> None:

@@ -49,11 +49,12 @@ def allowed_share(threads: int) -> float:
     return DISTURBED + (max(0.0, 1 - threads / (os.cpu_count() or 1)) if threads else 0.0)
 
 
-def wait_until_quiet(pids: Sequence[int], seconds: float, allowed: float = DISTURBED) -> None:
-    """Returns when others have left the machine alone for a second, or after so many seconds."""
+def wait_until_quiet(pids: Sequence[int], seconds: float, allowed: float = DISTURBED) -> bool:
+    """True as soon as others have left the machine alone for a second, False after so many seconds."""
     end = perf_counter() + seconds
     while perf_counter() < end:
         before = load(pids)
         sleep(1.0)
         if others_share(before, load(pids)) < allowed:
-            return
+            return True
+    return False

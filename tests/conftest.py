@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
 
 from export.libraries import quiet_libraries
 
@@ -82,6 +84,12 @@ def tiny_sources(tmp_path_factory) -> dict[str, DiffusersFolder]:
 def tiny_bundles(tiny_sources) -> dict[str, Path]:
     """Their bundles in fp32."""
     return {kind: build(source, ENGINES, "fp32", default_shapes(64)).folder for kind, source in tiny_sources.items()}
+
+
+@pytest.fixture(scope="session")
+def tiny_fp16(tiny_sources) -> Path:
+    """That of the SD 1.x kind in fp16."""
+    return build(tiny_sources["sd1"], ENGINES / "fp16", "fp16", default_shapes(64)).folder
 
 
 @pytest.fixture(scope="session")

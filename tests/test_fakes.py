@@ -287,8 +287,8 @@ def test_a_capture_in_which_the_host_waits_or_allocates_is_invalid(cuda, call):
 def test_a_relaxed_capture_lets_the_host_allocate(cuda):
     stream = cuda.stream()
     cuda.begin(stream, "RELAXED")
-    cuda.memory()
-    cuda.graph(stream)
+    assert cuda.memory()
+    assert cuda.graph(stream)
 
 
 def test_a_global_capture_is_spoilt_by_another_thread_and_a_thread_local_one_is_not(cuda):

@@ -36,5 +36,6 @@ def test_processors_that_we_do_not_use_are_free_for_others(monkeypatch):
     assert [allowed_share(threads) for threads in (0, 1, 4, 8)] == pytest.approx([0.05, 0.80, 0.05, 0.05])
 
 
-def test_waiting_for_quiet_ends():
-    wait_until_quiet([os.getpid()], 0.5)
+def test_waiting_for_quiet_ends_and_says_whether_it_is():
+    assert wait_until_quiet([os.getpid()], 5.0, allowed=1.1)
+    assert not wait_until_quiet([os.getpid()], 0.5, allowed=-1.0)

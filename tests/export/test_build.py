@@ -25,57 +25,51 @@ from export.build import build, default_shapes
 from export.checkpoint import DiffusersFolder
 from export.to_onnx import OPSET
 
-from ..models import write_tiny_model
-
 SHAPES = default_shapes(64)
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """A tiny model and its bundle, both to be changed by copies only."""
-    folder = tmp_path_factory.mktemp("build")
-    source = DiffusersFolder(write_tiny_model(folder / "tiny", "sd1"), "tiny", {"kind": "folder", "id": "tiny"})
-    outcome = build(source, folder / "engines", "fp32", SHAPES)
-    return source, folder / "engines", outcome
+def built(tiny_sources, tiny_bundles, tmp_path_factory):
+    """A tiny model and a folder with its bundle, both to be changed by copies only."""
+    engines = tmp_path_factory.mktemp("build")
+    shutil.copytree(tiny_bundles["sd1"], engines / "sd1")
+    return tiny_sources["sd1"], engines
 
 
 @pytest.fixture
 def copied(built, tmp_path):
-    source, engines, _ = built
-    shutil.copytree(engines / "tiny", tmp_path / "engines" / "tiny")
-    model = shutil.copytree(source.folder, tmp_path / "tiny")
-    return DiffusersFolder(model, "tiny", {"kind": "folder", "id": "tiny"}), tmp_path / "engines"
+    source, engines = built
+    shutil.copytree(engines / "sd1", tmp_path / "engines" / "sd1")
+    return DiffusersFolder(shutil.copytree(source.folder, tmp_path / "sd1"), "sd1", source.origin), tmp_path / "engines"
 
 
 def stamps(folder):
-    return {file.name: file.stat().st_mtime_ns for file in sorted((folder / "tiny" / "onnx").iterdir())}
+    return {file.name: file.stat().st_mtime_ns for file in sorted((folder / "sd1" / "onnx").iterdir())}
 
 
 def test_the_manifest_tells_all(built):
-    _, engines, outcome = built
-    manifest = json.loads((engines / "tiny" / "manifest.json").read_text())
-    assert outcome.exported == COMPONENTS
+    _, engines = built
+    manifest = json.loads((engines / "sd1" / "manifest.json").read_text())
     assert manifest["verification"]["done"]
     assert set(manifest["verification"]["components"]) == set(COMPONENTS)
     assert all(found["relative_rms"] < 1e-4 for found in manifest["verification"]["components"].values())
     picture = manifest["verification"]["picture"]
     assert (picture["latents_max_abs"] < 1e-3, picture["pixels_within_1"] >= 0.999) == (True, True)
     assert {d["opset"] for d in manifest["components"].values()} == {OPSET}
-    assert (engines / "tiny" / "verification.png").is_file()
-    assert set(os.listdir(engines)) <= {"tiny", ".tiny.lock"}
+    assert (engines / "sd1" / "verification.png").is_file()
 
 
 def test_the_graphs_keep_the_contract(built):
-    _, engines, _ = built
-    for component, path in Bundle.open(engines / "tiny").graphs.items():
+    _, engines = built
+    for component, path in Bundle.open(engines / "sd1").graphs.items():
         onnx.checker.check_model(str(path))
         graph = onnx.load(str(path), load_external_data=False)
         assert [i.name for i in graph.graph.input] == list(INPUTS[component])
         assert [o.name for o in graph.graph.output] == list(OUTPUTS[component])
         assert {o.domain: o.version for o in graph.opset_import}[""] == OPSET
     shapes = {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in
-              onnx.load(str(engines / "tiny" / "onnx" / "denoiser.onnx"), load_external_data=False).graph.input}
+              onnx.load(str(engines / "sd1" / "onnx" / "denoiser.onnx"), load_external_data=False).graph.input}
     assert shapes == {
         "state": ["batch", 4, 4, "height", "width"], "row_sample": ["rows"], "context": ["rows", "tokens", 32], "timestep": ["rows"],
         "mixing": ["batch", "rows"], "update": ["batch", 4, 6], "noise": ["batch", 4, "height", "width"]}
@@ -87,7 +81,7 @@ def test_a_second_build_does_nothing(copied):
     outcome = build(source, engines, "fp32", SHAPES, report=said.append)
     assert outcome.exported == ()
     assert stamps(engines) == before
-    assert said == [f"{engines / 'tiny'} is up to date"]
+    assert said == [f"{engines / 'sd1'} is up to date"]
 
 
 def test_other_shapes_trace_nothing_again(copied):
@@ -96,7 +90,7 @@ def test_other_shapes_trace_nothing_again(copied):
     outcome = build(source, engines, "fp32", replace(SHAPES, height=Range(64, 64, 64), batch=Range(1, 2, 2)))
     assert outcome.exported == ()
     assert stamps(engines) == before
-    assert Bundle.open(engines / "tiny").shapes.height == Range(64, 64, 64)
+    assert Bundle.open(engines / "sd1").shapes.height == Range(64, 64, 64)
 
 
 def test_a_changed_vae_leaves_the_other_graphs(copied):
@@ -118,23 +112,21 @@ def test_a_changed_scheduler_changes_the_manifest_only(copied):
     file = source.folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "steps_offset": 0}))
     assert build(source, engines, "fp32", SHAPES).exported == ()
-    assert Bundle.open(engines / "tiny").scheduler["steps_offset"] == 0
+    assert Bundle.open(engines / "sd1").scheduler["steps_offset"] == 0
 
 
 def test_a_damaged_bundle_is_built_again(copied):
     source, engines = copied
-    (engines / "tiny" / "onnx" / "vae_encoder.onnx.data").write_bytes(b"x")
+    (engines / "sd1" / "onnx" / "vae_encoder.onnx.data").write_bytes(b"x")
     said = []
     assert build(source, engines, "fp32", SHAPES, report=said.append, verify=False).exported == COMPONENTS
     assert "the old bundle is not usable" in said[0]
-    manifest = Bundle.open(engines / "tiny").manifest
+    manifest = Bundle.open(engines / "sd1").manifest
     assert manifest["verification"] == {"done": False, "reason": "--no-verify", "components": {}}
 
 
-def test_fp16_weights_and_fp32_norms(built, tmp_path):
-    source, _, _ = built
-    outcome = build(source, tmp_path, "fp16", SHAPES)
-    graph = onnx.load(str(tmp_path / "tiny" / "onnx" / "denoiser.onnx"))
+def test_fp16_weights_and_fp32_norms(tiny_fp16):
+    graph = onnx.load(str(tiny_fp16 / "onnx" / "denoiser.onnx"))
     types = {i.name: i.data_type for i in graph.graph.initializer}
     weights = {name: kind for name, kind in types.items() if name.endswith("weight")}
     halves = {name for name, kind in weights.items() if kind == onnx.TensorProto.FLOAT16}
@@ -142,8 +134,8 @@ def test_fp16_weights_and_fp32_norms(built, tmp_path):
     assert any("to_q" in name for name in weights if name in halves) or len(halves) > 10
     assert not any("norm" in name or "time_embedding" in name for name in halves)
     assert {i.type.tensor_type.elem_type for i in graph.graph.input} == {onnx.TensorProto.FLOAT, onnx.TensorProto.INT32}
-    assert 0 < outcome.manifest["verification"]["components"]["denoiser"]["relative_rms"] < 5e-3
-    with Pipeline.load(tmp_path / "tiny") as pipeline:
+    assert 0 < Bundle.open(tiny_fp16).manifest["verification"]["components"]["denoiser"]["relative_rms"] < 5e-3
+    with Pipeline.load(tiny_fp16) as pipeline:
         assert len(pipeline("a ring", num_inference_steps=2, seed=0).images) == 1
 
 
@@ -157,7 +149,7 @@ def test_opset_23_has_attention_as_one_operator_and_the_same_picture(tiny_source
 
 
 def test_bf16_is_refused_where_it_cannot_be_verified(built, tmp_path):
-    source, _, _ = built
+    source, _ = built
     with pytest.raises(e.UsageError, match="no bf16 kernels"):
         build(source, tmp_path, "bf16", SHAPES)
 
@@ -173,13 +165,13 @@ def test_beyond_tolerance_the_build_fails_and_the_old_bundle_stays(copied, monke
     with pytest.raises(e.VerificationError, match=r"the picture differs from diffusers': PSNR"):
         build(source, engines, "fp32", replace(SHAPES, batch=Range(1, 1, 1)))
     assert stamps(engines) == before
-    assert set(os.listdir(engines)) <= {"tiny", ".tiny.lock"}
+    assert set(os.listdir(engines)) <= {"sd1", ".sd1.lock"}
 
 
 def test_a_second_builder_waits_for_the_first(copied):
     source, engines = copied
     said = []
-    lock = FileLock(engines / ".tiny.lock")
+    lock = FileLock(engines / ".sd1.lock")
     with lock:
         other = threading.Thread(target=lambda: build(source, engines, "fp32", SHAPES, report=said.append))
         other.start()
@@ -196,26 +188,26 @@ def run_builder(source, engines, *more):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
-@pytest.mark.parametrize("moment", ["onnx", "onnx/text_encoder.onnx", "onnx/denoiser.onnx.data"])
+@pytest.mark.parametrize("moment", ["onnx", "onnx/denoiser.onnx.data"])
 def test_a_killed_builder_leaves_the_old_bundle(copied, moment):
     source, engines = copied
     builder = run_builder(source, engines, "--force")
-    while not (engines / ".tiny.building" / moment).exists():
+    while not (engines / ".sd1.building" / moment).exists():
         assert builder.poll() is None, "the builder ended before it could be killed"
         time.sleep(0.01)
     builder.send_signal(signal.SIGKILL)
     builder.wait()
-    assert (engines / ".tiny.building").exists()
-    Bundle.open(engines / "tiny")
+    assert (engines / ".sd1.building").exists()
+    Bundle.open(engines / "sd1")
     assert build(source, engines, "fp32", SHAPES).exported == ()
-    assert set(os.listdir(engines)) <= {"tiny", ".tiny.lock"}
+    assert set(os.listdir(engines)) <= {"sd1", ".sd1.lock"}
 
 
 def test_a_kill_between_the_two_renames_is_mended(copied):
     source, engines = copied
-    (engines / "tiny").rename(engines / ".tiny.replaced")
+    (engines / "sd1").rename(engines / ".sd1.replaced")
     assert build(source, engines, "fp32", SHAPES).exported == ()
-    Bundle.open(engines / "tiny")
+    Bundle.open(engines / "sd1")
 
 
 def test_an_output_that_is_a_file_is_named(built, tmp_path):
@@ -228,12 +220,12 @@ def test_too_little_disk_is_found_before_tracing(built, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(e.OutputError, match=r"0.00 GB free; the next component needs"):
         build(built[0], tmp_path, "fp32", SHAPES)
-    assert not (tmp_path / "tiny").exists()
+    assert not (tmp_path / "sd1").exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounting a small file system needs root on Linux")
 def test_a_full_disk_leaves_nothing_half_written(built, tmp_path):
-    source, _, _ = built
+    source, _ = built
     small = tmp_path / "small"
     small.mkdir()
     if ctypes.CDLL(None, use_errno=True).mount(b"tmpfs", str(small).encode(), b"tmpfs", 0, b"size=1200k"):
@@ -241,7 +233,7 @@ def test_a_full_disk_leaves_nothing_half_written(built, tmp_path):
     try:
         with pytest.raises(e.OutputError, match=r"the disk of .* is full|GB free"):
             build(source, small, "fp32", SHAPES, verify=False)
-        assert set(os.listdir(small)) <= {".tiny.lock"}
+        assert set(os.listdir(small)) <= {".sd1.lock"}
     finally:
         ctypes.CDLL(None).umount(str(small).encode())
 

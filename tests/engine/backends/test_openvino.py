@@ -17,7 +17,6 @@ from engine.bundle import Bundle
 from engine.contract import SLOTS
 from engine.errors import BackendError, DeviceError, ManifestError, NumericalError
 from export import parity
-from export.build import build, default_shapes
 from export.compare import random_inputs
 from export.to_onnx import example
 
@@ -209,11 +208,10 @@ def test_a_garbled_precision_is_an_error(demo_bundle, tmp_path, edit_manifest):
         Pipeline.load(bundle, backend="openvino")
 
 
-def test_float16_graphs_run(tiny_sources, tmp_path):
-    bundle = build(tiny_sources["sd1"], tmp_path, "fp16", default_shapes(64), verify=False, report=lambda message: None).folder
+def test_float16_graphs_run(tiny_fp16):
     latents = []
     for name in BACKENDS:
-        with Pipeline.load(bundle, backend=name) as pipeline:
+        with Pipeline.load(tiny_fp16, backend=name) as pipeline:
             latents.append(pipeline("a ring", **FAST, output_type="latent").images)
             assert np.asarray(pipeline("a ring", **FAST).images[0]).std() > 0
     assert parity.difference(*latents).relative_rms < 5e-3
