@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m engine picture "$(PROMPT)" --bundle engines/demo --guidance-scale 5 --seed 0 --output engines/demo.png
 
 test: lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
