@@ -251,7 +251,6 @@ def test_what_does_not_depend_on_the_text_is_computed_once_for_a_sample(demo_bun
     runners = OpenVinoBackend(Bundle.open(demo_bundle, verify=False).graphs).denoiser(1, 2, 8, 8)
     assert {port.get_shape()[0] for port in runners.sample._request.model_outputs} == {1}
     assert {port.get_shape()[0] for port in runners.unet._request.model_outputs} == {2}
-    assert sum(node.get_type_name() == "Convolution" for node in runners.sample._request.get_compiled_model().get_runtime_model().get_ops()) >= 3
 
 
 def test_a_large_graph_stays_compiled_for_one_size_and_a_small_one_for_some(demo_bundle, monkeypatch):
