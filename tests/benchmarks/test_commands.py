@@ -38,10 +38,11 @@ def test_latency_compares_with_diffusers_and_says_what_is_missing(demo_bundle, r
     assert "optimum is not installed" in one["skipped"]["optimum"]
     assert "skipped optimum: optimum is not installed" in capsys.readouterr().out
     assert [ratio["psnr_db"] > 50 for ratio in one["ratios"]] == [True, True]
+    turns = len(one["turns"])
+    assert 2 <= turns <= 6  # on a busy machine disturbed turns are repeated, and kept where there are no others
     for side in one["sides"].values():
-        assert (side["seconds"]["total"]["n"], side["seconds"]["step"]["n"], side["evaluations"]) == (2, 4, 2)
+        assert (side["seconds"]["total"]["n"], side["seconds"]["step"]["n"], side["evaluations"]) == (turns, 2 * turns, 2)
         assert side["peak_bytes"] > 50 * 2**20
-    assert len(one["turns"]) == 2
     assert not found["interrupted"]
     assert found["command"].startswith("python -m benchmarks ")
     assert {"processor", "clocks", "gpu", "versions", "commit"} <= found.keys()
