@@ -51,8 +51,9 @@ def prompt(index: int) -> str:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     common_arguments(parser)
-    parser.add_argument("--against", default="diffusers,diffusers-bf16", metavar="A,B", help="diffusers, diffusers-bf16 (with channels_last), "
-                        "diffusers-compile (that compiled), optimum; '' for nothing (default: diffusers,diffusers-bf16)")
+    parser.add_argument("--against", default="diffusers,diffusers-bf16", metavar="A,B", help="diffusers, diffusers-channels-last, diffusers-bf16 (with "
+                        "channels_last), diffusers-compile (that compiled), diffusers-fp32, diffusers-fp32-compile, optimum; '' for nothing "
+                        "(default: diffusers,diffusers-bf16)")
     parser.add_argument("--pictures", type=int, default=PICTURES, metavar="N", help=f"of each side after the warm-up (default: {PICTURES})")
     parser.add_argument("--budget", type=float, default=SLOW, metavar="SECONDS",
                         help=f"for one configuration; fewer pictures are made where they would take longer, at least {LEAST} (default: {SLOW:g})")

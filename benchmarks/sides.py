@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +24,21 @@ from engine.libraries import installed
 
 ROOT = Path(__file__).parents[1]
 OURS = ("tensorrt", "openvino", "openvino-fp32", "onnxruntime")
-THEIRS = ("diffusers", "diffusers-fp32", "diffusers-bf16", "diffusers-compile", "optimum")
+
+
+@dataclass(frozen=True)
+class DiffusersSettings:
+    """How diffusers runs: dtype None is fp16 on a GPU and fp32 on a CPU."""
+
+    dtype: str | None = None
+    channels_last: bool = False
+    compiled: bool = False
+
+
+DIFFUSERS = {"diffusers": DiffusersSettings(), "diffusers-channels-last": DiffusersSettings(channels_last=True),
+             "diffusers-fp32": DiffusersSettings("float32"), "diffusers-fp32-compile": DiffusersSettings("float32", True, True),
+             "diffusers-bf16": DiffusersSettings("bfloat16", True), "diffusers-compile": DiffusersSettings("bfloat16", True, True)}
+THEIRS = (*DIFFUSERS, "optimum")
 
 
 @dataclass(frozen=True)
@@ -148,7 +163,7 @@ class Ours:
 
 
 class Diffusers:
-    """diffusers as its documentation says: float32, or bfloat16 with channels_last, or that compiled."""
+    """diffusers as its documentation says, with one of DIFFUSERS."""
 
     def __init__(self, setup: Setup) -> None:
         _require("torch", "diffusers")
@@ -159,25 +174,26 @@ class Diffusers:
         self._torch, self._gpu = torch, torch.cuda.is_available()
         if setup.threads:
             torch.set_num_threads(setup.threads)
-        plain = {"diffusers": torch.float16 if self._gpu else torch.float32, "diffusers-fp32": torch.float32}
-        dtype = plain.get(setup.side, torch.bfloat16)
+        settings = DIFFUSERS[setup.side]
+        dtype = getattr(torch, settings.dtype or ("float16" if self._gpu else "float32"))
         pipeline = diffusers.StableDiffusionPipeline.from_pretrained(setup.model, torch_dtype=dtype, safety_checker=None,
                                                                        feature_extractor=None, requires_safety_checker=False)
         pipeline.scheduler = getattr(diffusers, SCHEDULERS[setup.sampler]).from_config(pipeline.scheduler.config)
         pipeline.set_progress_bar_config(disable=True)
         if self._gpu:
             pipeline.to("cuda")
-        if setup.side not in plain:
+        if settings.channels_last:
             pipeline.unet.to(memory_format=torch.channels_last)
             pipeline.vae.to(memory_format=torch.channels_last)
-        if setup.side == "diffusers-compile":
+        if settings.compiled:
             pipeline.unet.compile()
             pipeline.vae.decode = torch.compile(pipeline.vae.decode)
         self._pipeline = pipeline
         self.precision = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
         self.precisions = dict.fromkeys(COMPONENTS, self.precision)
+        how = ", channels_last" * settings.channels_last + ", compiled" * settings.compiled
         place = torch.cuda.get_device_name() if self._gpu else f"the CPU, {torch.get_num_threads()} threads"
-        self.description = f"diffusers {diffusers.__version__}, torch {torch.__version__} on {place}, {self.precision}"
+        self.description = f"diffusers {diffusers.__version__}, torch {torch.__version__} on {place}, {self.precision}{how}"
 
     def _now(self) -> float:
         if self._gpu:
@@ -218,6 +234,8 @@ class Optimum:
 
     def __init__(self, setup: Setup) -> None:
         _require("optimum.onnxruntime", "diffusers")
+        from export.libraries import quiet_libraries
+        quiet_libraries()
         import diffusers
         import onnxruntime
         import torch
@@ -225,7 +243,9 @@ class Optimum:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = setup.threads
         self._torch = torch
-        self._pipeline = ORTStableDiffusionPipeline.from_pretrained(setup.model, export=True, session_options=options)
+        with tempfile.TemporaryDirectory() as folder:
+            model = for_transformers_4(Path(setup.model), Path(folder))
+            self._pipeline = ORTStableDiffusionPipeline.from_pretrained(str(model), export=True, session_options=options)
         self._pipeline.scheduler = getattr(diffusers, SCHEDULERS[setup.sampler]).from_config(self._pipeline.scheduler.config)
         self._pipeline.set_progress_bar_config(disable=True)
         self.precisions = dict.fromkeys(COMPONENTS, "fp32")
@@ -243,6 +263,27 @@ class Optimum:
 SCHEDULERS = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "euler_a": "EulerAncestralDiscreteScheduler",
               "dpmpp_2m": "DPMSolverMultistepScheduler", "pndm": "PNDMScheduler"}
 """diffusers' classes by our names, where from_config makes them equal."""
+
+
+def for_transformers_4(model: Path, folder: Path) -> Path:
+    """The model as transformers 4 reads it, `folder` if something had to be changed: the names of the text encoder's weights begin with
+    text_model there. transformers 5 writes them without, and transformers 4 quietly takes random weights for those it doesn't find."""
+    from safetensors.torch import load_file, save_file
+    weights = model / "text_encoder" / "model.safetensors"
+    if not weights.is_file():
+        return model
+    tensors = load_file(weights)
+    if any(name.startswith("text_model.") for name in tensors):
+        return model
+    for file in (*model.iterdir(), *weights.parent.iterdir()):
+        copy = folder / file.relative_to(model)
+        if file == weights.parent:
+            copy.mkdir()
+        elif file == weights:
+            save_file({f"text_model.{name}": tensor for name, tensor in tensors.items()}, copy, {"format": "pt"})
+        else:
+            copy.symlink_to(file.resolve())
+    return folder
 
 
 def _require(*modules: str) -> None:
