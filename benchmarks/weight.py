@@ -13,6 +13,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from engine.backends import default_backend
+
 REPEATS = 7
 PROMPT = "a large red circle on a blue background"
 STEPS = 20
@@ -26,7 +28,8 @@ import psutil
 print(seconds, psutil.Process().memory_info().rss)
 """
 NOTHING = "pass"
-OUR_IMPORT = "import engine"
+OUR_IMPORT = "from engine import Pipeline; import {library}"
+"""With the library that runs the graphs, which the pipeline imports when it loads a bundle: diffusers' import has torch."""
 THEIR_IMPORT = "from diffusers import StableDiffusionPipeline"
 
 OUR_PICTURE = """
@@ -71,7 +74,8 @@ def measure(bundle: Path) -> tuple[list[dict[str, Any]], float]:
     """Imports and pictures of both sides, taking turns; `bundle` is one of the built-in model. The rows, and the MiB of a bare
     process."""
     model = Path(__file__).parents[1] / "export" / "demo" / "model"
-    imports: dict[str, list[tuple[float, int]]] = {OUR_IMPORT: [], THEIR_IMPORT: []}
+    our_import = OUR_IMPORT.format(library=default_backend())
+    imports: dict[str, list[tuple[float, int]]] = {our_import: [], THEIR_IMPORT: []}
     pictures: dict[str, list[float]] = {OUR_PICTURE: [], THEIR_PICTURE: []}
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(REPEATS + 1):
@@ -84,8 +88,8 @@ def measure(bundle: Path) -> tuple[list[dict[str, Any]], float]:
                 if repeat:
                     pictures[code].append(seconds)
     rows = [
-        row("import, s", [s for s, _ in imports[OUR_IMPORT]], [s for s, _ in imports[THEIR_IMPORT]], 3),
-        row("memory after the import, MiB", [b / 2**20 for _, b in imports[OUR_IMPORT]], [b / 2**20 for _, b in imports[THEIR_IMPORT]], 1),
+        row(f"import, ours with {default_backend()}, s", [s for s, _ in imports[our_import]], [s for s, _ in imports[THEIR_IMPORT]], 3),
+        row("memory after the import, MiB", [b / 2**20 for _, b in imports[our_import]], [b / 2**20 for _, b in imports[THEIR_IMPORT]], 1),
         row(f"process start to saved picture ({STEPS} steps), s", pictures[OUR_PICTURE], pictures[THEIR_PICTURE]),
     ]
     return rows, round(measure_import(NOTHING)[1] / 2**20, 1)

@@ -43,10 +43,10 @@ def drop_pages(file: Path) -> int:
     """Bytes of the mappings that were dropped. Writable ones are left alone: they may hold what the file does not."""
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    dropped = 0
+    dropped, name = 0, str(file.resolve())
     for line in Path("/proc/self/maps").read_text().splitlines():
-        addresses, rights, _, _, inode, *name = line.split(maxsplit=5)
-        if inode != "0" and name == [str(file.resolve())] and "w" not in rights:
+        addresses, rights, _, _, inode, *mapped = line.split(maxsplit=5)
+        if inode != "0" and mapped == [name] and "w" not in rights:
             start, end = (int(part, 16) for part in addresses.split("-"))
             if madvise(start, end - start, MADV_DONTNEED) == 0:
                 dropped += end - start
