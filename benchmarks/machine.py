@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.errors import BenchmarkUsageError
+from engine.libraries import installed
 
 MATRIX_SIDES = (1024, 2048, 4096)
 """Of square matrices; the fastest counts."""
@@ -18,14 +19,14 @@ SECONDS = 1.0
 """How long each of them is repeated."""
 
 
-def matrix_rate(library: str, precision: str, threads: int = 0, seconds: float = SECONDS) -> float:
-    """FLOP per second of a product of square matrices through the library that runs the model: "openvino", "onnxruntime", or
-    "tensorrt", for which torch's product on the GPU stands."""
-    makers: dict[str, Callable[[int, str, int], Callable[[], Any]]] = {"openvino": _openvino, "onnxruntime": _onnxruntime, "tensorrt": _cuda}
-    if library not in makers:
-        raise BenchmarkUsageError(f"{library!r} is not a library whose rate can be measured; known: {', '.join(makers)}")
-    sides = [4 * side for side in MATRIX_SIDES] if library == "tensorrt" else MATRIX_SIDES
-    return max(2 * side**3 / _fastest(makers[library](side, precision, threads), seconds) for side in sides)
+def matrix_rate(device: str, precision: str, threads: int = 0, seconds: float = SECONDS) -> float:
+    """FLOP per second of a product of square matrices on "cpu" or "cuda", through the fastest of the libraries that are installed."""
+    products = PRODUCTS[device, precision]
+    here = {library: make for library, make in products.items() if installed(library)}
+    if not here:
+        raise BenchmarkUsageError(f"the rate of {precision} on {device} needs one of {', '.join(products)}, and none of them is installed")
+    sides = [4 * side for side in MATRIX_SIDES] if device == "cuda" else MATRIX_SIDES
+    return max(2 * side**3 / _fastest(make(side, precision, threads), seconds) for make in here.values() for side in sides)
 
 
 def copy_rate(device: str, threads: int = 0, seconds: float = SECONDS) -> float:
@@ -78,7 +79,7 @@ def _onnxruntime(side: int, precision: str, threads: int) -> Callable[[], Any]:
 def _openvino(side: int, precision: str, threads: int) -> Callable[[], Any]:
     import openvino
     from onnx import TensorProto
-    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision], "PERFORMANCE_HINT": "LATENCY"}
+    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "fp16": "f32", "bf16": "bf16"}[precision], "PERFORMANCE_HINT": "LATENCY"}
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
     core = openvino.Core()
@@ -98,3 +99,9 @@ def _cuda(side: int, precision: str, threads: int) -> Callable[[], Any]:
         torch.cuda.synchronize()
 
     return run
+
+
+PRODUCTS: dict[tuple[str, str], dict[str, Callable[[int, str, int], Callable[[], Any]]]] = {
+    **{("cpu", precision): {"openvino": _openvino, "onnxruntime": _onnxruntime} for precision in ("fp32", "fp16")}, ("cpu", "bf16"): {"openvino": _openvino},
+    **{("cuda", precision): {"torch": _cuda} for precision in ("fp32", "fp16", "bf16")}}
+"""The libraries that multiply matrices, by device and the precision of the graph; those of fp16 compute in fp32 on a CPU."""

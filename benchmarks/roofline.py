@@ -1,7 +1,7 @@
 """Where a picture's time goes, and how close that is to what the hardware can do.
 
-Operations and bytes are counted from the bundle's ONNX graphs; the rates of matrix products and copying are measured through the
-library that runs them; the floor is the sum over the matrix operations of what takes longer, arithmetic or memory, so nothing
+Operations and bytes are counted from the bundle's ONNX graphs; the rates of matrix products and copying are measured, through the
+fastest library that is installed; the floor is the sum over the matrix operations of what takes longer, arithmetic or memory, so nothing
 that runs them one by one is below it. Our OpenVINO backend leaves a few per cent of them out (engine/backends/openvino_rewrites.py and
 openvino_parts.py); they are counted all the same, as the work that the model asks for.
 """
@@ -58,7 +58,7 @@ def evaluate(bundle: Bundle, library: str, precisions: dict[str, str], height: i
     """Counts, rates, floors and what was reached, for each component and for the picture."""
     device = "cuda" if library == "tensorrt" else "cpu"
     bandwidth = copy_rate(device, threads)
-    rates = {precision: matrix_rate(library, precision, threads) for precision in sorted({precisions[component] for component in COMPONENTS})}
+    rates = {precision: matrix_rate(device, precision, threads) for precision in sorted({precisions[component] for component in COMPONENTS})}
     seconds = {"text_encoder": [sample["text_encoder"] for sample in samples], "denoiser": [step for sample in samples for step in sample["steps"]],
                "vae_decoder": [sample["vae_decoder"] for sample in samples]}
     components: dict[str, Any] = {}
