@@ -142,10 +142,14 @@ def setups_of(bundle: Bundle, sides: Sequence[str], options: argparse.Namespace)
 
 @contextmanager
 def opened(setups: Sequence[Setup], interpreters: dict[str, str]) -> Iterator[tuple[list[Side], dict[str, str]]]:
-    """The processes of all sides that are installed, and why the others are not; they end with the block."""
+    """The processes of all sides that are installed, and why the others are not; they end with the block. BenchmarkUsageError if none of
+    ours is."""
+    sides: list[Side] = []
+    skipped: dict[str, str] = {}
     with ExitStack() as stack:
-        sides, skipped = [], {}
-        for setup in setups:
+        for setup in sorted(setups, key=lambda setup: setup.side not in OURS):
+            if setup.side not in OURS and not sides:
+                break
             progress(f"loading {setup.side}")
             try:
                 side = Side(setup, interpreters.get(setup.side, sys.executable))
@@ -156,6 +160,8 @@ def opened(setups: Sequence[Setup], interpreters: dict[str, str]) -> Iterator[tu
             stack.callback(side.close)
             sides.append(side)
         progress("")
+        if not sides:
+            raise BenchmarkUsageError(f"there is nothing of ours to measure ({'; '.join(skipped.values())}); pass --backend with another of {', '.join(OURS)}")
         yield sides, skipped
 
 

@@ -79,9 +79,9 @@ def print_table(header: list[str], rows: list[list[Any]]) -> None:
 
 
 def write_json(file: Path | None, content: dict[str, Any]) -> None:
-    """Prints where the numbers went, or the numbers themselves where no file is given."""
+    """Prints where the numbers went; without a file, how to keep them."""
     if file is None:
-        print(json.dumps(content))
+        print("every sample, with hardware, versions and commit, goes into a file with --json FILE")
         return
     unfinished = file.with_name(f".{file.name}.tmp")
     unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

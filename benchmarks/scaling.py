@@ -1,4 +1,5 @@
-"""How time and memory grow with steps, batch and pixels: each point in a process of its own, and the exponent that fits them."""
+"""How time and memory grow with steps, batch and pixels: each point in a process of its own, in rounds over all points so that a
+drift of the machine shows as their spread, and the exponent that fits them."""
 from __future__ import annotations
 
 import argparse
@@ -17,7 +18,8 @@ from engine.contract import VAE_FACTOR, Range
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     common_arguments(parser)
-    parser.add_argument("--pictures", type=int, default=5, metavar="N", help="for each point, after the warm-up (default: 5)")
+    parser.add_argument("--pictures", type=int, default=5, metavar="N", help="for each point in each round, after the warm-up (default: 5)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="over all points (default: 3)")
     parser.add_argument("--plot", type=Path, metavar="FILE")
 
 
@@ -33,16 +35,19 @@ def run(options: argparse.Namespace) -> None:
         "batch": [(batch, _with(base, batch=batch)) for batch in (1, 2, 4, 8) if batch in shapes.batch],
         "pixels": [(height * width, _with(base, height=height, width=width)) for height, width in zip(_sides(shapes.height), _sides(shapes.width))]}
     content: dict[str, Any] = {"benchmark": "scaling", "bundle": bundle.name, "backend": backend, "base": base.__dict__, "threads": options.threads,
-                               "interrupted": False, "against": {}}
+                               "rounds": 0, "interrupted": False}
+    measured: dict[str, dict[int, list[dict[str, Any]]]] = {axis: {value: [] for value, _ in requests} for axis, requests in points.items()}
     try:
-        for axis, requests in points.items():
-            content["against"][axis] = {"points": []}
-            for value, request in requests:
-                progress(f"{axis} {value}")
-                content["against"][axis]["points"].append({axis: value, **measure(setup, pythons(options.python), request, options.pictures)})
+        for number in range(1, options.rounds + 1):
+            for axis, requests in points.items():
+                for value, request in requests:
+                    progress(f"round {number} of {options.rounds}: {axis} {value}")
+                    measured[axis][value].append(measure(setup, pythons(options.python), request, options.pictures))
+            content["rounds"] = number
     except KeyboardInterrupt:
         content["interrupted"] = True
     progress("")
+    content["against"] = {axis: {"points": [{axis: value, **_point(rounds)} for value, rounds in found.items() if rounds]} for axis, found in measured.items()}
     for axis, found in content["against"].items():
         found |= fit(axis, found["points"])
     show(content)
@@ -63,12 +68,17 @@ def _sides(side: Range) -> list[int]:
 
 
 def measure(setup: Setup, interpreters: dict[str, str], request: Request, pictures: int) -> dict[str, Any]:
-    """Seconds and peak memory of one point."""
+    """Seconds of the pictures of one point in one round, and peak memory."""
     with opened([setup], interpreters) as (sides, _), tempfile.TemporaryDirectory() as folder:
         samples = [sides[0].picture(request_of(request, i, sides[0], folder)) for i in range(pictures + 1)][1:]
-        ended = sides[0].finish()
-    total = statistics.summarize([sample["total"] for sample in samples])
-    return {"seconds": total, "refused": statistics.refuse_noise("the time of a picture", total.spread), **ended}
+        return {"totals": [sample["total"] for sample in samples], **sides[0].finish()}
+
+
+def _point(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """What all rounds say of a point."""
+    total = statistics.summarize([seconds for found in rounds for seconds in found["totals"]])
+    memory = {name: max((found[name] for found in rounds if found[name] is not None), default=None) for name in ("peak_bytes", "device_bytes")}
+    return {"seconds": total, "refused": statistics.refuse_noise("the time of a picture", total.spread), **memory}
 
 
 def fit(axis: str, points: list[dict[str, Any]]) -> dict[str, Any]:

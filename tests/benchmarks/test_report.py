@@ -21,10 +21,10 @@ def test_results_hold_their_conditions(tmp_path, capsys):
     assert {"processor", "cores", "system", "python", "versions", "command", "commit", "time"} <= stored.keys()
     assert [path.name for path in tmp_path.iterdir()] == ["weight.json"]
     write_json(None, {"a": 1})
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"a": 1}
+    assert "--json FILE" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_an_import_is_measured_in_a_process_of_its_own():
-    seconds, resident = measure_import(OUR_IMPORT)
+    seconds, resident = measure_import(OUR_IMPORT.format(library="onnxruntime"))
     assert seconds > 0
     assert resident > measure_import(NOTHING)[1]
