@@ -24,7 +24,8 @@ from benchmarks.errors import BenchmarkUsageError, SkippedSide, UnknownSideError
 from benchmarks.models import model_folder, sampler_of
 from benchmarks.quiet import allowed_share, load, others_share, wait_until_quiet
 from benchmarks.report import conditions, print_table, write_json
-from benchmarks.sides import OURS, ROOT, SCHEDULERS, THEIRS, Request, Setup, Side
+from benchmarks.sides import OURS, SCHEDULERS, THEIRS, Request, Setup, Side
+from benchmarks.worker import ROOT
 from engine.backends import default_backend
 from engine.bundle import Bundle
 from engine.checks import check_shapes

@@ -1,6 +1,7 @@
-"""What the settings of the libraries give, and what the exact savings do: one change at a time, each in a process of its own.
+"""What the settings of the libraries give, and what the exact savings do: one change at a time, beside the library's first setting.
 
-The denoiser runs at the bundle's best size with guidance. The exact savings are those of the OpenVINO backend: the graph is cut in
+The denoiser runs at the bundle's best size with guidance. Both settings have a process of their own and take turns, so that a drift
+of the machine hits both, and the ratio is taken turn by turn. The exact savings are those of the OpenVINO backend: the graph is cut in
 parts, so that what follows from the text alone runs once a loop instead of once a step, and what does not depend on the text once
 for both rows of a sample; and it is rewritten to need fewer operations. What follows from the timestep alone could run for all
 steps together: its time is a column.
@@ -8,10 +9,8 @@ steps together: its time is a column.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,12 +18,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks import statistics
-from benchmarks.errors import SideError
-from benchmarks.latency import progress
+from benchmarks.errors import BenchmarkUsageError
+from benchmarks.latency import SHORT, progress
 from benchmarks.report import conditions, print_table, write_json
-from benchmarks.sides import ROOT, peak_bytes
+from benchmarks.worker import Worker, peak_bytes, serve
 from engine.bundle import Bundle
 from engine.contract import LATENT_CHANNELS, PROMPT_TOKENS, SLOTS, VAE_FACTOR
+from engine.libraries import installed
 
 ONNXRUNTIME: dict[str, dict[str, Any]] = {
     "as the backend does": {}, "optimization off": {"level": "ORT_DISABLE_ALL"}, "optimization basic": {"level": "ORT_ENABLE_BASIC"},
@@ -42,57 +42,111 @@ OPENVINO: dict[str, dict[str, Any]] = {
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=Path, default=Path("engines/demo"), help="default: engines/demo")
-    parser.add_argument("--runs", type=int, default=20, metavar="N", help="of each setting in each round (default: 20)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of all settings, in turn (default: 3)")
+    parser.add_argument("--turns", type=int, default=20, metavar="N", help="of each setting and the first one of its library (default: 20)")
+    parser.add_argument("--runs", type=int, default=5, metavar="N", help="in each turn (default: 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measures every setting in turn, prints tables and writes the numbers; Ctrl-C keeps the rounds that are complete."""
+    """Measures every setting, prints tables and writes the numbers; Ctrl-C keeps the settings that are complete."""
     bundle = Bundle.open(options.bundle, verify=False)
-    jobs = {("onnxruntime", "fp32", name): change for name, change in ONNXRUNTIME.items()}
-    jobs |= {("openvino", precision, name): change for precision in ("fp32", "bf16") for name, change in OPENVINO.items()}
-    rounds: list[dict[tuple[str, str, str], dict[str, Any]]] = []
-    interrupted = False
+    height, width = bundle.shapes.height.opt, bundle.shapes.width.opt
+    found: list[dict[str, Any]] = []
+    interrupted, groups, skipped = False, *_groups()
+    for reason in skipped.values():
+        print(f"skipped {reason}", flush=True)
     try:
-        for number in range(options.rounds):
-            found = {}
-            for key, change in jobs.items():
-                progress(f"round {number + 1} of {options.rounds}: {', '.join(key)}")
-                found[key] = _in_process({"graph": str(bundle.graphs["denoiser"]), "library": key[0], "precision": key[1], "runs": options.runs,
-                                          "height": bundle.shapes.height.opt, "width": bundle.shapes.width.opt, **change})
-            rounds.append(found)
+        for (library, precision), settings in groups.items():
+            job = {"graph": str(bundle.graphs["denoiser"]), "library": library, "precision": precision, "height": height, "width": width}
+            for row in _measure(job, settings, options.turns, options.runs):
+                found.append(row)
     except KeyboardInterrupt:
         interrupted = True
     progress("")
-    tables = [table(rounds), sampler_table(bundle.shapes.height.opt, bundle.shapes.width.opt)]
+    tables = [found, sampler_table(height, width)]
     for rows in tables:
-        print_table(list(rows[0]), [[f"{value:.4g}" if isinstance(value, float) else value for value in row.values()] for row in rows])
-    samples = [{" / ".join(key): value for key, value in found.items()} for found in rounds]
-    write_json(options.json, {"benchmark": "settings", "bundle": bundle.name, "interrupted": interrupted, "tables": statistics.as_json(tables),
-                              "rounds": statistics.as_json(samples), **conditions()})
+        if rows:
+            print_table(list(rows[0]), [[f"{value:.4g}" if isinstance(value, float) else value for value in row.values()] for row in rows])
+    write_json(options.json, {"benchmark": "settings", "bundle": bundle.name, "turns": options.turns, "runs": options.runs, "interrupted": interrupted,
+                              "skipped": skipped, "tables": statistics.as_json(tables), **conditions()})
 
 
-def table(rounds: list[dict[tuple[str, str, str], dict[str, Any]]]) -> list[dict[str, Any]]:
-    """A row for each setting: medians over the rounds, and the time of a step as a share of that of its library's first setting."""
-    rows = []
-    for key in rounds[0] if rounds else []:
-        library, precision, name = key
-        base = next(other for other in rounds[0] if other[:2] == key[:2])
-        middle = {field: float(np.median([found[key][field] for found in rounds])) for field in ("create", "step", "context", "timestep", "sample")}
-        share = statistics.summarize([found[key]["step"] / found[base]["step"] for found in rounds])
-        rows.append({"library": library, "precision": precision, "setting": name, "create s": middle["create"], "step ms": 1e3 * middle["step"],
-                     "of the first": share.p50, "spread": share.spread, "text ms": 1e3 * middle["context"], "timestep ms": 1e3 * middle["timestep"],
-                     "before the text ms": 1e3 * middle["sample"],
-                     "peak GiB": max(found[key]["peak"] for found in rounds) / 2**30})
-    return rows
+def _groups() -> tuple[dict[tuple[str, str], dict[str, dict[str, Any]]], dict[str, str]]:
+    """The settings that this machine can run, by library and precision, and why it cannot run others."""
+    groups = {("onnxruntime", "fp32"): ONNXRUNTIME, ("openvino", "fp32"): OPENVINO, ("openvino", "bf16"): OPENVINO}
+    skipped = {library: f"{library}: {library} is not installed" for library, _ in groups if not installed(library)}
+    if "openvino" not in skipped:
+        from engine.backends.openvino import OpenVinoBackend
+        if not OpenVinoBackend({}).has_bf16():
+            skipped["openvino bf16"] = "openvino in bf16: this CPU has no instructions for it"
+            del groups["openvino", "bf16"]
+    groups = {key: settings for key, settings in groups.items() if key[0] not in skipped}
+    if not groups:
+        raise BenchmarkUsageError(f"there is nothing to measure ({'; '.join(skipped.values())})")
+    return groups, skipped
 
 
-def _in_process(job: dict[str, Any]) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, "-m", "benchmarks.settings", json.dumps(job)], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise SideError(f"the process for {job} ended with status {done.returncode}; what it printed above says why")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+def _measure(job: dict[str, Any], settings: dict[str, dict[str, Any]], turns: int, runs: int) -> Iterator[dict[str, Any]]:
+    """A row for each setting of a library, the first one beside itself."""
+    with closing(Setting({**job, **next(iter(settings.values()))})) as first:
+        for number, (name, change) in enumerate(settings.items(), 1):
+            progress(f"{job['library']}, {job['precision']}: {name} ({number} of {len(settings)})")
+            with closing(Setting({**job, **change})) as setting:
+                pairs = [_turn(first, setting, runs, forward=turn % 2 == 0) for turn in range(turns)]
+                yield _row(job, name, setting.loaded, setting.peak(), pairs)
+
+
+def _turn(first: Setting, setting: Setting, runs: int, forward: bool) -> tuple[float, float]:
+    """Seconds of a step of both, in this order or the other."""
+    seconds = {one: one.step(runs) for one in ((first, setting) if forward else (setting, first))}
+    return seconds[first], seconds[setting]
+
+
+def _row(job: dict[str, Any], name: str, loaded: dict[str, float], peak: int, pairs: list[tuple[float, float]]) -> dict[str, Any]:
+    share = statistics.pair_ratios(*zip(*pairs))
+    refused = statistics.refuse_noise("the ratio", share.spread)
+    return {"library": job["library"], "precision": job["precision"], "setting": name, "create s": loaded["create"],
+            "step ms": 1e3 * float(np.median([step for _, step in pairs])), "of the first": "refused" if refused else share.p50, "spread": share.spread,
+            "text ms": 1e3 * loaded["context"], "timestep ms": 1e3 * loaded["timestep"], "before the text ms": 1e3 * loaded["sample"],
+            "peak GiB": peak / 2**30}
+
+
+class Setting(Worker):
+    """A process with one setting."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        super().__init__(f"{job['library']} with {job}", "benchmarks.settings")
+        self.loaded = self.ask(job)
+
+    def step(self, runs: int) -> float:
+        """The median of so many steps, after one that is not counted where that is short."""
+        return float(self.ask({"runs": runs})["step"])
+
+    def peak(self) -> int:
+        """Bytes."""
+        return int(self.ask({"finish": True})["peak_bytes"])
+
+
+class Service:
+    """What that process answers."""
+
+    def __init__(self) -> None:
+        self._step: Callable[[], Any] | None = None
+        self._usual = 0.0
+
+    def __call__(self, question: dict[str, Any]) -> dict[str, Any]:
+        if self._step is None:
+            started = perf_counter()
+            self._step, parts = (_onnxruntime if question["library"] == "onnxruntime" else _openvino)(question)
+            created = perf_counter() - started
+            self._usual = _median(self._step, 1)
+            return {"create": created, "context": 0.0, "timestep": 0.0, "sample": 0.0, **{name: _median(part, 5) for name, part in parts.items()}}
+        if "finish" in question:
+            return {"peak_bytes": peak_bytes()}
+        if self._usual < SHORT:
+            self._step()
+        self._usual = _median(self._step, question["runs"])
+        return {"step": self._usual}
 
 
 def inputs_of(context_size: int, height: int, width: int, batch: int = 1) -> dict[str, np.ndarray]:
@@ -104,17 +158,7 @@ def inputs_of(context_size: int, height: int, width: int, batch: int = 1) -> dic
     return {**made, "row_sample": np.arange(2, dtype=np.int32) % batch, "timestep": np.full(2, 500.0, np.float32)}
 
 
-def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Seconds to create and for each run (median), peak memory; of the parts too, where the graph was cut."""
-    started = perf_counter()
-    step, parts = (_onnxruntime if job["library"] == "onnxruntime" else _openvino)(job)
-    found = {"create": perf_counter() - started, "context": 0.0, "timestep": 0.0, "sample": 0.0}
-    found |= {name: _median(part, job["runs"]) for name, part in {**parts, "step": step}.items()}
-    return {**found, "peak": peak_bytes()}
-
-
 def _median(run: Callable[[], Any], runs: int) -> float:
-    run()
     times = []
     for _ in range(runs):
         started = perf_counter()
@@ -185,6 +229,8 @@ def sampler_table(height: int, width: int, runs: int = 300) -> list[dict[str, An
 
     forms = {"NumPy": with_numpy, **{f"ONNX Runtime, {form}": _sampler_graph(form, inputs, rows, "onnxruntime") for form in ("MatMul", "Mul and ReduceSum")},
              **{f"OpenVINO, {form}": _sampler_graph(form, inputs, rows, "openvino") for form in ("MatMul", "Mul and ReduceSum")}}
+    for form in forms.values():
+        form()
     return [{"guidance and sampler alone": name, "µs": 1e6 * _median(form, runs)} for name, form in forms.items()]
 
 
@@ -221,4 +267,4 @@ def _sampler_graph(form: str, inputs: dict[str, np.ndarray], rows: np.ndarray, l
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(json.loads(sys.argv[1]))))
+    serve(Service())

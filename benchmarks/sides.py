@@ -1,11 +1,9 @@
-"""The sides of a comparison: what makes a picture, each in a process of its own, driven picture by picture over a pipe.
+"""The sides of a comparison: what makes a picture, each in a process of its own, driven picture by picture.
 
-The process reads one JSON object a line on its standard input and answers with one on its standard output: first what it is to
-load, then pictures; it ends with its input. Started with `python -m benchmarks.sides`.
+It is asked first to load something, then for pictures. Started with `python -m benchmarks.sides`.
 """
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -18,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.errors import SideError, SkippedSide
+from benchmarks.errors import SkippedSide
+from benchmarks.worker import Worker, peak_bytes, serve
 from engine.contract import COMPONENTS
 from engine.libraries import installed
 
-ROOT = Path(__file__).parents[1]
 OURS = ("tensorrt", "openvino", "openvino-fp32", "onnxruntime")
 
 
@@ -67,61 +65,24 @@ class Request:
     file: str
 
 
-class Side:
+class Side(Worker):
     """A process that makes pictures. SkippedSide if what it needs is not installed, SideError if it fails."""
 
     def __init__(self, setup: Setup, python: str = sys.executable) -> None:
-        self.name = setup.side
         started = perf_counter()
-        self._process = subprocess.Popen(
-            [python, "-m", "benchmarks.sides"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            start_new_session=True,  # Ctrl-C is for the process that waits
-            env={**os.environ, "PYTHONPATH": str(ROOT)})
-        self.loaded = self._ask(asdict(setup))
+        super().__init__(setup.side, "benchmarks.sides", python)
+        self.loaded = self.ask(asdict(setup))
         self.loaded["start"] = perf_counter() - started
-
-    @property
-    def pid(self) -> int:
-        """The process."""
-        return self._process.pid
 
     def picture(self, request: Request) -> dict[str, Any]:
         """Seconds of the stages and the whole, evaluations, whether the device was waited for."""
-        return self._ask(asdict(request))
+        return self.ask(asdict(request))
 
     def finish(self) -> dict[str, Any]:
         """Ends the process: its peak memory in bytes, and the device's where there is one."""
-        answer = self._ask({"finish": True})
+        answer = self.ask({"finish": True})
         self.close()
         return answer
-
-    def close(self) -> None:
-        """Ends the process, whatever it is doing."""
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            assert stream is not None
-            stream.close()
-
-    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps(question) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            self.close()
-            raise SideError(f"the process of {self.name} ended with status {self._process.returncode}; what it printed above says why")
-        answer = json.loads(line)
-        for kind in (SkippedSide, SideError):
-            if kind.__name__ in answer:
-                self.close()
-                raise kind(f"{self.name}: {answer[kind.__name__]}")
-        return dict(answer)
 
 
 class Ours:
@@ -303,42 +264,22 @@ def _used_on_gpu() -> int | None:
     return sum(int(mib) for pid, mib in used if int(pid) == os.getpid()) * 2**20 or None
 
 
-def peak_bytes() -> int:
-    """The largest resident set that this process had."""
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+class Service:
+    """What the process of a side answers."""
 
+    def __init__(self) -> None:
+        self._side: Any = None
 
-def serve() -> None:
-    """The process of a side."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print does not get between the answers
-
-    def answer(content: dict[str, Any]) -> None:
-        answers.write(json.dumps(content) + "\n")
-        answers.flush()
-
-    worker: Any = None
-    try:
-        for line in sys.stdin:
-            question = json.loads(line)
-            if worker is None:
-                setup = Setup(**question)
-                started = perf_counter()
-                worker = (Ours if setup.side in OURS else Optimum if setup.side == "optimum" else Diffusers)(setup)
-                answer({"load": perf_counter() - started, "description": worker.description, "precision": worker.precision,
-                        "precisions": worker.precisions})
-            elif "finish" in question:
-                answer({"peak_bytes": peak_bytes(), "device_bytes": worker.device_bytes()})
-            else:
-                answer(worker.picture(Request(**question)))
-    except KeyboardInterrupt:
-        pass
-    except SkippedSide as error:
-        answer({"SkippedSide": str(error)})
-    except Exception as error:
-        answer({"SideError": f"{type(error).__name__}: {error}"})
+    def __call__(self, question: dict[str, Any]) -> dict[str, Any]:
+        if self._side is None:
+            setup, started = Setup(**question), perf_counter()
+            self._side = (Ours if setup.side in OURS else Optimum if setup.side == "optimum" else Diffusers)(setup)
+            return {"load": perf_counter() - started, "description": self._side.description, "precision": self._side.precision,
+                    "precisions": self._side.precisions}
+        if "finish" in question:
+            return {"peak_bytes": peak_bytes(), "device_bytes": self._side.device_bytes()}
+        return dict(self._side.picture(Request(**question)))
 
 
 if __name__ == "__main__":
-    serve()
+    serve(Service())

@@ -74,7 +74,7 @@ def test_scaling_covers_steps_batch_and_pixels(tiny_bundles, results):
 
 
 def test_settings_are_measured_one_by_one(demo_bundle, results):
-    found = measured(results, "settings", "settings", "--bundle", str(demo_bundle), "--runs", "1", "--rounds", "1")
+    found = measured(results, "settings", "settings", "--bundle", str(demo_bundle), "--runs", "1", "--turns", "1")
     settings, sampler = found["tables"]
     assert {row["library"] for row in settings} == {"onnxruntime", "openvino"}
     assert len({(row["precision"], row["setting"]) for row in settings}) == len(settings)
