@@ -14,8 +14,8 @@ from ..errors import BackendError
 from .interface import Decoded, Denoising, HostStopwatch
 from .onnxruntime import LARGE_GRAPH, decoded_together
 from .openvino_parts import fix_shapes, split
-from .openvino_rewrites import REWRITES
-from .pages import pages_given_back
+from .openvino_rewrites import REWRITES, Keep
+from .pages import Scratch, drop_pages, pages_given_back
 
 COMPILED_SHAPES = 8
 """Sizes for which a small graph stays compiled. A large one (LARGE_GRAPH) does for its last size only: each takes gigabytes."""
@@ -26,8 +26,9 @@ HINTS = {"fp32": "f32", "bf16": "bf16"}
 class Runner:
     """One compiled graph and one request on it, whose inputs and outputs are NumPy arrays that are bound, not copied."""
 
-    def __init__(self, library: Any, compiled: Any, what: str) -> None:
-        self._library, self._request, self._what = library, compiled.create_infer_request(), what
+    def __init__(self, library: Any, compiled: Any, what: str, scratch: Scratch) -> None:
+        self._scratch = scratch
+        self._library, self._compiled, self._request, self._what = library, compiled, compiled.create_infer_request(), what
         self._bound: dict[int | str, np.ndarray] = {}
 
     def bind(self, port: int | str, array: np.ndarray) -> None:
@@ -56,6 +57,11 @@ class Runner:
         except Exception as error:  # OpenVINO raises RuntimeError and its own types
             raise BackendError(f"OpenVINO {self._library.__version__} failed in {self._what}: {error}") from error
 
+    def rest(self) -> None:
+        """Frees the activations until the next run, and what the first one read of the weights to copy them."""
+        self._compiled.release_memory()
+        self._scratch.give_back()
+
     def outputs(self, names: Sequence[str]) -> list[np.ndarray]:
         """Copies of the outputs."""
         return [self._request.get_tensor(name).data.copy() for name in names]
@@ -80,7 +86,7 @@ class OpenVinoBackend:
         if "bf16" in self.precision.values() and not self.has_bf16():
             warnings.warn("this bundle was built to run in bf16 on OpenVINO; this CPU has no instructions for that, so it runs in fp32", RuntimeWarning, 2)
             self.precision = dict.fromkeys(graphs, "fp32")
-        self.rewrites: tuple[Callable[[Any, Any], None], ...] = REWRITES
+        self.rewrites: tuple[Callable[[Any, Any, Keep], None], ...] = REWRITES
         self._options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
             self._options["INFERENCE_NUM_THREADS"] = threads
@@ -106,28 +112,36 @@ class OpenVinoBackend:
 
     def compile(self, component: str, model: Any, precision: str, what: str) -> Runner:
         """A model made of a component's graph, or of a part of it. OpenVINO copies the weights in an order and a precision of its
-        own; those in the file, 3.3 GiB for a U-Net, it does not read again."""
+        own; those in the file, 3.3 GiB for a U-Net, and those of the rewrites, 0.7 GiB, it does not read again."""
+        scratch = Scratch()
         for rewrite in self.rewrites:
-            rewrite(self._library, model)
+            rewrite(self._library, model, scratch.copy)
         try:
-            with pages_given_back(Path(f"{self._graphs[component]}.data")):
+            with pages_given_back(self._weights(component)):
                 compiled = self._core.compile_model(model, "CPU", {**self._options, "INFERENCE_PRECISION_HINT": HINTS[precision]})
         except Exception as error:
             raise BackendError(f"OpenVINO {self._library.__version__} does not compile {what}: {error}") from error
-        return Runner(self._library, compiled, what)
+        scratch.give_back()
+        return Runner(self._library, compiled, what, scratch)
 
     def _cached(self, component: str, sizes: tuple[int, ...], make: Callable[[], Any]) -> Any:
         """What `make` compiles of a component for some sizes, kept as long as COMPILED_SHAPES says."""
         key = (component, *sizes)
         if key not in self._compiled:
             same = [other for other in self._compiled if other[0] == component]
-            path = self._graphs[component]
-            large = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) >= LARGE_GRAPH
-            for other in same[:max(0, len(same) + 1 - (1 if large else COMPILED_SHAPES))]:
+            for other in same[:max(0, len(same) + 1 - (1 if self.is_large(component) else COMPILED_SHAPES))]:
                 del self._compiled[other]  # before the next one takes as much
             self._compiled[key] = make()
         self._compiled.move_to_end(key)
         return self._compiled[key]
+
+    def _weights(self, component: str) -> Path:
+        return Path(f"{self._graphs[component]}.data")
+
+    def is_large(self, component: str) -> bool:
+        """Whether its file has so many bytes that memory counts for more than the milliseconds that it costs to get it again."""
+        path = self._graphs[component]
+        return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) >= LARGE_GRAPH
 
     def load(self) -> None:
         """Compiles what a picture with guidance at the best sizes needs."""
@@ -200,6 +214,14 @@ class OpenVinoBackend:
         parts = [self.run("vae_decoder", {"latents": latents[i:i + size]}) for i in range(0, len(latents), size)]
         return Decoded.join([(image, magnitude) for image, magnitude in parts])
 
+    def rest(self, *components: str) -> None:
+        """Frees the activations of components, and the pages of their files, until they run again."""
+        for key, runner in self._compiled.items():
+            if key[0] in components:
+                runner.rest()
+        for component in components:
+            drop_pages(self._weights(component))
+
     def stopwatch(self) -> HostStopwatch:
         return HostStopwatch()
 
@@ -227,6 +249,11 @@ class DenoiserRunners:
         for name, array in inputs.items():
             for runner, port in ports[name]:
                 runner.bind(port, array)
+
+    def rest(self) -> None:
+        """Frees the activations of the U-Net until the next step."""
+        for runner in (self.context, self.sample, self.unet):
+            runner.rest()
 
     def step(self) -> None:
         """One evaluation; the text's part must have run."""
@@ -293,6 +320,11 @@ class DenoisingSession:
         self._states[self._current][:, 0] = value
 
     def decode(self) -> Callable[[], Decoded]:
-        """The VAE decoder on the current latents, run at once."""
+        """The VAE decoder on the current latents, run at once. Of a large model one component at a time holds activations."""
+        large = self._backend.is_large("denoiser")
+        if large:
+            self._backend.rest("text_encoder", "denoiser")
         decoded = self._backend.decode(self.latents)
+        if large:
+            self._backend.rest("vae_decoder")
         return lambda: decoded

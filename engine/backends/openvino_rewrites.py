@@ -5,19 +5,23 @@
     halve_linears     A linear layer whose output is split in halves, as GEGLU's is, becomes two layers: nothing has to be copied
                       apart, and GELU and product are done where the layers write.
 
-In exact arithmetic nothing changes; weights are added in float32, which rounds them once more.
+In exact arithmetic nothing changes; weights are added in float32, which rounds them once more. The new weights are made with `keep`,
+which copies an array.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+Keep = Callable[[np.ndarray], np.ndarray]
 
 FOLD = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
 """FOLD[p] @ (three weights in a row) = the two weights for the even (p = 0) or odd pixels of a row whose pixels are doubled."""
 
 
-def fold_upsampling(library: Any, model: Any) -> None:
+def fold_upsampling(library: Any, model: Any, keep: Keep) -> None:
     """Puts four convolutions of the small image in the place of doubling and one convolution."""
     for node in model.get_ordered_ops():
         if not (node.get_type_name() == "Convolution" and _doubles(node.input_value(0).get_node()) and _keeps_size(node)):
@@ -26,15 +30,15 @@ def fold_upsampling(library: Any, model: Any) -> None:
         if weights.get_type_name() == "Constant":
             bias = _added_constant(node)
             old = node if bias is None else next(iter(node.output(0).get_target_inputs())).get_node()
-            _replace(old, _four_convolutions(library, node.input_value(0).get_node().input_value(0), np.asarray(weights.data), bias))
+            _replace(old, _four_convolutions(library, node.input_value(0).get_node().input_value(0), np.asarray(weights.data), bias, keep))
 
 
-def _four_convolutions(library: Any, image: Any, weights: np.ndarray, bias: Any) -> Any:
+def _four_convolutions(library: Any, image: Any, weights: np.ndarray, bias: Any, keep: Keep) -> Any:
     op, pixels = library.opset13, []
     for y in (0, 1):
         for x in (0, 1):
             folded = np.einsum("ay,oiyx,bx->oiab", FOLD[y], weights.astype(np.float32), FOLD[x], optimize=True)
-            pixel = op.convolution(image, _constant(library, folded.astype(weights.dtype)), [1, 1], [1 - y, 1 - x], [y, x], [1, 1])
+            pixel = op.convolution(image, _constant(library, keep(folded.astype(weights.dtype))), [1, 1], [1 - y, 1 - x], [y, x], [1, 1])
             pixels.append(pixel if bias is None else op.add(pixel, bias))
     return op.depth_to_space(op.concat(pixels, 1), "blocks_first", 2)
 
@@ -71,7 +75,7 @@ def _constant_value(node: Any) -> bool:
         node.get_type_name() != "Parameter" and all(_constant_value(value.get_node()) for value in node.input_values()))
 
 
-def halve_linears(library: Any, model: Any) -> None:
+def halve_linears(library: Any, model: Any, keep: Keep) -> None:
     """Puts two linear layers in the place of one and a split of its output in halves."""
     op = library.opset13
     for node in model.get_ordered_ops():
@@ -80,7 +84,7 @@ def halve_linears(library: Any, model: Any) -> None:
             continue
         x, weights, bias = layer
         for output, columns, added in zip(node.outputs(), np.split(weights, 2, axis=1), np.split(bias, 2)):
-            half = op.add(op.matmul(x, _constant(library, columns), False, False), _constant(library, added))
+            half = op.add(op.matmul(x, _constant(library, keep(columns)), False, False), _constant(library, keep(added)))
             _redirect(output, half)
 
 
@@ -101,7 +105,7 @@ def _halved_linear(node: Any) -> tuple[Any, np.ndarray, np.ndarray] | None:
 
 
 def _constant(library: Any, array: np.ndarray) -> Any:
-    return library.op.Constant(np.array(array, order="C"), shared_memory=True)
+    return library.op.Constant(array, shared_memory=True)
 
 
 def _replace(old: Any, new: Any) -> None:

@@ -1,4 +1,4 @@
-"""Gives pages of mapped files back to the system while a library reads them: what it has copied need not stay resident.
+"""Gives pages of mapped files back to the system when a library has read them: what it has copied need not stay resident.
 
 Only what a process has mapped is dropped, never data: a page that is read again comes back from the file. Linux only; elsewhere
 nothing happens.
@@ -6,11 +6,16 @@ nothing happens.
 from __future__ import annotations
 
 import ctypes
+import mmap
+import os
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
 
 MADV_DONTNEED = 4
 INTERVAL = 0.1
@@ -40,7 +45,9 @@ def pages_given_back(file: Path) -> Iterator[None]:
 
 
 def drop_pages(file: Path) -> int:
-    """Bytes of the mappings that were dropped. Writable ones are left alone: they may hold what the file does not."""
+    """Bytes of the mappings that were dropped, 0 where it is not Linux. Writable ones are left alone: they may hold what the file does not."""
+    if sys.platform != "linux":
+        return 0
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     dropped, name = 0, str(file.resolve())
@@ -51,3 +58,33 @@ def drop_pages(file: Path) -> int:
             if madvise(start, end - start, MADV_DONTNEED) == 0:
                 dropped += end - start
     return dropped
+
+
+class Scratch:
+    """Large arrays in temporary files without a name, so that their pages can be given back while they stay readable."""
+
+    least = 1 << 20
+    """Bytes. Smaller arrays stay in memory."""
+
+    def __init__(self) -> None:
+        self._mapped: list[mmap.mmap] = []
+
+    def copy(self, array: np.ndarray) -> np.ndarray:
+        """A contiguous copy: in a file, or in memory where it is small or the folder for temporary files has no room."""
+        if array.nbytes < self.least or sys.platform != "linux":
+            return np.array(array, order="C")
+        try:
+            with tempfile.TemporaryFile() as file:
+                os.posix_fallocate(file.fileno(), 0, array.nbytes)  # a full disk is an error here, and the end of the process later
+                mapped = mmap.mmap(file.fileno(), array.nbytes)
+        except OSError:
+            return np.array(array, order="C")
+        self._mapped.append(mapped)
+        copied = np.frombuffer(mapped, array.dtype).reshape(array.shape)
+        copied[...] = array
+        return copied
+
+    def give_back(self) -> None:
+        """Drops the pages of all copies."""
+        for mapped in self._mapped:
+            mapped.madvise(MADV_DONTNEED)

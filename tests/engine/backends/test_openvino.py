@@ -263,6 +263,15 @@ def test_a_large_graph_stays_compiled_for_one_size_and_a_small_one_for_some(demo
     assert list(backend._compiled) == [("vae_decoder", 1, 4, 4, 16)]
 
 
+def test_a_large_model_rests_between_its_components_and_makes_the_same_pictures(demo_bundle, monkeypatch):
+    monkeypatch.setattr("engine.backends.pages.Scratch.least", 1)  # as large weights do, these come back from files
+    with Pipeline.load(demo_bundle, backend="openvino") as pipeline:
+        expected = [np.asarray(pipeline(prompt, **FAST).images[0]) for prompt in (PROMPT, "a ring")]
+        monkeypatch.setattr("engine.backends.openvino.LARGE_GRAPH", 1)
+        for prompt, picture in zip((PROMPT, "a ring") * 2, expected * 2):
+            np.testing.assert_array_equal(np.asarray(pipeline(prompt, **FAST).images[0]), picture)
+
+
 def test_what_is_bound_stays_alive_when_its_owner_goes(demo_bundle):
     backend = OpenVinoBackend(Bundle.open(demo_bundle, verify=False).graphs)
     expected = loop(backend, denoising()).latents

@@ -6,6 +6,7 @@ import pytest
 
 from engine.backends.openvino_parts import fix_shapes, split
 from engine.backends.openvino_rewrites import FOLD, fold_upsampling, halve_linears
+from engine.backends.pages import Scratch
 from engine.bundle import Bundle
 from engine.errors import BackendError
 
@@ -30,7 +31,7 @@ def operators(model):
 def rewritten(build, rewrite, *inputs):
     """The operators after a rewrite; the outputs must be those from before it."""
     plain, model = build(), build()
-    rewrite(openvino, model)
+    rewrite(openvino, model, Scratch().copy)
     for actual, expected in zip(run(model, *inputs), run(plain, *inputs), strict=True):
         np.testing.assert_allclose(actual, expected, atol=1e-4)
     return operators(model)
@@ -64,7 +65,7 @@ def test_a_convolution_of_a_doubled_image_becomes_four_of_the_small_one(bias):
 
 def test_half_precision_weights_stay_in_half_precision():
     model = upsampler(dtype=np.float16)()
-    fold_upsampling(openvino, model)
+    fold_upsampling(openvino, model, Scratch().copy)
     assert operators(model).count("Convolution") == 4
     assert {node.get_element_type().to_dtype() for node in model.get_ordered_ops() if node.get_type_name() == "Convolution"} == {np.dtype(np.float16)}
 
@@ -118,12 +119,12 @@ def test_both_are_found_in_a_real_model(demo_bundle):
     decoder = core.read_model(graphs["vae_decoder"])
     fix_shapes(openvino, decoder, {"latents": (1, 4, 8, 8)})
     before = operators(decoder)
-    fold_upsampling(openvino, decoder)
+    fold_upsampling(openvino, decoder, Scratch().copy)
     assert before.count("Interpolate") > 0
     assert operators(decoder).count("Interpolate") == 0
     denoiser = core.read_model(graphs["denoiser"])
     before = operators(denoiser)
-    halve_linears(openvino, denoiser)
+    halve_linears(openvino, denoiser, Scratch().copy)
     assert before.count("Split") > 0
     assert operators(denoiser).count("Split") == 0
 

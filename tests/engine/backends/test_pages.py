@@ -1,11 +1,13 @@
 """Mapped files stay readable when their pages are given back, and weigh less."""
 import mmap
 import sys
+import tempfile
 
+import numpy as np
 import psutil
 import pytest
 
-from engine.backends.pages import drop_pages, pages_given_back
+from engine.backends.pages import Scratch, drop_pages, pages_given_back
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what is mapped is read from /proc")
 SIZE = 64 * 2**20
@@ -51,3 +53,22 @@ def test_other_files_and_writable_mappings_are_left_alone(mapped, tmp_path):
         assert drop_pages(other) == 0
         assert copy[0:1] == b"y"
     assert drop_pages(tmp_path / "absent") == 0
+
+
+def test_a_scratch_copy_weighs_nothing_when_it_is_given_back_and_stays_readable():
+    array, scratch = np.arange(SIZE // 4, dtype=np.float32).reshape(2, -1), Scratch()
+    copied = scratch.copy(array[:, ::-1])
+    assert copied.flags["C_CONTIGUOUS"]
+    before = resident()
+    scratch.give_back()
+    assert resident() < before - SIZE // 2
+    np.testing.assert_array_equal(copied, array[:, ::-1])
+
+
+@pytest.mark.parametrize("array", [np.arange(6.0).reshape(2, 3).T, np.ones(Scratch.least)])
+def test_small_arrays_and_those_without_room_are_copied_in_memory(array, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    copied = Scratch().copy(array)
+    assert copied.flags["C_CONTIGUOUS"]
+    assert not np.shares_memory(copied, array)
+    np.testing.assert_array_equal(copied, array)
