@@ -14,6 +14,8 @@ from typing import Any
 
 PACKAGES = ("torch", "diffusers", "transformers", "onnxruntime", "openvino", "tensorrt", "optimum-onnx", "numpy", "pillow", "tokenizers")
 
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
+
 
 def conditions(module: str = "benchmarks") -> dict[str, Any]:
     """Hardware, clocks, driver, versions, command line (of `python -m module`), commit and time of this run."""
@@ -32,12 +34,14 @@ def conditions(module: str = "benchmarks") -> dict[str, Any]:
 
 
 def _processor() -> str:
+    """Its name, and which of INSTRUCTIONS it has: machines of one name differ in them, and so do their times."""
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    first = info.read_text().split("\n\n", 1)[0] if info.is_file() else ""
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+    if "model name" not in fields:
+        return platform.processor() or platform.machine()
+    has = set(fields.get("flags", "").split())
+    return f"{fields['model name']} ({', '.join(name for name in INSTRUCTIONS if name in has) or 'none of ' + ', '.join(INSTRUCTIONS)})"
 
 
 def _clocks() -> dict[str, Any]:

@@ -39,13 +39,13 @@ OPENVINO: dict[str, dict[str, Any]] = {
     "in parts": {"cut": True}, "in parts, 1 thread": {"cut": True, "threads": 1},
 }
 SETTLE = 0.2
-"""Seconds that a setting runs before it counts: for so long ONNX Runtime's threads wait busily, on the processors of the other."""
+"""Seconds that a setting runs before it counts: after a run ONNX Runtime's threads wait busily for a while, on the processors of the other."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=Path, default=Path("engines/demo"), help="default: engines/demo")
     parser.add_argument("--turns", type=int, default=20, metavar="N", help="of each setting and the first one of its library (default: 20)")
-    parser.add_argument("--runs", type=int, default=5, metavar="N", help="in each turn (default: 5)")
+    parser.add_argument("--runs", type=int, default=20, metavar="N", help="in each turn (default: 20)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file")
 
 
