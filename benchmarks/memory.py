@@ -12,9 +12,9 @@ import tempfile
 from pathlib import Path
 from time import perf_counter
 
+from benchmarks.errors import SideError
 from benchmarks.report import conditions, print_table, write_json
-
-ROOT = Path(__file__).parents[1]
+from benchmarks.worker import ROOT
 
 
 def measure(arguments: list[str]) -> tuple[float, float, list[str]]:
@@ -28,7 +28,7 @@ def measure(arguments: list[str]) -> tuple[float, float, list[str]]:
         lines.append(line.rstrip())
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise SystemExit(f"{' '.join(arguments)} failed")
+        raise SideError(f"python {' '.join(arguments)} ended with status {os.waitstatus_to_exitcode(status)}; what it printed above says why")
     peak_bytes = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return perf_counter() - started, peak_bytes / 2**30, lines
 
@@ -47,4 +47,5 @@ def run(options: argparse.Namespace) -> None:
     rows = [["build, with verification", round(build[0]), round(build[1], 1)],
             [f"512 x 512 picture, {options.steps} steps, process start to file", round(picture[0]), round(picture[1], 1)]]
     print_table(["SD 1.5 architecture, random weights, fp32", "seconds", "peak GiB"], rows)
-    write_json(options.json, {"benchmark": "memory", "rows": rows, "build": build[2], "picture": picture[2], **conditions()})
+    write_json(options.json, {"benchmark": "memory", "rows": rows, **{name: [line.replace(f"{folder}/", "") for line in lines] for name, (*_, lines) in (("build", build), ("picture", picture))},
+                              **conditions()})
