@@ -47,5 +47,5 @@ def run(options: argparse.Namespace) -> None:
     rows = [["build, with verification", round(build[0]), round(build[1], 1)],
             [f"512 x 512 picture, {options.steps} steps, process start to file", round(picture[0]), round(picture[1], 1)]]
     print_table(["SD 1.5 architecture, random weights, fp32", "seconds", "peak GiB"], rows)
-    write_json(options.json, {"benchmark": "memory", "rows": rows, **{name: [line.replace(f"{folder}/", "") for line in lines] for name, (*_, lines) in (("build", build), ("picture", picture))},
-                              **conditions()})
+    said = {name: [line.replace(f"{folder}/", "") for line in lines] for name, lines in (("build", build[2]), ("picture", picture[2]))}
+    write_json(options.json, {"benchmark": "memory", "rows": rows, **said, **conditions()})
