@@ -18,6 +18,10 @@ class UnknownSideError(BenchmarkUsageError):
     """There is no competitor or backend of that name."""
 
 
+class NothingOfOursError(BenchmarkUsageError):
+    """None of the backends that were asked for is installed."""
+
+
 class SkippedSide(BenchmarkError):
     """What a competitor needs is not installed; the others are measured without it."""
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import statistics
-from benchmarks.errors import BenchmarkUsageError, SkippedSide, UnknownSideError
+from benchmarks.errors import BenchmarkUsageError, NothingOfOursError, SkippedSide, UnknownSideError
 from benchmarks.models import model_folder, sampler_of
 from benchmarks.quiet import allowed_share, load, others_share, wait_until_quiet
 from benchmarks.report import conditions, print_table, write_json
@@ -143,7 +143,7 @@ def setups_of(bundle: Bundle, sides: Sequence[str], options: argparse.Namespace)
 
 @contextmanager
 def opened(setups: Sequence[Setup], interpreters: dict[str, str]) -> Iterator[tuple[list[Side], dict[str, str]]]:
-    """The processes of all sides that are installed, and why the others are not; they end with the block. BenchmarkUsageError if none of
+    """The processes of all sides that are installed, and why the others are not; they end with the block. NothingOfOursError if none of
     ours is."""
     sides: list[Side] = []
     skipped: dict[str, str] = {}
@@ -162,7 +162,7 @@ def opened(setups: Sequence[Setup], interpreters: dict[str, str]) -> Iterator[tu
             sides.append(side)
         progress("")
         if not sides:
-            raise BenchmarkUsageError(f"there is nothing of ours to measure ({'; '.join(skipped.values())}); pass --backend with another of {', '.join(OURS)}")
+            raise NothingOfOursError(f"there is nothing of ours to measure ({'; '.join(skipped.values())}); pass --backend with another of {', '.join(OURS)}")
         yield sides, skipped
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from benchmarks import weight
 from benchmarks.report import conditions, print_table, write_json
+from benchmarks.settings import inputs_of, sampler_graph
 
 STEPS = 200
 REPEATS = 7
@@ -83,26 +84,13 @@ def diffusers(scheduler_class: str) -> list[float]:
 
 def sampler_graph_seconds() -> float:
     """What guidance and sampler cost inside the graph: the denoiser's last operations alone, in ONNX Runtime."""
-    import onnxruntime
-    from onnx import TensorProto, helper
-
-    side, slots = SIZE // 8, 4
-    kinds = {"state": [1, slots, 4 * side * side], "output": [2, 4 * side * side], "mixing": [1, 2], "update": [1, slots, slots + 2],
-             "noise": [1, 1, 4 * side * side]}
-    nodes = [helper.make_node("MatMul", ["mixing", "output"], ["mixed"]), helper.make_node("Unsqueeze", ["mixed", "one"], ["guided"]),
-             helper.make_node("Concat", ["state", "guided", "noise"], ["columns"], axis=1), helper.make_node("MatMul", ["update", "columns"], ["next"])]
-    graph = helper.make_graph(
-        nodes, "sampler", [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in kinds.items()],
-        [helper.make_tensor_value_info("next", TensorProto.FLOAT, kinds["state"])],
-        [helper.make_tensor("one", TensorProto.INT64, [1], [1])])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    inputs = {name: np.ones(shape, np.float32) for name, shape in kinds.items()}
+    inputs = inputs_of(1, SIZE, SIZE)
+    run = sampler_graph("MatMul", inputs, np.ones((2, inputs["noise"].size), np.float32), "onnxruntime")
     for _ in range(20):
-        session.run(None, inputs)
+        run()
     started = perf_counter()
     for _ in range(STEPS):
-        session.run(None, inputs)
+        run()
     return (perf_counter() - started) / STEPS
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks import statistics
 from benchmarks.counters import count, sizes_of
+from benchmarks.errors import NothingOfOursError
 from benchmarks.latency import GUIDANCE, common_arguments, names, opened, parse_size, pythons, request_of, setups_of
 from benchmarks.machine import copy_rate, matrix_rate
 from benchmarks.report import conditions, print_table, write_json
@@ -39,14 +40,19 @@ def run(options: argparse.Namespace) -> None:
     content: dict[str, Any] = {"benchmark": "roofline", "bundle": bundle.name, "height": height, "width": width, "batch": 1, "steps": options.steps,
                                "threads": options.threads, "backends": {}}
     setups = setups_of(bundle, backends, options)
+    missing: NothingOfOursError | None = None
     for setup in setups:
-        with opened([setup], pythons(options.python)) as (sides, skipped), tempfile.TemporaryDirectory() as folder:
-            if skipped:
-                continue
-            request = Request("", 0, height, width, 1, options.steps, GUIDANCE, "")
-            samples = [sides[0].picture(request_of(request, i, sides[0], folder)) for i in range(options.pictures + 1)][1:]
-            precision = sides[0].loaded["precisions"]
+        try:
+            with opened([setup], pythons(options.python)) as (sides, _), tempfile.TemporaryDirectory() as folder:
+                request = Request("", 0, height, width, 1, options.steps, GUIDANCE, "")
+                samples = [sides[0].picture(request_of(request, i, sides[0], folder)) for i in range(options.pictures + 1)][1:]
+                precision = sides[0].loaded["precisions"]
+        except NothingOfOursError as error:  # the others are measured without it
+            missing = error
+            continue
         content["backends"][setup.side] = evaluate(bundle, setup.side.removesuffix("-fp32"), precision, height, width, samples, options.threads)
+    if missing and not content["backends"]:
+        raise missing
     show(content)
     write_json(options.json, {**statistics.as_json(content), **conditions()})
     if options.plot:

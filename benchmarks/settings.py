@@ -54,7 +54,8 @@ def run(options: argparse.Namespace) -> None:
     bundle = Bundle.open(options.bundle, verify=False)
     height, width = bundle.shapes.height.opt, bundle.shapes.width.opt
     found: list[dict[str, Any]] = []
-    interrupted, groups, skipped = False, *_groups()
+    interrupted = False
+    groups, skipped = _groups()
     for reason in skipped.values():
         print(f"skipped {reason}", flush=True)
     try:
@@ -65,10 +66,9 @@ def run(options: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         interrupted = True
     progress("")
-    tables = [found, sampler_table(height, width)]
+    tables = [rows for rows in (found, sampler_table(height, width)) if rows]
     for rows in tables:
-        if rows:
-            print_table(list(rows[0]), [[f"{value:.4g}" if isinstance(value, float) else value for value in row.values()] for row in rows])
+        print_table(list(rows[0]), [[f"{value:.4g}" if isinstance(value, float) else value for value in row.values()] for row in rows])
     write_json(options.json, {"benchmark": "settings", "bundle": bundle.name, "turns": options.turns, "runs": options.runs, "interrupted": interrupted,
                               "skipped": skipped, "tables": statistics.as_json(tables), **conditions()})
 
@@ -230,14 +230,15 @@ def sampler_table(height: int, width: int, runs: int = 300) -> list[dict[str, An
         columns[:, SLOTS + 1] = inputs["noise"].reshape(1, -1)
         np.matmul(inputs["update"], columns, out=next_state)
 
-    forms = {"NumPy": with_numpy, **{f"ONNX Runtime, {form}": _sampler_graph(form, inputs, rows, "onnxruntime") for form in ("MatMul", "Mul and ReduceSum")},
-             **{f"OpenVINO, {form}": _sampler_graph(form, inputs, rows, "openvino") for form in ("MatMul", "Mul and ReduceSum")}}
+    forms = {"NumPy": with_numpy, **{f"{name}, {form}": sampler_graph(form, inputs, rows, library)
+                                     for library, name in (("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")) if installed(library)
+                                     for form in ("MatMul", "Mul and ReduceSum")}}
     for form in forms.values():
         form()
     return [{"guidance and sampler alone": name, "µs": 1e6 * _median(form, runs)} for name, form in forms.items()]
 
 
-def _sampler_graph(form: str, inputs: dict[str, np.ndarray], rows: np.ndarray, library: str) -> Callable[[], Any]:
+def sampler_graph(form: str, inputs: dict[str, np.ndarray], rows: np.ndarray, library: str) -> Callable[[], Any]:
     """The denoiser's last operations as a graph of their own, with matrix products or with elementwise ones and sums."""
     from onnx import TensorProto, helper
     size = rows.shape[1]

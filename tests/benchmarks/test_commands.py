@@ -59,7 +59,7 @@ def test_parity_is_against_float32_diffusers(demo_bundle, results):
 
 
 def test_roofline_counts_the_graphs_and_measures_the_machine(demo_bundle, results):
-    found = measured(results, "roofline", "roofline", "--bundle", str(demo_bundle), "--backend", "openvino", "--steps", "2", "--pictures", "2")
+    found = measured(results, "roofline", "roofline", "--bundle", str(demo_bundle), "--backend", "openvino,tensorrt", "--steps", "2", "--pictures", "2")
     components, picture = found["backends"]["openvino"]["components"], found["backends"]["openvino"]["picture"]
     assert picture["flop"] == pytest.approx(sum(c["flop"] * (2 if name == "denoiser" else 1) for name, c in components.items()), rel=1e-4)
     for c in (*components.values(), picture):
