@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> None:
     batches = [int(text) for text in names(options.batch)]
     for width, height in sizes:
         for batch in batches:
-            check_shapes(height, width, batch, 2 * batch, (bundle.shapes,), "python build_engines.py")
+            check_shapes(height, width, batch, 2 * batch, (bundle.shapes,), bundle.command)
     setups = setups_of(bundle, sides, options)
     content: dict[str, Any] = {"benchmark": "latency", "bundle": bundle.name, "steps": options.steps, "guidance_scale": GUIDANCE,
                                "scheduler": setups[0].sampler, "threads": options.threads, "configurations": [], "interrupted": False}

@@ -1,27 +1,34 @@
 """Bundles: a folder with the graphs of one model, and the manifest that says what they are.
 
-    <name>/manifest.json            format, source, precision, shapes, scheduler, verification, SHA-256 of every file
+    <name>/manifest.json            what engine/manifest.py says
     <name>/tokenizer/tokenizer.json
     <name>/onnx/<component>.onnx    and <component>.onnx.data
 
-The manifest is read and checked before any other file is touched.
+The manifest is read and checked before any other file is touched. A bundle may be replaced while it is loaded: then it is looked at again.
 """
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
+import os
+import stat
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
 
+from .commands import build_again, build_anything
 from .contract import COMPONENTS, Range, Shapes
-from .errors import BundleNotFoundError, HashMismatchError, ManifestError, ManifestVersionError, MissingFileError, UnsafePathError
+from .errors import BackendError, BundleChangedError, BundleError, BundleNotFoundError, HashMismatchError, ManifestError, MissingFileError, UnsafePathError
+from .manifest import FORMAT, MANIFEST, TOKENIZER, Field, graph_file, own_files, read, shapes
 
-FORMAT = 2
-"""Version of the manifest. It changes whenever an older runtime would misread a newer bundle."""
+__all__ = ["FORMAT", "MANIFEST", "Bundle", "SpecialTokens", "sha256", "while_replaced"]
 
-MANIFEST = "manifest.json"
+SECONDS_OF_SWAPPING = 10.0
+"""How long a bundle that is being replaced is looked at again. Replacing takes milliseconds."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,8 +41,25 @@ class SpecialTokens:
 
 
 @dataclass(frozen=True)
+class Seal:
+    """What changes when a file is replaced or written to."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Seal:
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@dataclass(frozen=True)
 class Bundle:
-    """A bundle whose manifest has been checked. `manifest` is its whole content, for what has no attribute here."""
+    """A bundle whose manifest has been checked. `manifest` is its whole content, for what has no attribute here.
+
+    `seals` has what each file looked like when its hash was computed, so that one that was changed since is not used."""
 
     folder: Path
     manifest: Mapping[str, Any]
@@ -44,102 +68,175 @@ class Bundle:
     shapes: Shapes
     scheduler: Mapping[str, Any]
     special_tokens: SpecialTokens
+    seals: dict[str, Seal]
 
     @classmethod
-    def open(cls, folder: str | Path, verify: bool = True) -> Bundle:
-        """Reads and checks the bundle in `folder`.
+    def open(cls, folder: str | os.PathLike[str], verify: bool = True) -> Bundle:
+        """Reads and checks the bundle in `folder`, where `~` is the user's home.
 
         `verify` computes the SHA-256 of every file (about a second for each 2 GB); without it only names and sizes are
         compared. Raises BundleNotFoundError, ManifestError, ManifestVersionError, UnsafePathError, MissingFileError or
         HashMismatchError.
         """
-        folder = Path(folder)
-        manifest = _read_manifest(folder)
-        for name, expected in _entries(manifest, "files").items():
-            _check_file(folder, name, expected, verify)
-        return _from_manifest(folder, manifest)
+        path = as_path(folder)
+        return while_replaced(path, lambda: cls._open(path, verify))
+
+    @classmethod
+    def _open(cls, folder: Path, verify: bool) -> Bundle:
+        try:
+            manifest = read(folder)
+        except BundleError as error:
+            raise type(error)(f"{error}{_several(folder)}; build it again: {build_anything(folder)}") from error
+        again = build_again(folder, manifest)
+        try:
+            seals = _check_files(folder, manifest, verify)
+        except UnsafePathError:
+            raise
+        except BundleError as error:
+            raise type(error)(f"{error}; build it again: {again}") from error
+        tokenizer = manifest["tokenizer"]
+        return cls(folder, manifest, manifest["name"], manifest["precision"], shapes(Field(manifest)), manifest["scheduler"],
+                   SpecialTokens(tokenizer["start"], tokenizer["end"], tokenizer["pad"]), seals)
 
     @property
     def graphs(self) -> dict[str, Path]:
         """The ONNX file of each component; its weights lie beside it."""
-        return {component: self.folder / self.manifest["components"][component]["onnx"] for component in COMPONENTS}
+        return {component: self.folder / graph_file(component) for component in COMPONENTS}
 
     @property
     def tokenizer_file(self) -> Path:
-        return self.folder / self.manifest["tokenizer"]["file"]
+        return self.folder / TOKENIZER
+
+    def command(self, **sizes: Range) -> str:
+        """The command that builds this bundle for other `sizes` (height, width, batch)."""
+        return build_again(self.folder, self.manifest, sizes)
+
+    def recheck(self, component: str) -> None:
+        """BundleChangedError unless the files of a component are those that were checked when the bundle was opened. Files whose seal
+        is the same are not read; others are, and their SHA-256 must be the manifest's."""
+        for name in (graph_file(component), f"{graph_file(component)}.data"):
+            if name in self.seals:
+                self._recheck(name, replaced_too=True)
+
+    def recheck_in_place(self) -> None:
+        """BundleChangedError if a file that a library has mapped was written to. Files that were replaced or deleted do not matter: what
+        is mapped stays as it was."""
+        for name in self.seals:
+            self._recheck(name, replaced_too=False)
+
+    def _recheck(self, name: str, replaced_too: bool) -> None:
+        file, sealed = self.folder / name, self.seals[name]
+        try:
+            found = Seal.of(file.stat())
+        except OSError as error:
+            if not replaced_too:
+                return
+            raise self._changed(file) from error
+        if found == sealed or (not replaced_too and (found.device, found.inode) != (sealed.device, sealed.inode)):
+            return
+        if sha256(file) != self.manifest["files"][name]["sha256"]:
+            raise self._changed(file)
+        self.seals[name] = found
+
+    def _changed(self, file: Path) -> BundleChangedError:
+        return BundleChangedError(f"{file} is not the file any more that was loaded: the bundle was replaced, changed or deleted meanwhile. Load it again: "
+                                  f"Pipeline.load({str(self.folder)!r})")
 
 
-def _repair(folder: Path) -> str:
-    return f"build it again: python build_engines.py [MODEL] --output {folder.parent}"
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    file = folder / MANIFEST
-    if not folder.is_dir():
-        raise BundleNotFoundError(f"there is no bundle at {folder}; {_repair(folder)}")
-    if not file.is_file():
-        raise BundleNotFoundError(f"{folder} has no {MANIFEST}, so it is not a finished bundle; {_repair(folder)}")
+def as_path(folder: Any) -> Path:
+    """A path from what a user gives as one. BundleNotFoundError for what is none."""
+    if isinstance(folder, bytes) or not isinstance(folder, (str, os.PathLike)):
+        kind = type(folder).__name__
+        raise BundleNotFoundError(f"the folder of a bundle is {'None' if folder is None else f'a value of type {kind}'}; pass a string or a path, for "
+                                  f"example 'engines/demo'")
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ManifestError(f"{file} is not readable ({error}); {_repair(folder)}") from error
-    if not isinstance(manifest, dict):
-        raise ManifestError(f"{file} holds a {type(manifest).__name__}, not an object; {_repair(folder)}")
-    version = manifest.get("format")
-    if version != FORMAT:
-        age = "a newer" if isinstance(version, int) and version > FORMAT else "another"
-        cure = "update LatentRT, or " if age == "a newer" else ""
-        raise ManifestVersionError(f"{file} has format {version!r}, {age} one than this version reads ({FORMAT}); {cure}{_repair(folder)}")
-    return manifest
+        return Path(folder).expanduser()
+    except (RuntimeError, TypeError) as error:  # no such user's home; a path of bytes
+        raise BundleNotFoundError(f"there is no folder {os.fspath(folder)!r} ({error})") from error
 
 
-def _entries(manifest: Mapping[str, Any], key: str) -> dict[str, Any]:
-    value = manifest.get(key)
-    if not isinstance(value, dict):
-        raise ManifestError(f"the manifest's {key!r} is {value!r}, not an object; build the bundle again")
-    return value
+def while_replaced(folder: Path, load: Callable[[], T]) -> T:
+    """What `load` gives; it is called again where it failed because the builder was replacing the bundle in `folder`."""
+    until = time.monotonic() + SECONDS_OF_SWAPPING
+    while True:
+        before = _identity(folder)
+        try:
+            return load()
+        except (BundleError, BackendError):
+            swapping = before is None and folder.with_name(f".{folder.name}.replaced").is_dir()
+            if time.monotonic() > until or (_identity(folder) == before and not swapping):
+                raise
+        time.sleep(0.01)
 
 
-def _check_file(folder: Path, name: str, expected: Any, verify: bool) -> None:
-    parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or "\\" in name or ":" in name or ".." in parts:
-        raise UnsafePathError(f"the manifest in {folder} names {name!r}, which is not a plain path inside the bundle; do not use this bundle")
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        status = folder.stat()
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _several(folder: Path) -> str:
+    """What to say where `folder` is a folder of bundles."""
+    try:
+        found = sorted(file.parent.name for file in folder.glob(f"[!.]*/{MANIFEST}"))
+    except (OSError, ValueError, RecursionError):
+        found = []
+    return f" (it holds the bundles {', '.join(found[:5])}{' and others' if len(found) > 5 else ''}: pass {folder / found[0]})" if found else ""
+
+
+def _check_files(folder: Path, manifest: Mapping[str, Any], verify: bool) -> dict[str, Seal]:
+    """What every file that the manifest names looks like, once its size and its hash are the manifest's. All are opened before the
+    first is read: a bundle that is replaced meanwhile is still one."""
+    seals: dict[str, Seal] = {}
+    with ExitStack() as opened:
+        streams = {name: opened.enter_context(_open(folder, name)) for name in manifest["files"]}
+        _refuse_files_without_hash(folder, manifest["files"])
+        for name, stream in streams.items():
+            seals[name] = Seal.of(os.fstat(stream.fileno()))
+            expected, file = manifest["files"][name], folder / name
+            if seals[name].size != expected["bytes"]:
+                raise HashMismatchError(f"{file} has {seals[name].size} bytes instead of {expected['bytes']}")
+            if verify and (actual := _digest(stream)) != expected["sha256"]:
+                raise HashMismatchError(f"{file} has SHA-256 {actual[:12]}... instead of {expected['sha256'][:12]}...")
+    return seals
+
+
+def _open(folder: Path, name: str) -> BinaryIO:
+    """A file of the bundle, which no symbolic link may stand for."""
     file = folder
-    for part in parts:
-        file = file / part
-        if file.is_symlink():
-            raise UnsafePathError(f"{file} is a symbolic link; a bundle holds plain files only. Do not use this bundle")
-    if not file.is_file():
-        raise MissingFileError(f"{file} is missing; {_repair(folder)}")
-    if not isinstance(expected, dict) or not {"sha256", "bytes"} <= expected.keys():
-        raise ManifestError(f"the manifest in {folder} has no size and SHA-256 for {name}; {_repair(folder)}")
-    size = file.stat().st_size
-    if size != expected["bytes"]:
-        raise HashMismatchError(f"{file} has {size} bytes instead of {expected['bytes']}; {_repair(folder)}")
-    if verify and (actual := sha256(file)) != expected["sha256"]:
-        raise HashMismatchError(f"{file} has SHA-256 {actual[:12]}... instead of {expected['sha256'][:12]}...; {_repair(folder)}")
-
-
-def _from_manifest(folder: Path, manifest: Mapping[str, Any]) -> Bundle:
-    files = manifest["files"]
     try:
-        named = [manifest["components"][component]["onnx"] for component in COMPONENTS] + [manifest["tokenizer"]["file"]]
-        shapes = Shapes(**{side: Range(*manifest["shapes"][side]) for side in ("height", "width", "batch")})
-        tokenizer = manifest["tokenizer"]
-        bundle = Bundle(folder, manifest, manifest["name"], manifest["precision"], shapes, manifest["scheduler"],
-                        SpecialTokens(tokenizer["start"], tokenizer["end"], tokenizer["pad"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ManifestError(f"{folder / MANIFEST} lacks or garbles {error}; {_repair(folder)}") from error
-    for name in named:
-        if name not in files:
-            raise ManifestError(f"{folder / MANIFEST} uses {name!r} without a SHA-256 for it; {_repair(folder)}")
-    return bundle
+        for part in name.split("/"):
+            file = file / part
+            if file.is_symlink():
+                raise UnsafePathError(f"{file} is a symbolic link; a bundle holds plain files only. Do not use this bundle")
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise MissingFileError(f"{file} is not a plain file")
+        return open(file, "rb")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise MissingFileError(f"{file} is missing") from error
+    except PermissionError as error:
+        raise MissingFileError(f"{file} cannot be read (Permission denied); let this user read it (chmod -R u+rX {folder})") from error
+    except OSError as error:
+        raise MissingFileError(f"{file} cannot be read ({error.strerror})") from error
+
+
+def _refuse_files_without_hash(folder: Path, known: Iterable[str]) -> None:
+    """ManifestError for weights that lie where a library would read them, and that the manifest does not know."""
+    for name in own_files() - {MANIFEST} - set(known):
+        if name.startswith("onnx/") and (folder / name).exists():
+            raise ManifestError(f"{folder / name} is there, and {MANIFEST} has no SHA-256 for it")
 
 
 def sha256(file: Path) -> str:
     """Hexadecimal SHA-256 of a file's content."""
-    digest = hashlib.sha256()
     with open(file, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
+        return _digest(stream)
+
+
+def _digest(stream: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        digest.update(block)
     return digest.hexdigest()

@@ -1,18 +1,38 @@
 """What a call may ask for. Every function here returns its argument in a usable form or raises a named error."""
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from .contract import LATENT_CHANNELS, MAX_STEPS, VAE_FACTOR, Range, Shapes
-from .errors import BatchError, GuidanceError, LatentsError, OutputTypeError, PromptError, SeedError, SizeError, StepsError, ThreadsError
+from .errors import (
+    BatchError,
+    CallbackError,
+    GuidanceError,
+    LatentsError,
+    OutputTypeError,
+    PromptError,
+    SeedError,
+    SizeError,
+    StepsError,
+    ThreadsError,
+    shown,
+)
+from .manifest import LARGEST_BATCH, LARGEST_SIDE, SMALLEST_SIDE
 
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_SEED = 2**64 - 1
+MAX_GUIDANCE = 1000.0
+MAX_LATENT = 1e6
+"""Far beyond what any sampler has in its latents (4096 at most), and far below where float32 overflows."""
+MAX_THREADS = 1024
 OUTPUT_TYPES = ("pil", "np", "latent")
+
+Rebuild = Callable[..., str]
+"""rebuild(height=Range, ...): the command that builds for these sizes."""
 
 
 def _is_int(value: Any) -> bool:
@@ -50,14 +70,14 @@ def check_prompts(prompt: Any, negative_prompt: Any) -> tuple[list[str], list[st
 
 def check_batch(prompts: int, images_per_prompt: Any) -> int:
     """How many pictures are made together."""
-    if not _is_int(images_per_prompt) or images_per_prompt < 1:
-        raise BatchError(f"num_images_per_prompt is {images_per_prompt!r}; it must be an integer from 1 up")
+    if not _is_int(images_per_prompt) or not 1 <= images_per_prompt <= LARGEST_BATCH:
+        raise BatchError(f"num_images_per_prompt is {shown(images_per_prompt)}; it must be an integer from 1 to {LARGEST_BATCH}")
     return prompts * int(images_per_prompt)
 
 
-def check_shapes(height: Any, width: Any, batch: int, rows: int, profiles: Sequence[Shapes], rebuild: str) -> tuple[int, int]:
+def check_shapes(height: Any, width: Any, batch: int, rows: int, profiles: Sequence[Shapes], rebuild: Rebuild) -> tuple[int, int]:
     """Height and width in pixels of a call that one of the profiles serves; where they are None, the sizes that the first profile
-    for so many pictures is best at. `rebuild` begins the command that builds for other sizes."""
+    for so many pictures is best at. `rebuild` makes the command that builds for other sizes."""
     fitting = [profile for profile in profiles if batch in profile.batch and (profile.rows is None or rows in profile.rows)]
     if not fitting:
         raise _batch_error(batch, rows, profiles, rebuild)
@@ -66,20 +86,20 @@ def check_shapes(height: Any, width: Any, batch: int, rows: int, profiles: Seque
     if not any(profile.allows(height, width, batch, rows) for profile in fitting):
         known = "; ".join(str(profile) for profile in profiles)
         raise SizeError(f"height {height} and width {width} are not allowed together; this bundle was built for height x width {known}. "
-                        f"Others: {rebuild} --height {height} --width {width}")
+                        f"Build for them: {rebuild(height=Range(height, height, height), width=Range(width, width, width))}")
     return height, width
 
 
-def _batch_error(batch: int, rows: int, profiles: Sequence[Shapes], rebuild: str) -> BatchError:
+def _batch_error(batch: int, rows: int, profiles: Sequence[Shapes], rebuild: Rebuild) -> BatchError:
     allowed = " or ".join(dict.fromkeys(describe_range(profile.batch) for profile in profiles))
     if any(batch in profile.batch for profile in profiles):
         known = " or ".join(dict.fromkeys(describe_range(profile.rows) for profile in profiles if profile.rows is not None))
         return BatchError(f"{batch} pictures {'with' if rows > batch else 'without'} guidance are {rows} rows of the U-Net; this bundle was built for {known}. "
-                          f"Build for more: {rebuild} --rows {rows}, or several numbers separated by commas")
+                          f"Build for that: {rebuild(rows=Range(rows, rows, rows))}")
     low, high = min(profile.batch.min for profile in profiles), max(profile.batch.max for profile in profiles)
-    wider = f"{min(low, batch)}:{profiles[0].batch.opt}:{max(high, batch)}"
+    wider = Range(min(low, batch), profiles[0].batch.opt, max(high, batch))
     return BatchError(f"prompts times num_images_per_prompt are {batch} pictures in one call; this bundle was built for {allowed}. "
-                      f"Split the call, or build for more: {rebuild} --batch {wider}")
+                      f"Split the call, or build for that: {rebuild(batch=wider)}")
 
 
 def describe_range(allowed: Range) -> str:
@@ -87,11 +107,13 @@ def describe_range(allowed: Range) -> str:
     return f"{allowed.opt}" if allowed.static else f"{allowed.min} to {allowed.max}"
 
 
-def check_size(value: Any, side: str, allowed: Sequence[Range], rebuild: str) -> int:
+def check_size(value: Any, side: str, allowed: Sequence[Range], rebuild: Rebuild) -> int:
     """Height or width in pixels: a multiple of 8 in one of the ranges."""
     described = " or ".join(dict.fromkeys(describe_sizes(one) for one in allowed))
     if not _is_int(value):
-        raise SizeError(f"{side} is {value!r}, not an integer; this bundle allows {described}")
+        raise SizeError(f"{side} is {shown(value)}, not an integer; this bundle allows {described}")
+    if abs(value) > LARGEST_SIDE:
+        raise SizeError(f"{side} is {shown(value)}; this bundle allows {described}, and no bundle more than {LARGEST_SIDE}")
     if value % VAE_FACTOR == 0 and any(value in one for one in allowed):
         return int(value)
     below, above = value // VAE_FACTOR * VAE_FACTOR, -(-value // VAE_FACTOR) * VAE_FACTOR
@@ -100,7 +122,16 @@ def check_size(value: Any, side: str, allowed: Sequence[Range], rebuild: str) ->
     named = f"the nearest size that this bundle allows is {nearest[0]}" if nearest[0] == nearest[1] else \
         f"the nearest sizes that this bundle allows are {nearest[0]} and {nearest[1]}"
     fault = f"not a multiple of {VAE_FACTOR}" if value % VAE_FACTOR else "not a size that this bundle was built for"
-    raise SizeError(f"{side} {value} is {fault}; {named} ({described}; others: {rebuild} --{side} MIN:OPT:MAX)")
+    raise SizeError(f"{side} {value} is {fault}; {named} ({described}){_build_for(above, side, allowed, rebuild)}")
+
+
+def _build_for(size: int, side: str, allowed: Sequence[Range], rebuild: Rebuild) -> str:
+    """How a bundle that serves that size too is built, where one can be."""
+    if size < SMALLEST_SIDE or any(size in one for one in allowed):
+        return ""
+    first = allowed[0]
+    wider = Range(size, size, size) if first.static else Range(min(first.min, size), first.opt, max(first.max, size))
+    return f". Build for {size}: {rebuild(**{side: wider})}"
 
 
 def describe_sizes(allowed: Range) -> str:
@@ -112,51 +143,87 @@ def check_steps(value: Any, train_timesteps: int) -> int:
     """An integer from 1 to 1000, and not more than the model was trained with."""
     highest = min(MAX_STEPS, train_timesteps)
     if not _is_int(value) or not 1 <= value <= highest:
-        raise StepsError(f"num_inference_steps is {value!r}; it must be an integer from 1 to {highest}. 20 to 50 are usual")
+        raise StepsError(f"num_inference_steps is {shown(value)}; it must be an integer from 1 to {highest}. 20 to 50 are usual")
     return int(value)
 
 
-def check_number(value: Any, name: str, low: float = -math.inf) -> float:
-    """A finite number, at least `low`."""
+def check_number(value: Any, name: str, low: float, high: float, usual: str) -> float:
+    """A number from `low` to `high`."""
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < low:
-        floor = f" from {low:g} up" if math.isfinite(low) else ""
-        raise GuidanceError(f"{name} is {value!r}; it must be a finite number{floor}")
+    if not number or not low <= value <= high:
+        raise GuidanceError(f"{name} is {shown(value)}; it must be a number from {low:g} to {high:g}. {usual}")
     return float(value)
+
+
+def check_guidance_scale(value: Any) -> float:
+    """A number from -1000 to 1000."""
+    return check_number(value, "guidance_scale", -MAX_GUIDANCE, MAX_GUIDANCE, "3 to 12 are usual; 1 and less do without the negative prompt")
+
+
+def check_eta(value: Any) -> float:
+    """A number from 0 to 1."""
+    return check_number(value, "eta", 0.0, 1.0, "0 is DDIM without noise, 1 as much noise as DDPM's")
 
 
 def check_seeds(seed: Any, batch: int) -> list[int]:
     """One seed for all pictures of a call, or one for each."""
-    several = (isinstance(seed, Sequence) and not isinstance(seed, (str, bytes))) or isinstance(seed, np.ndarray)
+    several = isinstance(seed, (list, tuple, range)) or (isinstance(seed, np.ndarray) and seed.ndim == 1)
+    if several and len(seed) != batch:
+        raise SeedError(f"there are {len(seed)} seeds for {batch} pictures; pass one integer, or one for each picture")
     seeds = list(seed) if several else [seed]
-    if several and len(seeds) != batch:
-        raise SeedError(f"there are {len(seeds)} seeds for {batch} pictures; pass one integer, or one for each picture")
     for value in seeds:
         if not _is_int(value) or not 0 <= value <= MAX_SEED:
-            raise SeedError(f"seed {value!r} is not an integer from 0 to 2**64 - 1")
+            raise SeedError(f"seed {shown(value)} is not an integer from 0 to 2**64 - 1")
     return [int(value) for value in seeds]
 
 
 def check_latents(value: Any, shape: tuple[int, ...], what: str = "latents") -> np.ndarray:
-    """A finite float array of that shape, as float32."""
-    if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
-        kind = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
+    """A float array of that shape with values up to 1e6, as float32."""
+    if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or isinstance(value, np.ma.MaskedArray):
+        kind = f"an array of {value.dtype}" if type(value) is np.ndarray else f"a {type(value).__name__}"
         raise LatentsError(f"{what} are {kind}; pass a NumPy array of float32 with shape {shape}")
     if value.shape != shape:
         raise LatentsError(f"{what} have shape {value.shape} instead of {shape}: pictures, {LATENT_CHANNELS} channels, height / 8, width / 8")
     if not np.isfinite(value).all():
         raise LatentsError(f"{what} hold {int((~np.isfinite(value)).sum())} values that are NaN or infinite; they must all be finite")
+    if value.size and (largest := float(np.abs(value).max())) > MAX_LATENT:
+        raise LatentsError(f"{what} hold values up to {largest:.1e}; at most {MAX_LATENT:.0e} are taken, and standard normal ones are below 6")
     return np.ascontiguousarray(value, np.float32)
 
 
 def check_output_type(value: Any) -> str:
     """One of "pil", "np", "latent"."""
-    if value not in OUTPUT_TYPES:
-        raise OutputTypeError(f"output_type is {value!r}; it must be one of {', '.join(map(repr, OUTPUT_TYPES))}")
-    return str(value)
+    if not isinstance(value, str) or value not in OUTPUT_TYPES:
+        raise OutputTypeError(f"output_type is {shown(value)}; it must be one of {', '.join(map(repr, OUTPUT_TYPES))}")
+    return value
 
 
 def check_threads(value: Any) -> None:
-    """None, or an integer from 1 up."""
-    if value is not None and (not _is_int(value) or value < 1):
-        raise ThreadsError(f"threads is {value!r}; it must be an integer from 1 up, or None for every core")
+    """None, or an integer from 1 to 1024."""
+    if value is not None and (not _is_int(value) or not 1 <= value <= MAX_THREADS):
+        raise ThreadsError(f"threads is {shown(value)}; it must be an integer from 1 to {MAX_THREADS}, or None for every core")
+
+
+def check_callback(callback: Any) -> None:
+    """None, or something that can be called with a pipeline, an evaluation, a timestep and a dictionary."""
+    if callback is None:
+        return
+    if not callable(callback):
+        raise CallbackError(f"callback_on_step_end is {shown(callback)}, which cannot be called; pass a function of (pipeline, evaluation, timestep, tensors)")
+    try:
+        inspect.signature(callback).bind(None, 0, 0.0, {})
+    except ValueError:  # a function of an extension module, which does not tell
+        return
+    except TypeError as error:
+        raise CallbackError(f"callback_on_step_end is called with (pipeline, evaluation, timestep, tensors), which it does not take: {error}") from error
+
+
+def check_returned(returned: Any, given: np.ndarray) -> np.ndarray:
+    """The latents that count after a callback: those that it returned, or `given`, which it may have written to."""
+    if returned is None:
+        returned = {}
+    if not isinstance(returned, Mapping):
+        raise CallbackError(f"callback_on_step_end returned {shown(returned)}; it must return None or a dictionary like {{'latents': array}}")
+    if unknown := [key for key in returned if not isinstance(key, str) or key != "latents"]:
+        raise CallbackError(f"callback_on_step_end returned a dictionary with {', '.join(map(shown, unknown))}; only 'latents' can be changed")
+    return check_latents(returned.get("latents", given), given.shape, "latents returned by the callback")

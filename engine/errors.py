@@ -1,6 +1,19 @@
 """Every error that the runtime raises on purpose. The message says what was given, what is allowed and what to do."""
 from __future__ import annotations
 
+from typing import Any
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: its repr, unless that is long or cannot be had."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    try:
+        text = repr(value)
+    except Exception:  # repr is the caller's own code
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
 
 class EngineError(Exception):
     """Base class of the runtime's errors. `exit_code` is what a command line exits with: 2 where the user's input is at
@@ -32,7 +45,7 @@ class StepsError(InputError):
 
 
 class GuidanceError(InputError):
-    """`guidance_scale` or `eta` is not a usable number."""
+    """`guidance_scale` or `eta` is not a number in its range."""
 
 
 class SeedError(InputError):
@@ -48,7 +61,7 @@ class OutputTypeError(InputError):
 
 
 class ThreadsError(InputError):
-    """The number of threads is not an integer from 1 up."""
+    """The number of threads is not an integer from 1 to 1024."""
 
 
 class UnknownBackendError(InputError):
@@ -73,6 +86,26 @@ class NumericalError(EngineError):
     """The model produced values that are not finite; there is no picture to show."""
 
 
+class CallbackError(InputError):
+    """`callback_on_step_end` cannot be called as it is, or returned something else than None or a dictionary with latents."""
+
+
+class PipelineStateError(EngineError):
+    """The pipeline cannot do that now. The base of the errors below."""
+
+
+class ClosedPipelineError(PipelineStateError):
+    """The pipeline was closed."""
+
+
+class BusyPipelineError(PipelineStateError):
+    """A callback of a call, or a signal handler during one, used the pipeline that the call is running on."""
+
+
+class PicklingError(PipelineStateError, TypeError):
+    """A pipeline belongs to its process."""
+
+
 class BundleError(EngineError):
     """A bundle cannot be used. The base of the errors below."""
 
@@ -84,7 +117,7 @@ class BundleNotFoundError(BundleError):
 
 
 class ManifestError(BundleError):
-    """manifest.json is not readable, or lacks something."""
+    """manifest.json is not readable, lacks something, or holds something else than it should."""
 
 
 class ManifestVersionError(BundleError):
@@ -101,6 +134,10 @@ class MissingFileError(BundleError):
 
 class HashMismatchError(BundleError):
     """A file is not the one that was built: its size or SHA-256 differs from the manifest's."""
+
+
+class BundleChangedError(HashMismatchError):
+    """A file of a loaded bundle was replaced, changed or deleted, and it is needed again."""
 
 
 class PlanError(BundleError):

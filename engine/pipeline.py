@@ -4,7 +4,8 @@ from __future__ import annotations
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -15,9 +16,9 @@ import numpy as np
 from . import checks
 from .backends import open_backend
 from .backends.interface import Backend, Denoising, HostStopwatch, Session, Stopwatch
-from .bundle import Bundle
-from .contract import LATENT_CHANNELS, VAE_FACTOR
-from .errors import NumericalError
+from .bundle import Bundle, as_path, while_replaced
+from .contract import LATENT_CHANNELS, VAE_FACTOR, Range
+from .errors import BusyPipelineError, ClosedPipelineError, NumericalError, PicklingError
 from .noise import TorchGenerator, draw
 from .picture import Picture, format_parameters
 from .samplers import LABELS, StepTable, sampler_name, step_table
@@ -31,14 +32,15 @@ CACHED_PROMPTS = 64
 Callback = Callable[["Pipeline", int, float, dict[str, np.ndarray]], "dict[str, np.ndarray] | None"]
 
 
+
 @dataclass(frozen=True)
 class Result:
     """What a call made.
 
     images: a list of PIL images, or [B, H, W, 3] float32 in 0..1 ("np"), or latents [B, 4, h, w] ("latent");
-    timings: seconds of the device for "text_encoder", "denoise" (and "steps", a list) and "vae_decoder"; of the host for
-    "tokenize" and "total", and in "host" what it took to start each of those stages, without waiting for the device;
-    "path" is how the steps ran: "cuda_graph", or "plain" calls of the inference library;
+    timings: seconds of the device for "text_encoder", "prepare" (buffers and tables, and where a size is new, what is compiled for
+    it), "denoise" (and "steps", a list) and "vae_decoder"; of the host for "tokenize" and "total", and in "host" what it took
+    to start each of those stages, without waiting for the device; "path" is how the steps ran: "cuda_graph", or "plain" calls of the inference library;
     seeds: the one seed of the call or one for each picture; evaluations: how often the U-Net ran; interrupted: whether
     a callback stopped the loop.
     """
@@ -51,16 +53,17 @@ class Result:
 
 
 class Pipeline:
-    """A model that makes pictures from texts. Calls from several threads wait for each other."""
+    """A model that makes pictures from texts. Calls from several threads wait for each other; a callback may not call its own pipeline."""
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle = bundle
         self._backend = backend
         self._schedule = Schedule.from_config(bundle.scheduler)
         self._tokenizer = ClipTokenizer(bundle.tokenizer_file, bundle.special_tokens)
+        bundle.recheck_in_place()
         self._contexts: OrderedDict[str, Any] = OrderedDict()
-        self._lock = threading.Lock()
-        self._interrupt = False
+        self._lock = threading.RLock()
+        self._busy = self._closed = self._interrupt = False
 
     @classmethod
     def load(cls, folder: str | Path, *, backend: str | None = None, device: str | None = None, cuda_graphs: bool = True,
@@ -75,8 +78,32 @@ class Pipeline:
         Raises the errors of `Bundle.open`, PlanErrors, and BackendError where a library or device is missing.
         """
         checks.check_threads(threads)
-        bundle = Bundle.open(folder, verify)
-        return cls(bundle, open_backend(bundle, backend, device, threads, cuda_graphs))
+        path = as_path(folder)
+
+        def load() -> Pipeline:
+            bundle = Bundle.open(path, verify)
+            return cls(bundle, open_backend(bundle, backend, device, threads, cuda_graphs))
+
+        return while_replaced(path, load)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Inside it no other call runs. BusyPipelineError where this thread is inside one already: it would wait for itself."""
+        with self._lock:
+            if self._busy:
+                raise BusyPipelineError("this pipeline is in the middle of a call, and its callback (or a signal handler) called or closed it; use a second "
+                                        "pipeline there, or wait until the call has returned")
+            if self._closed:
+                raise ClosedPipelineError(f"this pipeline was closed; load it again: Pipeline.load({str(self.bundle.folder)!r})")
+            self._busy = True
+            try:
+                yield
+            finally:
+                self._busy = False
+
+    def __getstate__(self) -> None:
+        raise PicklingError(f"a pipeline holds graphs of its own process and cannot be pickled; load it in the other process: "
+                            f"Pipeline.load({str(self.bundle.folder)!r})")
 
     def __enter__(self) -> Pipeline:
         return self
@@ -85,8 +112,11 @@ class Pipeline:
         self.close()
 
     def close(self) -> None:
-        """Frees the graphs and the cached embeddings."""
-        with self._lock:
+        """Frees the graphs and the cached embeddings. Whoever uses the pipeline afterwards gets a ClosedPipelineError."""
+        if self._closed:
+            return
+        with self._turn():
+            self._closed = True
             self._backend.close()
             self._contexts.clear()
 
@@ -127,29 +157,32 @@ class Pipeline:
         guidance_scale: above 1 the negative prompt takes part; eta: DDIM's; seed: where diffusers takes a generator on
         the CPU: an int for all pictures, one int for each, or None for a random one; latents: [B, 4, height/8, width/8]
         standard normal float32 instead of noise; scheduler: a name of `engine.samplers.SAMPLERS`, None for the model's own;
-        callback_on_step_end(pipeline, evaluation, timestep, {"latents": VP-scaled [B, 4, h, w]}) may return other latents;
-        progress: a bar on a terminal.
+        callback_on_step_end(pipeline, evaluation, timestep, {"latents": [B, 4, h, w]}) sees the latents that diffusers' has, may write
+        to them or return others in such a dictionary; progress: a bar on a terminal.
 
-        Raises the InputErrors of engine/errors.py before anything runs, and NumericalError rather than a black picture.
+        Raises the InputErrors of engine/errors.py before anything runs, NumericalError rather than a black picture, BundleChangedError
+        where the bundle's files were written to, ClosedPipelineError, and BusyPipelineError in a callback.
         """
         started = perf_counter()
         prompts, negatives = checks.check_prompts(prompt, negative_prompt)
-        guidance_scale = checks.check_number(guidance_scale, "guidance_scale")
+        guidance_scale = checks.check_guidance_scale(guidance_scale)
         batch = checks.check_batch(len(prompts), num_images_per_prompt)
         rows = 2 * batch if guidance_scale > 1 else batch
-        height, width = checks.check_shapes(height, width, batch, rows, self._backend.profiles, self._backend.rebuild)
+        height, width = checks.check_shapes(height, width, batch, rows, self._backend.profiles, self._build_command)
         steps = checks.check_steps(num_inference_steps, self._schedule.train_timesteps)
-        eta = checks.check_number(eta, "eta", low=0.0)
+        eta = checks.check_eta(eta)
         seeds = checks.check_seeds(secrets.randbits(32) if seed is None else seed, batch)
         output_type = checks.check_output_type(output_type)
+        checks.check_callback(callback_on_step_end)
         shape = (batch, LATENT_CHANNELS, height // VAE_FACTOR, width // VAE_FACTOR)
         if latents is not None:
             latents = checks.check_latents(latents, shape)
         sampler = sampler_name(scheduler, self._schedule)
         table = step_table(sampler, self._schedule, steps, eta)
 
-        with self._lock:
+        with self._turn():
             self.interrupt = False
+            self.bundle.recheck_in_place()
             clock = _Clock(self._backend.stopwatch())
             texts = negatives + prompts if rows > batch else prompts
             contexts = [context for context in self._encode(texts, clock) for _ in range(num_images_per_prompt)]
@@ -160,11 +193,14 @@ class Pipeline:
             for i in _progress(len(table), progress):
                 session.step(i)
                 if callback_on_step_end is not None:
-                    self._call_back(callback_on_step_end, session, i, float(table.timesteps[i]))
+                    self._call_back(callback_on_step_end, session, i, table)
                 clock.mark()
                 evaluations += 1
                 if self.interrupt:
                     break
+            interrupted = self.interrupt
+            if interrupted:  # the latents of the last evaluation need no scale
+                session.latents = session.latents * np.float32(table.scales[evaluations - 1])
             if output_type == "latent":
                 images: Any = session.latents
                 finite = np.isfinite(images).all()
@@ -176,6 +212,7 @@ class Pipeline:
             timings = clock.timings(evaluations, session.path)
             if not finite:
                 raise self._overflow(session, evaluations, guidance_scale)
+            self.bundle.recheck_in_place()
 
         if output_type == "np":
             images = images.astype(np.float32) / 255
@@ -185,7 +222,7 @@ class Pipeline:
             per_prompt = [(p, n) for p, n in zip(prompts, negatives) for _ in range(num_images_per_prompt)]
             images = [_picture(images[i], *per_prompt[i], fields, seeds, i) for i in range(batch)]
         timings["total"] = perf_counter() - started
-        return Result(images, timings, seeds, evaluations, self.interrupt)
+        return Result(images, timings, seeds, evaluations, interrupted)
 
     def _encode(self, texts: list[str], clock: _Clock) -> list[Any]:
         """One embedding for each text, from the cache or together in one call of the text encoder."""
@@ -202,18 +239,29 @@ class Pipeline:
             self._contexts.popitem(last=False)
         return [found[text] for text in texts]
 
-    def _call_back(self, callback: Callback, session: Session, index: int, timestep: float) -> None:
-        given = session.latents
-        returned = callback(self, index, timestep, {"latents": given})
-        if returned and "latents" in returned:
-            session.latents = checks.check_latents(returned["latents"], given.shape, "latents returned by the callback")
+    def _call_back(self, callback: Callback, session: Session, index: int, table: StepTable) -> None:
+        """Shows a callback the latents in diffusers' scale; they count if they are others afterwards, returned or written in place."""
+        scale = np.float32(table.scales[index])
+        shown = session.latents * scale
+        before = shown.copy()
+        returned = checks.check_returned(callback(self, index, float(table.timesteps[index]), {"latents": shown}), shown)
+        if not np.array_equal(returned, before):
+            session.latents = returned / scale
+
+    def _build_command(self, **sizes: Range) -> str:
+        """The command that builds this bundle, or its plans, for other sizes."""
+        if self._backend.rebuild is None:
+            return self.bundle.command(**sizes)
+        return " ".join([f"python {self._backend.rebuild}", *(f"--{side} {size}" for side, size in sizes.items())])
 
     def _overflow(self, session: Session, evaluations: int, guidance_scale: float) -> NumericalError:
         """The error for a picture that has values that are not finite: whose they are."""
-        remedy = f"the model overflows in {self.bundle.precision}. Build with --precision fp32"
+        cure = "take a smaller guidance_scale, or another scheduler or number of steps"
+        if self.bundle.precision != "fp32":
+            cure = f"the model may overflow in {self.bundle.precision}: build it with --precision fp32, or {cure}"
         if np.isfinite(session.latents).all():
-            return NumericalError(f"the VAE decoder's values are not finite, though its input is; {remedy}")
-        return NumericalError(f"the latents hold values that are not finite after {evaluations} evaluations at guidance_scale {guidance_scale:g}; {remedy}")
+            return NumericalError(f"the VAE decoder's values are not finite, though its input is; {cure}")
+        return NumericalError(f"the latents hold values that are not finite after {evaluations} evaluations at guidance_scale {guidance_scale:g}; {cure}")
 
 
 class _Clock:
@@ -232,7 +280,7 @@ class _Clock:
         """`Result.timings` without the total; to be called when the device has finished."""
         device, host = self._device.seconds(), self._host.seconds()
         last = 3 + evaluations
-        stages = [{"text_encoder": s[1], "denoise": sum(s[2:last]), "vae_decoder": sum(s[last:])} for s in (device, host)]
+        stages = [{"text_encoder": s[1], "prepare": s[2], "denoise": sum(s[3:last]), "vae_decoder": sum(s[last:])} for s in (device, host)]
         return {"tokenize": host[0], **stages[0], "steps": device[3:last], "host": stages[1], "path": path}
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .contract import SLOTS
-from .errors import StepsError, UnknownSchedulerError
+from .errors import StepsError, UnknownSchedulerError, shown
 from .schedule import SPACINGS, Schedule, karras_sigmas, sigma_to_timestep, spaced_timesteps
 
 OUTPUT, NOISE = SLOTS, SLOTS + 1
@@ -33,13 +33,15 @@ class StepTable:
 
     timesteps [E] and updates [E, K, K+2], float64, one of each per U-Net evaluation; draws [E] says where diffusers
     draws noise (also where its factor is zero, so that the random numbers stay in step); initial_scale turns standard
-    normal noise into the first latent.
+    normal noise into the first latent; scales [E] are the factors that turn the latents after each evaluation into diffusers',
+    which are not VP-scaled for every sampler.
     """
 
     timesteps: np.ndarray
     updates: np.ndarray
     draws: np.ndarray
-    initial_scale: float = 1.0
+    initial_scale: float
+    scales: np.ndarray
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -52,14 +54,16 @@ class _TableBuilder:
         self.timesteps: list[float] = []
         self.updates: list[np.ndarray] = []
         self.draws: list[bool] = []
+        self.scales: list[float] = []
 
-    def add(self, timestep: float, update: np.ndarray, draw: bool = False) -> None:
+    def add(self, timestep: float, update: np.ndarray, draw: bool = False, scale: float = 1.0) -> None:
         self.timesteps.append(float(timestep))
         self.updates.append(update)
         self.draws.append(draw)
+        self.scales.append(scale)
 
     def table(self, initial_scale: float = 1.0) -> StepTable:
-        return StepTable(np.array(self.timesteps), np.stack(self.updates), np.array(self.draws), float(initial_scale))
+        return StepTable(np.array(self.timesteps), np.stack(self.updates), np.array(self.draws), float(initial_scale), np.array(self.scales))
 
 
 def _single(x: float, output: float, noise: float = 0.0) -> np.ndarray:
@@ -176,7 +180,7 @@ def _euler_table(schedule: Schedule, timesteps: np.ndarray, sigmas: np.ndarray, 
         alpha_next = 1.0 if i == last else _vp(sigmas[i + 1])[0]
         p, q = _as_epsilon(schedule.prediction_type, alpha, sigma)
         stride = alpha_next * (down[i] - sigmas[i])
-        builder.add(t, _single(alpha_next / alpha + stride * p, stride * q, alpha_next * up[i]), draw)
+        builder.add(t, _single(alpha_next / alpha + stride * p, stride * q, alpha_next * up[i]), draw, scale=1 / alpha_next)
     return builder.table(scale)
 
 
@@ -308,7 +312,7 @@ def sampler_name(name: str | None, schedule: Schedule) -> str:
     known = _CLASSES.get(asked, asked) if isinstance(asked, str) else None
     if known not in SAMPLERS:
         whose = "the model's own scheduler" if name is None else "scheduler"
-        raise UnknownSchedulerError(f"{whose} {asked!r} is not known; known: {', '.join(SAMPLERS)}")
+        raise UnknownSchedulerError(f"{whose} {shown(asked)} is not known; known: {', '.join(SAMPLERS)}")
     return known
 
 
@@ -319,8 +323,9 @@ def step_table(name: str, schedule: Schedule, steps: int, eta: float = 0.0) -> S
     try:
         with np.errstate(all="ignore"):
             table = ddim(schedule, steps, eta) if name == "ddim" else SAMPLERS[name](schedule, steps)
+            finite = np.isfinite(table.updates.astype(np.float32)).all() and np.isfinite(table.scales).all()
     except (ZeroDivisionError, IndexError) as error:  # noise levels that coincide, timesteps past the last one
         raise problem from error
-    if not np.isfinite(table.updates).all():
+    if not finite:
         raise problem
     return table

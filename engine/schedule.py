@@ -6,16 +6,52 @@ s = sigma / alpha is the noise level of k-diffusion. The state of a sampler here
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .errors import SchedulerConfigError
+from .errors import SchedulerConfigError, shown
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "linspace", "trailing")
+MAX_TRAIN_TIMESTEPS = 100_000
+
+
+def _is_integer(low: int, high: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_number(low: float, high: float) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and low < value < high
+
+
+def _are_betas(value: Any) -> bool:
+    return isinstance(value, list) and 2 <= len(value) <= MAX_TRAIN_TIMESTEPS and all(map(_is_number(0, 1), value))
+
+
+OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "num_train_timesteps": (f"an integer from 2 to {MAX_TRAIN_TIMESTEPS}", _is_integer(2, MAX_TRAIN_TIMESTEPS)),
+    "beta_start": ("a number between 0 and 1", _is_number(0, 1)),
+    "beta_end": ("a number between 0 and 1", _is_number(0, 1)),
+    "trained_betas": ("a list of numbers between 0 and 1", _are_betas),
+    "steps_offset": ("an integer from 0 to 1000", _is_integer(0, 1000)),
+    "solver_order": ("an integer from 1 to 3", _is_integer(1, 3)),
+    "sigma_min": ("a number above 0", _is_number(0, math.inf)),
+    "sigma_max": ("a number above 0", _is_number(0, math.inf)),
+    "lambda_min_clipped": ("a number or -Infinity", lambda value: value == -math.inf or _is_number(-math.inf, math.inf)(value)),
+    **{name: ("a string", lambda value: isinstance(value, str)) for name in (
+        "_class_name", "prediction_type", "beta_schedule", "timestep_spacing", "variance_type", "algorithm_type", "solver_type", "final_sigmas_type",
+        "interpolation_type", "timestep_type")},
+    **{name: ("true or false", lambda value: value is None or isinstance(value, bool)) for name in (
+        "clip_sample", "thresholding", "set_alpha_to_one", "rescale_betas_zero_snr", "skip_prk_steps", "use_karras_sigmas", "use_exponential_sigmas",
+        "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas", "euler_at_final", "lower_order_final")},
+}
+"""What the options that are read here must be, in words and as a test. diffusers takes null for false."""
+
+NULLABLE = frozenset({"trained_betas", "sigma_min", "sigma_max", "variance_type"})
+"""Options of which null says that there is none."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +64,8 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Schedule:
-        """Reads betas and prediction type as diffusers does; SchedulerConfigError for what is not known here."""
+        """Reads betas and prediction type as diffusers does; SchedulerConfigError for what is not known here or is of the wrong type."""
+        config = _checked(config)
         prediction_type = config.get("prediction_type", "epsilon")
         if prediction_type not in PREDICTION_TYPES:
             raise SchedulerConfigError(f"prediction_type {prediction_type!r} is not known; known: {', '.join(PREDICTION_TYPES)}")
@@ -61,8 +98,19 @@ class Schedule:
         return np.sqrt((1 - alphas_cumprod) / alphas_cumprod)
 
 
+def _checked(config: Any) -> dict[str, Any]:
+    """The options that say something. SchedulerConfigError for one of the wrong type: "false" would be true, and 1.5 would be 1."""
+    if not isinstance(config, Mapping):
+        raise SchedulerConfigError(f"the scheduler's configuration is {shown(config)}; it must be an object, as scheduler_config.json is")
+    given = {name: value for name, value in config.items() if value is not None or name not in NULLABLE}
+    for name, (rule, right) in OPTIONS.items():
+        if name in given and not right(given[name]):
+            raise SchedulerConfigError(f"scheduler option {name} is {shown(given[name])}; it must be {rule}. Mend it in scheduler_config.json")
+    return given
+
+
 def _betas(config: Mapping[str, Any]) -> np.ndarray:
-    if config.get("trained_betas") is not None:
+    if "trained_betas" in config:
         return np.asarray(config["trained_betas"], np.float64)
     name, count = config.get("beta_schedule", "linear"), int(config.get("num_train_timesteps", 1000))
     start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))

@@ -1,8 +1,10 @@
 """The inference libraries that can run a bundle, and how one of them is chosen."""
 from __future__ import annotations
 
+import re
+
 from ..bundle import Bundle
-from ..errors import DeviceError, ManifestError, UnknownBackendError
+from ..errors import DeviceError, UnknownBackendError, shown
 from ..libraries import installed
 from .interface import Backend
 
@@ -11,8 +13,8 @@ BACKENDS = ("tensorrt", "openvino", "onnxruntime")
 
 def open_backend(bundle: Bundle, name: str | None, device: str | None, threads: int | None, cuda_graphs: bool) -> Backend:
     """The backend of that name with the bundle's graphs loaded; see `Pipeline.load`."""
-    if name is not None and name not in BACKENDS:
-        raise UnknownBackendError(f"backend is {name!r}; it must be one of {', '.join(map(repr, BACKENDS))}, or None to choose by what the machine has")
+    if name is not None and not (isinstance(name, str) and name in BACKENDS):
+        raise UnknownBackendError(f"backend is {shown(name)}; it must be one of {', '.join(map(repr, BACKENDS))}, or None to choose by what the machine has")
     gpu = gpu_number(device)
     name = name or default_backend(device)
     if name == "tensorrt":
@@ -24,11 +26,11 @@ def open_backend(bundle: Bundle, name: str | None, device: str | None, threads: 
         if gpu is not None:
             raise DeviceError(f"device is {device!r}, and the OpenVINO backend runs on the CPU only; pass device='cpu', or another backend")
         from .openvino import OpenVinoBackend
-        openvino = OpenVinoBackend(bundle.graphs, bundle.shapes, threads, openvino_precision(bundle))
+        openvino = OpenVinoBackend(bundle.graphs, bundle.shapes, threads, openvino_precision(bundle), bundle.recheck)
         openvino.load()
         return openvino
     from .onnxruntime import OnnxRuntimeBackend
-    backend = OnnxRuntimeBackend(bundle.graphs, bundle.shapes, threads, gpu, cuda_graphs)
+    backend = OnnxRuntimeBackend(bundle.graphs, bundle.shapes, threads, gpu, cuda_graphs, bundle.recheck)
     for component in ("text_encoder", "denoiser", "vae_decoder"):
         backend.load(component)
     return backend
@@ -42,22 +44,17 @@ def default_backend(device: str | None = None) -> str:
 
 
 def openvino_precision(bundle: Bundle) -> dict[str, str]:
-    """What the builder measured that each component may run in; empty where it did not. ManifestError if it is garbled."""
-    precision = bundle.manifest.get("openvino", {}).get("precision", {})
-    wrong = {component: value for component, value in precision.items() if value not in ("fp32", "bf16")}
-    if wrong:
-        raise ManifestError(f"the manifest in {bundle.folder} has the OpenVINO precision {wrong}; it must be fp32 or bf16. Build the bundle again: "
-                            f"python build_engines.py --backend openvino")
-    return dict(precision)
+    """What the builder measured that each component may run in; empty where it did not."""
+    return dict(bundle.manifest["openvino"]["precision"]) if "openvino" in bundle.manifest else {}
 
 
 def gpu_number(device: str | None) -> int | None:
     """N of "cuda:N", 0 of "cuda", None of "cpu" and None. DeviceError for anything else."""
-    if device is None or device == "cpu":
+    if device is None or (isinstance(device, str) and device == "cpu"):
         return None
     kind, _, number = device.partition(":") if isinstance(device, str) else ("", "", "")
-    if kind != "cuda" or not (number.isdecimal() or device == "cuda"):
-        raise DeviceError(f"device is {device!r}; it must be 'cpu', 'cuda', 'cuda:N' with the number of a GPU, or None")
+    if kind != "cuda" or not (re.fullmatch(r"[0-9]{1,3}", number) or device == "cuda"):
+        raise DeviceError(f"device is {shown(device)}; it must be 'cpu', 'cuda', 'cuda:N' with the number of a GPU, or None")
     return int(number or 0)
 
 

@@ -82,8 +82,9 @@ class Backend(Protocol):
     profiles: tuple[Shapes, ...]
     """The sizes that it serves."""
 
-    rebuild: str
-    """What builds a bundle for other sizes: the beginning of a command."""
+    @property
+    def rebuild(self) -> str | None:
+        """The beginning of the command that builds for other sizes, where that is not the one that builds the bundle."""
 
     def encode_text(self, input_ids: np.ndarray) -> Sequence[Any]:
         """Token ids [n, 77] int32 -> one text embedding for each, to be given back in `Denoising.contexts`."""

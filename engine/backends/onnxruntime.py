@@ -14,6 +14,7 @@ import numpy as np
 
 from ..contract import OUTPUTS, SLOTS, VAE_FACTOR, Shapes, dtype
 from ..errors import BackendError
+from ..libraries import install_command
 from .interface import Decoded, Denoising, HostStopwatch
 
 PIXELS_PER_DECODE = 512 * 512
@@ -32,29 +33,33 @@ def decoded_together(height: int, width: int) -> int:
     return max(1, PIXELS_PER_DECODE // (height * width * VAE_FACTOR**2))
 
 
+def unchecked(component: str) -> None:
+    """For graphs that belong to no bundle yet."""
+
+
 class OnnxRuntimeBackend:
     """Graphs as ONNX Runtime sessions, created by `load` or when they are first needed."""
 
-    rebuild = "build_engines.py --backend onnxruntime"
+    rebuild = None
 
     def __init__(self, graphs: Mapping[str, Path], shapes: Shapes | None = None, threads: int | None = None, gpu: int | None = None,
-                 cuda_graphs: bool = True) -> None:
+                 cuda_graphs: bool = True, recheck: Callable[[str], None] | None = None) -> None:
         """`graphs` is the ONNX file of each component; `shapes` what they are used at: sizes that never change are told to
         ONNX Runtime, which plans ahead then; `threads` the number of threads of one operator (None takes every core); `gpu`
-        the number of the GPU, None for the CPU; `cuda_graphs` is about the GPU only. Raises BackendError where ONNX Runtime or
-        its CUDA provider is missing."""
+        the number of the GPU, None for the CPU; `cuda_graphs` is about the GPU only; `recheck` raises where the files of a
+        component have changed, and is called around reading them. Raises BackendError where ONNX Runtime or its CUDA provider is missing."""
         try:
             import onnxruntime
         except ImportError as error:
-            raise BackendError(f"ONNX Runtime cannot be imported ({error}); install it: pip install latentrt[cpu]") from error
+            raise BackendError(f"ONNX Runtime cannot be imported ({error}); install it: {install_command('cpu')}") from error
         if gpu is not None and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
             raise BackendError(f"ONNX Runtime {onnxruntime.__version__} here has no CUDA provider, only {', '.join(onnxruntime.get_available_providers())}; "
-                               f"pip uninstall onnxruntime, then pip install latentrt[cuda]; or leave device out for the CPU")
+                               f"run: python -m pip uninstall -y onnxruntime && {install_command('cuda')}; or leave device out for the CPU")
         if gpu is not None:
             with redirect_stdout(StringIO()):  # it prints what it does not find; whether CUDA started is checked below
                 onnxruntime.preload_dlls()
         self._library = onnxruntime
-        self._graphs, self._threads, self._gpu = graphs, threads or 0, gpu
+        self._graphs, self._threads, self._gpu, self._recheck = graphs, threads or 0, gpu, recheck or unchecked
         self._static = shapes.static() if shapes else {}
         self._cuda_graphs = cuda_graphs and gpu is not None
         self._sessions: dict[str, Any] = {}
@@ -74,12 +79,14 @@ class OnnxRuntimeBackend:
         providers: list[Any] = ["CPUExecutionProvider"]
         if self._gpu is not None:
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": str(self._gpu), "enable_cuda_graph": str(int(cuda_graph))}))
+        self._recheck(component)
         try:
             session = library.InferenceSession(str(path), self._options(path), providers=providers)
         except Exception as error:  # ONNX Runtime's errors have no common base
             if cuda_graph:
                 return self.without_cuda_graph(error)
             raise BackendError(f"ONNX Runtime {library.__version__} does not load {path}: {error}") from error
+        self._recheck(component)
         if self._gpu is not None and "CUDAExecutionProvider" not in session.get_providers():
             raise BackendError(f"ONNX Runtime {library.__version__} did not start its CUDA provider on GPU {self._gpu} and would run {component} on the CPU; "
                                f"its log on standard error says why (CUDA or cuDNN of another version than it was built for, most often)")
@@ -162,45 +169,45 @@ class OnnxRuntimeBackend:
         return HostStopwatch()
 
     def close(self) -> None:
-        """Frees the sessions and buffers; the next use would create them again."""
+        """Frees the sessions and buffers."""
         self._loops.clear()
         self._sessions.clear()
 
 
 class Loop:
     """The denoiser's buffers for one size, bound once: the state goes back and forth between two of them without being copied, so
-    there are two bindings, and with CUDA graphs two graphs."""
+    there are two bindings, and with CUDA graphs two graphs. The backend keeps it, so it does not keep the backend."""
 
     def __init__(self, backend: OnnxRuntimeBackend, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._backend, self._session = backend, backend.load("denoiser")
         self.inputs = {name: backend.on_device(np.zeros(shape, dtype(name))) for name, shape in shapes.items() if name != "state"}
         self.states = [backend.on_device(np.zeros(shapes["state"], np.float32)) for _ in range(2)]
-        self.bind()
+        self.bind(backend)
 
-    def bind(self) -> None:
-        self._bindings = []
+    def bind(self, backend: OnnxRuntimeBackend) -> None:
+        """Binds the buffers to the denoiser's session."""
+        self._session, self._bindings = backend.load("denoiser"), []
         for state, next_state in (self.states, self.states[::-1]):
             binding = self._session.io_binding()
             for name, value in {"state": state, **self.inputs}.items():
                 binding.bind_ortvalue_input(name, value)
             binding.bind_ortvalue_output("next_state", next_state)
-            self._bindings.append((binding, self._backend.run_options()))
+            self._bindings.append((binding, backend.run_options()))
 
     @property
     def captured(self) -> bool:
         """Whether the steps are CUDA graphs."""
         return self._bindings[0][1] is not None
 
-    def run(self, current: int) -> None:
+    def run(self, backend: OnnxRuntimeBackend, current: int) -> None:
         """One step from state `current` to the other. The first two may show that ONNX Runtime cannot capture them."""
         try:
             self._session.run_with_iobinding(*self._bindings[current])
         except Exception as error:
             if not self.captured:
                 raise BackendError(f"ONNX Runtime failed in the denoiser with state {self.states[0].shape()}: {error}") from error
-            self._session = self._backend.without_cuda_graph(error)
-            self.bind()
-            self.run(current)
+            backend.without_cuda_graph(error)
+            self.bind(backend)
+            self.run(backend, current)
 
 
 class DenoisingSession:
@@ -231,7 +238,7 @@ class DenoisingSession:
         inputs["update"].update_inplace(self._updates[index])
         if self._plan.noise is not None:
             inputs["noise"].update_inplace(self._plan.noise[index])
-        self._loop.run(self._current)
+        self._loop.run(self._backend, self._current)
         self._current = 1 - self._current
 
     @property

@@ -11,8 +11,9 @@ import numpy as np
 
 from ..contract import INPUTS, LATENT_CHANNELS, OUTPUTS, PROMPT_TOKENS, SLOTS, VAE_FACTOR, Shapes
 from ..errors import BackendError
+from ..libraries import install_command
 from .interface import Decoded, Denoising, HostStopwatch
-from .onnxruntime import LARGE_GRAPH, decoded_together
+from .onnxruntime import LARGE_GRAPH, decoded_together, unchecked
 from .openvino_parts import fix_shapes, split
 from .openvino_rewrites import REWRITES, Keep
 from .pages import Scratch, drop_pages, pages_given_back
@@ -70,18 +71,19 @@ class Runner:
 class OpenVinoBackend:
     """Graphs compiled when they are first needed at a size. The denoiser runs in five parts: see openvino_parts.py."""
 
-    rebuild = "build_engines.py --backend openvino"
+    rebuild = None
 
     def __init__(self, graphs: Mapping[str, Path], shapes: Shapes | None = None, threads: int | None = None,
-                 precision: Mapping[str, str] | None = None) -> None:
+                 precision: Mapping[str, str] | None = None, recheck: Callable[[str], None] | None = None) -> None:
         """`graphs` is the ONNX file of each component, `shapes` what they are used at, `threads` how many threads OpenVINO
         takes (None: every core), `precision` "fp32" or "bf16" for each component, fp32 where it is silent. On a CPU without
-        bf16 instructions fp32 takes its place, with a warning. Raises BackendError where OpenVINO is missing."""
+        bf16 instructions fp32 takes its place, with a warning. `recheck` raises where the files of a component have changed, and is
+        called around reading them. Raises BackendError where OpenVINO is missing."""
         try:
             import openvino
         except ImportError as error:
-            raise BackendError(f"OpenVINO cannot be imported ({error}); install it: pip install latentrt[openvino]") from error
-        self._library, self._graphs, self._core = openvino, graphs, openvino.Core()
+            raise BackendError(f"OpenVINO cannot be imported ({error}); install it: {install_command('openvino')}") from error
+        self._library, self._graphs, self._core, self._recheck = openvino, graphs, openvino.Core(), recheck or unchecked
         self.precision = {component: (precision or {}).get(component, "fp32") for component in graphs}
         if "bf16" in self.precision.values() and not self.has_bf16():
             warnings.warn("this bundle was built to run in bf16 on OpenVINO; this CPU has no instructions for that, so it runs in fp32", RuntimeWarning, 2)
@@ -105,6 +107,7 @@ class OpenVinoBackend:
     def read(self, component: str) -> Any:
         """A component's graph as an OpenVINO model, its weights mapped."""
         path = self._graphs[component]
+        self._recheck(component)
         try:
             return self._core.read_model(path)
         except Exception as error:
@@ -121,6 +124,7 @@ class OpenVinoBackend:
                 compiled = self._core.compile_model(model, "CPU", {**self._options, "INFERENCE_PRECISION_HINT": HINTS[precision]})
         except Exception as error:
             raise BackendError(f"OpenVINO {self._library.__version__} does not compile {what}: {error}") from error
+        self._recheck(component)
         scratch.give_back()
         return Runner(self._library, compiled, what, scratch)
 
@@ -226,7 +230,7 @@ class OpenVinoBackend:
         return HostStopwatch()
 
     def close(self) -> None:
-        """Frees the compiled graphs; the next use would compile them again."""
+        """Frees the compiled graphs."""
         self._compiled.clear()
 
 

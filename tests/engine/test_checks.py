@@ -33,16 +33,16 @@ def message(demo, error, **arguments):
     ({"height": "64"}, e.SizeError, "'64', not an integer"),
     ({"height": 64.0}, e.SizeError, "64.0, not an integer"),
     ({"height": -64}, e.SizeError, "-64"),
-    ({"num_images_per_prompt": 0}, e.BatchError, "integer from 1 up"),
+    ({"num_images_per_prompt": 0}, e.BatchError, "integer from 1 to 1024"),
     ({"num_images_per_prompt": 9}, e.BatchError, "are 9 pictures in one call; this bundle was built for 1 to 8"),
     ({"num_inference_steps": 0}, e.StepsError, "num_inference_steps is 0; it must be an integer from 1 to 1000"),
     ({"num_inference_steps": 1001}, e.StepsError, "from 1 to 1000"),
     ({"num_inference_steps": 2.5}, e.StepsError, "2.5"),
     ({"num_inference_steps": True}, e.StepsError, "True"),
-    ({"guidance_scale": float("nan")}, e.GuidanceError, "guidance_scale is nan; it must be a finite number"),
+    ({"guidance_scale": float("nan")}, e.GuidanceError, "guidance_scale is nan; it must be a number from -1000 to 1000"),
     ({"guidance_scale": float("inf")}, e.GuidanceError, "inf"),
     ({"guidance_scale": "7"}, e.GuidanceError, "'7'"),
-    ({"eta": -0.1}, e.GuidanceError, "eta is -0.1; it must be a finite number from 0 up"),
+    ({"eta": -0.1}, e.GuidanceError, "eta is -0.1; it must be a number from 0 to 1"),
     ({"seed": -1}, e.SeedError, "seed -1 is not an integer from 0"),
     ({"seed": 1.5}, e.SeedError, "seed 1.5"),
     ({"seed": "7"}, e.SeedError, "seed '7'"),
@@ -55,6 +55,24 @@ def message(demo, error, **arguments):
     ({"output_type": "pt"}, e.OutputTypeError, "'pt'; it must be one of 'pil', 'np', 'latent'"),
     ({"scheduler": "plms"}, e.UnknownSchedulerError, "'plms' is not known; known: ddim, ddpm, euler"),
     ({"scheduler": 3}, e.UnknownSchedulerError, "3 is not known"),
+    ({"callback_on_step_end": 5}, e.CallbackError, "callback_on_step_end is 5, which cannot be called"),
+    ({"callback_on_step_end": lambda pipeline: None}, e.CallbackError, "called with (pipeline, evaluation, timestep, tensors), which it does not take"),
+    ({"guidance_scale": 10**400}, e.GuidanceError, "guidance_scale is an integer of 1329 bits"),
+    ({"guidance_scale": 1e30}, e.GuidanceError, "from -1000 to 1000"),
+    ({"eta": 10**400}, e.GuidanceError, "eta is an integer of 1329 bits"),
+    ({"eta": 1e200}, e.GuidanceError, "eta is 1e+200"),
+    ({"seed": np.array(1)}, e.SeedError, "seed array(1)"),
+    ({"seed": bytearray(b"a")}, e.SeedError, "seed bytearray(b'a')"),
+    ({"seed": memoryview(b"a")}, e.SeedError, "seed <memory at"),
+    ({"seed": 10**5000}, e.SeedError, "seed an integer of 16610 bits"),
+    ({"height": 10**5000}, e.SizeError, "height is an integer of 16610 bits"),
+    ({"width": -(10**5000)}, e.SizeError, "width is an integer of 16610 bits"),
+    ({"num_inference_steps": 10**5000}, e.StepsError, "an integer of 16610 bits"),
+    ({"num_images_per_prompt": 10**5000}, e.BatchError, "an integer of 16610 bits"),
+    ({"output_type": np.array(["pil", "np"])}, e.OutputTypeError, "must be one of"),
+    ({"latents": np.full((1, 4, 8, 8), 1e300)}, e.LatentsError, "values up to 1.0e+300; at most 1e+06"),
+    ({"latents": np.ma.masked_array(np.zeros((1, 4, 8, 8), np.float32), True)}, e.LatentsError, "a MaskedArray"),
+    ({"scheduler": np.array(["a", "b"])}, e.UnknownSchedulerError, "is not known"),
 ])
 def test_bad_input_gets_a_named_error(demo, arguments, error, words):
     assert words in message(demo, error, **arguments)
@@ -74,9 +92,9 @@ def test_every_input_error_was_produced_here():
     assert produced | {e.ThreadsError, e.UnknownBackendError, e.DeviceError} == set(InputError.__subclasses__())
 
 
-@pytest.mark.parametrize("threads", [0, -1, 1.5, True])
+@pytest.mark.parametrize("threads", [0, -1, 1.5, True, 2**31, pytest.param(10**5000, id="huge")])
 def test_threads_are_counted_from_1(demo_bundle, threads):
-    with pytest.raises(e.ThreadsError, match="an integer from 1 up, or None for every core"):
+    with pytest.raises(e.ThreadsError, match="an integer from 1 to 1024, or None for every core"):
         Pipeline.load(demo_bundle, threads=threads)
 
 
@@ -84,6 +102,9 @@ def test_threads_are_counted_from_1(demo_bundle, threads):
     ({"backend": "pytorch"}, e.UnknownBackendError, "backend is 'pytorch'; it must be one of 'tensorrt', 'openvino', 'onnxruntime'"),
     ({"device": "gpu"}, e.DeviceError, "device is 'gpu'; it must be 'cpu', 'cuda', 'cuda:N'"),
     ({"device": 0}, e.DeviceError, "device is 0"),
+    ({"backend": np.array(["onnxruntime", "openvino"])}, e.UnknownBackendError, "it must be one of"),
+    ({"device": np.array(["cpu", "cuda"])}, e.DeviceError, "it must be 'cpu'"),
+    ({"device": "cuda:99999999999999999999"}, e.DeviceError, "with the number of a GPU"),
     ({"backend": "tensorrt", "device": "cpu"}, e.DeviceError, "TensorRT runs on NVIDIA GPUs only"),
 ])
 def test_backend_and_device_are_checked(demo_bundle, arguments, error, words):
@@ -101,23 +122,27 @@ SEVERAL = (Shapes(Range(512, 512, 512), Range(512, 512, 512), Range(1, 1, 1), Ra
            Shapes(Range(768, 768, 768), Range(512, 768, 1024), Range(1, 1, 2), Range(1, 2, 4)))
 
 
+def build(**sizes: Range) -> str:
+    return " ".join(["build", *(f"--{side} {size}" for side, size in sizes.items())])
+
+
 def test_defaults_come_from_the_first_profile_for_so_many_pictures():
-    assert check_shapes(None, None, 1, 2, SEVERAL, "build") == (512, 512)
-    assert check_shapes(None, None, 2, 4, SEVERAL, "build") == (768, 768)
-    assert check_shapes(768, 1024, 1, 1, SEVERAL, "build") == (768, 1024)
+    assert check_shapes(None, None, 1, 2, SEVERAL, build) == (512, 512)
+    assert check_shapes(None, None, 2, 4, SEVERAL, build) == (768, 768)
+    assert check_shapes(768, 1024, 1, 1, SEVERAL, build) == (768, 1024)
 
 
 @pytest.mark.parametrize(("arguments", "error", "words"), [
     ((512, 1024, 1, 2), e.SizeError, "height 512 and width 1024 are not allowed together; this bundle was built for height x width 512 x 512, batch 1, "
-                                     "2 U-Net rows; 768 x 512:768:1024, batch 1:1:2, 1:2:4 U-Net rows. Others: build --height 512 --width 1024"),
+                                     "2 U-Net rows; 768 x 512:768:1024, batch 1:1:2, 1:2:4 U-Net rows. Build for them: build --height 512 --width 1024"),
     ((640, None, 1, 2), e.SizeError, "height 640 is not a size that this bundle was built for; the nearest sizes that this bundle allows are 512 and 768 "
-                                     "(512 only or 768 only; others: build --height MIN:OPT:MAX)"),
-    ((None, None, 3, 6), e.BatchError, "are 3 pictures in one call; this bundle was built for 1 or 1 to 2. Split the call, or build for more: "
+                                     "(512 only or 768 only). Build for 640: build --height 640"),
+    ((None, None, 3, 6), e.BatchError, "are 3 pictures in one call; this bundle was built for 1 or 1 to 2. Split the call, or build for that: "
                                        "build --batch 1:1:3"),
-    ((None, None, 2, 6), e.BatchError, "2 pictures with guidance are 6 rows of the U-Net; this bundle was built for 2 or 1 to 4. Build for more: "
+    ((None, None, 2, 6), e.BatchError, "2 pictures with guidance are 6 rows of the U-Net; this bundle was built for 2 or 1 to 4. Build for that: "
                                        "build --rows 6"),
 ])
 def test_sizes_outside_all_profiles(arguments, error, words):
     with pytest.raises(error) as raised:
-        check_shapes(*arguments, SEVERAL, "build")
+        check_shapes(*arguments, SEVERAL, build)
     assert words in str(raised.value)

@@ -1,15 +1,23 @@
 """The loop around the graphs: cache, callbacks, seeds, metadata, timings."""
+import gc
 import json
 import pickle
 import shutil
+import signal
 import threading
+import weakref
+from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from engine import Pipeline
-from engine.errors import LatentsError, NumericalError
+from engine import Bundle, BundleError, Pipeline
+from engine.errors import BundleChangedError, BusyPipelineError, CallbackError, ClosedPipelineError, LatentsError, NumericalError, PicklingError
+from export.checkpoint import resolve
+from export.folders import swap
 
 PROMPT = "a large red circle on a blue background"
 FAST = {"num_inference_steps": 3, "seed": 0, "guidance_scale": 5.0}
@@ -36,8 +44,8 @@ def test_no_seed_takes_a_random_one_and_tells_it(demo):
 
 def test_timings_name_every_stage(demo):
     times = demo(PROMPT, **FAST).timings
-    assert set(times) == {"tokenize", "text_encoder", "denoise", "steps", "vae_decoder", "total", "host", "path"}
-    assert set(times["host"]) == {"text_encoder", "denoise", "vae_decoder"}
+    assert set(times) == {"tokenize", "text_encoder", "prepare", "denoise", "steps", "vae_decoder", "total", "host", "path"}
+    assert set(times["host"]) == {"text_encoder", "prepare", "denoise", "vae_decoder"}
     assert times["path"] == "plain"
     assert len(times["steps"]) == 3
     assert 0 < sum(times["steps"]) <= times["denoise"] < times["total"]
@@ -135,9 +143,9 @@ def test_threads_take_turns(demo):
 def test_values_that_are_not_finite_are_an_error_not_a_black_picture(demo_bundle, tmp_path, edit_manifest):
     bundle = shutil.copytree(demo_bundle, tmp_path / "demo")
     scheduler = json.loads((bundle / "manifest.json").read_text())["scheduler"]
-    edit_manifest(bundle, scheduler={**scheduler, "trained_betas": [0.5] * 900 + [0.999] * 100, "prediction_type": "epsilon"})
-    with pytest.raises(NumericalError, match=r"not finite after \d+ evaluations at guidance_scale 1e\+30"):
-        Pipeline.load(bundle)(PROMPT, num_inference_steps=10, seed=0, guidance_scale=1e30)
+    edit_manifest(bundle, scheduler={**scheduler, "trained_betas": [0.5] * 1000, "prediction_type": "epsilon"})
+    with pytest.raises(NumericalError, match=r"not finite after \d+ evaluations at guidance_scale 1000; take a smaller guidance_scale"):
+        Pipeline.load(bundle)(PROMPT, num_inference_steps=10, seed=0, guidance_scale=1000.0)
 
 
 def test_a_bar_is_shown_on_a_terminal_only(demo, capsys):
@@ -156,3 +164,232 @@ def test_a_static_bundle_serves_its_one_size(tiny_bundles, tmp_path, edit_manife
             pipeline("a ring", height=72)
         with pytest.raises(ValueError, match=r"this bundle was built for 1\. Split the call"):
             pipeline("a ring", num_images_per_prompt=2)
+
+
+# Callbacks: what diffusers' own see, do and return.
+
+SCHEDULERS = ["ddim", "euler", "euler_a", "dpmpp_2m", "pndm"]
+
+
+def nudge(tensors):
+    return tensors["latents"] + 0.25
+
+
+def add(pipeline, index, timestep, tensors):
+    return {"latents": nudge(tensors)} if index == 1 else {}
+
+
+def add_in_place(pipeline, index, timestep, tensors):
+    if index == 1:
+        tensors["latents"] += 0.25
+    return tensors
+
+
+def add_in_place_and_return_nothing(pipeline, index, timestep, tensors):
+    if index == 1:
+        tensors["latents"][:] += 0.25
+
+
+def stop(pipeline, index, timestep, tensors):
+    pipeline._interrupt = index == 1
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    """diffusers' pipeline of the built-in model with one of our samplers, by name."""
+    source = resolve(None)
+    pipeline = source.pipeline()
+    config = dict(pipeline.scheduler.config)
+    classes = {"ddim": diffusers.DDIMScheduler, "euler": diffusers.EulerDiscreteScheduler, "euler_a": diffusers.EulerAncestralDiscreteScheduler,
+               "dpmpp_2m": diffusers.DPMSolverMultistepScheduler, "pndm": diffusers.PNDMScheduler}
+
+    def run(scheduler, callback):
+        pipeline.scheduler = classes[scheduler].from_config(config)
+        return pipeline(PROMPT, num_inference_steps=4, guidance_scale=5.0, generator=torch.Generator().manual_seed(0), output_type="latent",
+                        callback_on_step_end=callback).images.numpy()
+
+    return run
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("callback", [add, add_in_place, stop])
+def test_a_callback_means_what_it_means_in_diffusers(demo, oracle, scheduler, callback):
+    expected = oracle(scheduler, callback)
+    found = demo(PROMPT, num_inference_steps=4, guidance_scale=5.0, seed=0, output_type="latent", scheduler=scheduler, callback_on_step_end=callback)
+    np.testing.assert_allclose(found.images, expected, atol=1e-4 * np.abs(expected).max())
+    assert found.interrupted == (callback is stop)
+
+
+def test_latents_that_a_callback_writes_to_count_without_being_returned(demo):
+    returned = demo(PROMPT, **FAST, output_type="latent", callback_on_step_end=add).images
+    written = demo(PROMPT, **FAST, output_type="latent", callback_on_step_end=add_in_place_and_return_nothing).images
+    np.testing.assert_array_equal(written, returned)
+
+
+def test_a_callback_that_only_looks_changes_nothing(demo):
+    plain = demo(PROMPT, **FAST, scheduler="euler", output_type="latent").images
+    looked = demo(PROMPT, **FAST, scheduler="euler", output_type="latent", callback_on_step_end=lambda p, i, t, tensors: tensors).images
+    np.testing.assert_array_equal(looked, plain)
+
+
+ZEROS = np.zeros((1, 4, 8, 8), np.float32)
+
+
+@pytest.mark.parametrize("returned", [5, True, "latents", ["latents"], ZEROS, (ZEROS,), {"prompt_embeds": ZEROS}, {1: 2}, pytest.param(10**5000, id="huge")])
+def test_what_a_callback_may_not_return_is_named(demo, returned):
+    with pytest.raises(CallbackError, match="callback_on_step_end returned"):
+        demo(PROMPT, **FAST, callback_on_step_end=lambda *_: returned)
+
+
+@pytest.mark.parametrize("returned", [{"latents": None}, {"latents": [1]}, {"latents": ZEROS[0]}, {"latents": ZEROS.astype(int)}])
+def test_latents_that_a_callback_may_not_return_are_named(demo, returned):
+    with pytest.raises(LatentsError, match="latents returned by the callback"):
+        demo(PROMPT, **FAST, callback_on_step_end=lambda *_: returned)
+
+
+@pytest.mark.parametrize("use", [lambda pipeline: pipeline("b", num_inference_steps=1), lambda pipeline: pipeline.close(),
+                                 lambda pipeline: pipeline.__exit__(None, None, None)])
+def test_a_callback_that_uses_its_own_pipeline_gets_an_error_and_does_not_hang(demo, use):
+    with pytest.raises(BusyPipelineError, match="in the middle of a call"):
+        demo(PROMPT, **FAST, callback_on_step_end=lambda pipeline, *_: use(pipeline))
+    assert demo(PROMPT, **FAST).evaluations == 3
+
+
+def test_a_signal_handler_that_closes_the_pipeline_gets_an_error_and_does_not_hang(demo_bundle):
+    with Pipeline.load(demo_bundle, backend="onnxruntime") as pipeline:
+        before = signal.signal(signal.SIGUSR1, lambda *_: pipeline.close())
+        try:
+            with pytest.raises(BusyPipelineError):
+                pipeline(PROMPT, **FAST, callback_on_step_end=lambda *_: signal.raise_signal(signal.SIGUSR1))
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+
+
+def test_whether_a_run_was_interrupted_belongs_to_its_own_call(demo):
+    wrong = []
+
+    def call(stops):
+        for _ in range(15):
+            def callback(pipeline, index, timestep, tensors):
+                pipeline.interrupt = stops
+            if demo(PROMPT, num_inference_steps=2, seed=0, callback_on_step_end=callback).interrupted != stops:
+                wrong.append(stops)
+
+    threads = [threading.Thread(target=call, args=(stops,)) for stops in (True, False, True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+# A loaded pipeline is what was loaded.
+
+BACKENDS = ["onnxruntime", "openvino"]
+
+
+@pytest.fixture
+def own_bundle(tiny_bundles, tmp_path):
+    """A copy of a tiny bundle to change under a pipeline."""
+    return Path(shutil.copytree(tiny_bundles["sd1"], tmp_path / "engines" / "sd1"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_closed_pipeline_says_so(own_bundle, backend):
+    pipeline = Pipeline.load(own_bundle, backend=backend)
+    pipeline.close()
+    pipeline.close()
+    with pytest.raises(ClosedPipelineError, match=r"was closed; load it again: Pipeline\.load\("):
+        pipeline("a ring", num_inference_steps=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_pipeline_that_is_dropped_is_gone_at_once(own_bundle, backend):
+    pipeline = Pipeline.load(own_bundle, backend=backend)
+    pipeline("a ring", num_inference_steps=1, progress=False)
+    kept = [weakref.ref(pipeline), weakref.ref(pipeline._backend)]
+    gc.disable()
+    try:
+        del pipeline
+        assert [reference() for reference in kept] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_a_pipeline_cannot_be_pickled_and_says_what_to_do(demo):
+    with pytest.raises(PicklingError, match=r"load it in the other process: Pipeline\.load"):
+        pickle.dumps(demo)
+
+
+def replace(bundle, other):
+    shutil.move(bundle, bundle.with_name("old"))
+    shutil.copytree(other, bundle)
+
+
+def delete(bundle, other):
+    shutil.rmtree(bundle)
+
+
+def overwrite(bundle, other):
+    for file in (bundle / "onnx").glob("*.data"):
+        with open(file, "r+b") as stream:
+            stream.write(b"\0" * file.stat().st_size)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("change", [replace, delete, overwrite])
+def test_a_bundle_that_changes_under_a_pipeline_is_an_error_or_does_not_matter(own_bundle, tiny_bundles, backend, change):
+    with Pipeline.load(own_bundle, backend=backend) as pipeline:
+        expected = {size: pixels(pipeline("a ring", size, size, num_inference_steps=2, seed=0)) for size in (64, 72)}
+        change(own_bundle, tiny_bundles["sd2"])
+        found = []
+        for size in (64, 72, 80):
+            try:
+                found.append(pixels(pipeline("a ring", size, size, num_inference_steps=2, seed=0)))
+            except BundleChangedError as error:
+                assert "Load it again: Pipeline.load(" in str(error)
+                found.append(None)
+        if change is overwrite:
+            assert found == [None, None, None]
+        else:
+            assert np.array_equal(found[0], expected[64])
+            assert np.array_equal(found[1], expected[72])
+            assert (found[2] is None) == (backend == "openvino")
+
+
+def test_files_that_were_touched_and_are_the_same_do_not_matter(own_bundle):
+    with Pipeline.load(own_bundle, backend="openvino") as pipeline:
+        for file in (own_bundle / "onnx").iterdir():
+            file.touch()
+        assert pipeline("a ring", 72, 72, num_inference_steps=1, progress=False).evaluations == 1
+
+
+def test_a_bundle_can_be_loaded_while_it_is_replaced(own_bundle, tmp_path):
+    others = [Path(shutil.copytree(own_bundle, tmp_path / f"other{i}")) for i in range(2)]
+    done, failures, loads = threading.Event(), [], []
+
+    def read():
+        while not done.is_set():
+            try:
+                loads.append(Bundle.open(own_bundle).name)
+            except BundleError as error:
+                failures.append(repr(error))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for i in range(60):
+        unfinished = own_bundle.with_name(".sd1.building")
+        shutil.copytree(others[i % 2], unfinished)
+        swap(own_bundle, unfinished, own_bundle.with_name(".sd1.replaced"))
+    done.set()
+    reader.join()
+    assert failures == []
+    assert loads
+
+
+def test_the_pause_between_two_renames_is_waited_for(own_bundle):
+    replaced = own_bundle.with_name(".sd1.replaced")
+    own_bundle.rename(replaced)
+    threading.Timer(0.2, lambda: replaced.rename(own_bundle)).start()
+    assert Bundle.open(own_bundle).name == "sd1"
