@@ -116,7 +116,8 @@ class Ours:
                                 num_images_per_prompt=request.batch, scheduler=self._sampler, progress=False)
         total, times = perf_counter() - started, result.timings
         np.save(request.file, np.stack([np.asarray(image) for image in result.images]))
-        return {"total": total, "text_encoder": times["tokenize"] + times["text_encoder"], "denoise": times["prepare"] + times["denoise"], "vae_decoder": times["vae_decoder"],
+        return {"total": total, "text_encoder": times["tokenize"] + times["text_encoder"], "denoise": times["prepare"] + times["denoise"],
+                "vae_decoder": times["vae_decoder"],
                 "steps": times["steps"], "evaluations": result.evaluations, "synchronised": True}
 
     def device_bytes(self) -> int | None:

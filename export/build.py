@@ -5,6 +5,7 @@ import errno
 import gc
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import nn
 
 from engine import __version__
@@ -25,12 +25,13 @@ from engine.backends.openvino import OpenVinoBackend
 from engine.bundle import FORMAT, MANIFEST, Bundle, sha256
 from engine.contract import COMPONENTS, PROMPT_TOKENS, Range, Shapes
 from engine.errors import BundleError
+from engine.manifest import own_files
 
-from . import parity
+from . import parity, targets
 from .checkpoint import Source
 from .compare import as_json
 from .errors import OutputError, UsageError
-from .folders import link, recover, swap
+from .folders import free_name, link, recover, swap
 from .graphs import DTYPES, Denoiser, Float32Norm, TextEncoder, VaeDecoder, VaeEncoder
 from .to_onnx import ATTENTION_OPSET, OPSET, example, export_onnx
 
@@ -78,48 +79,52 @@ def build(source: Source, output: Path, precision: str, shapes: Shapes, *, opset
             raise UsageError("--backend openvino measures which components may run in bf16, so it does not go with --no-verify; a bundle without these "
                              "measurements runs on OpenVINO in fp32")
         OpenVinoBackend({})  # BackendError now rather than after the export
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{output} cannot be made ({error.strerror}); pass another --output") from error
-    with _as_output_errors(output), FileLock(output / f".{source.name}.lock"):
-        return _build_locked(source, output, Graphs(precision, opset), shapes, openvino, verify, force, report)
+    target = targets.place(output, source.name, source.inputs)
+    with _as_output_errors(output), targets.locked(target, report):
+        return _build_locked(source, target, Graphs(precision, opset), shapes, openvino, verify, force, report)
 
 
-def _build_locked(source: Source, output: Path, graphs: Graphs, shapes: Shapes, openvino: bool, verify: bool, force: bool, report: Report) -> Outcome:
-    target, unfinished, replaced = (output / name for name in (source.name, f".{source.name}.building", f".{source.name}.replaced"))
-    recover(target, unfinished, replaced)
-    prints = {component: _fingerprint(source, component, graphs) for component in COMPONENTS}
+def _build_locked(source: Source, target: Path, graphs: Graphs, shapes: Shapes, openvino: bool, verify: bool, force: bool, report: Report) -> Outcome:
+    unfinished, replaced = (target.with_name(f".{target.name}.{state}") for state in ("building", "replaced"))
+    recover(target, unfinished, replaced, own_files().__contains__)
+    there = targets.examine(target)
     wanted = _wanted(source, graphs.precision, shapes)
-    old = None if force else _usable(target, report)
+    targets.require_same_model(target, there, wanted["source"])
+    prints = {component: _fingerprint(source, component, graphs) for component in COMPONENTS}
+    old = None if force or there.broken else _usable(target, report)
     kept = {c: old for c in COMPONENTS if old and old["components"][c]["fingerprint"] == prints[c]} if old else {}
     if old and len(kept) == len(COMPONENTS) and all(old[key] == value for key, value in wanted.items()) \
             and (old["verification"]["done"] or not verify) and ("openvino" in old or not openvino):
         report(f"{target} is up to date")
         return Outcome(target, old, ())
+    source.check()
     try:
         (unfinished / "onnx").mkdir(parents=True)
+        files: dict[str, Any] = {}
         checks: dict[str, Any] = {c: old["verification"]["components"].get(c) for c in kept} if old else {}
         details: dict[str, Any] = {}
         for number, component in enumerate(COMPONENTS, 1):
             label = f"[{number}/{len(COMPONENTS)}] {component}"
             if component in kept:
-                details[component] = _link(target, unfinished, kept[component], component)
+                details[component] = _link(target, unfinished, kept[component], component, files)
                 report(f"{label}: unchanged")
             else:
                 details[component], checks[component] = _export(source, component, graphs, unfinished, verify, label, report)
                 details[component]["fingerprint"] = prints[component]
         manifest = {"format": FORMAT, "name": source.name, **wanted, "components": details, "tokenizer": _write_tokenizer(source, unfinished),
                     "verification": {"done": False, "reason": "--no-verify", "components": {}}}
-        _write_manifest(unfinished, manifest)
+        _write_manifest(unfinished, manifest, files)
         if verify:
             manifest["verification"] = _verify_picture(source, unfinished, graphs.precision, checks, report)
-            _write_manifest(unfinished, manifest)
+            _write_manifest(unfinished, manifest, files)
             if openvino:
                 manifest["openvino"] = _measure_openvino(source, unfinished, graphs.precision, report)
-                _write_manifest(unfinished, manifest)
-        _keep_plans(target, unfinished)
-        swap(target, unfinished, replaced)
+                _write_manifest(unfinished, manifest, files)
+        if there.broken:
+            aside = free_name(target.with_name(f"{target.name}.broken"), "older")
+            target.rename(aside)
+            report(f"{target} had no manifest that can be read ({there.broken}); it was moved to {aside}")
+        swap(target, unfinished, replaced, there.named.__contains__)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     report(f"wrote {target}")
@@ -129,7 +134,8 @@ def _build_locked(source: Source, output: Path, graphs: Graphs, shapes: Shapes, 
 def _wanted(source: Source, precision: str, shapes: Shapes) -> dict[str, Any]:
     """What a manifest says besides the components; a bundle that differs in it is not up to date."""
     sides = {side: [r.min, r.opt, r.max] for side, r in (("height", shapes.height), ("width", shapes.width), ("batch", shapes.batch))}
-    return {"source": {**source.origin, "tokenizer": source.fingerprint("tokenizer")}, "precision": precision, "shapes": sides,
+    weights = hashlib.sha256("".join(source.fingerprint(part) for part in sorted(set(PART_OF.values()))).encode()).hexdigest()
+    return {"source": {**source.origin, "tokenizer": source.fingerprint("tokenizer"), "weights": weights}, "precision": precision, "shapes": sides,
             "scheduler": source.scheduler_config()}
 
 
@@ -143,7 +149,7 @@ def _fingerprint(source: Source, component: str, graphs: Graphs) -> str:
 
 def _usable(target: Path, report: Report) -> dict[str, Any] | None:
     """The manifest of an existing bundle whose files are all right."""
-    if not target.exists():
+    if not target.is_dir() or not any(target.iterdir()):
         return None
     try:
         return dict(Bundle.open(target).manifest)
@@ -214,10 +220,13 @@ def _write_tokenizer(source: Source, folder: Path) -> dict[str, Any]:
     return {"file": "tokenizer/tokenizer.json", "start": tokenizer.bos_token_id, "end": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
 
 
-def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """manifest.json with the hash of every other file."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
-    manifest["files"] = {f.relative_to(folder).as_posix(): {"sha256": sha256(f), "bytes": f.stat().st_size} for f in files}
+def _write_manifest(folder: Path, manifest: dict[str, Any], files: dict[str, Any]) -> None:
+    """manifest.json with the hash of every other file; those in `files` are known already, and the others are added to it."""
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if file.is_file() and name not in files and name != MANIFEST:
+            files[name] = {"sha256": sha256(file), "bytes": file.stat().st_size}
+    manifest["files"] = dict(sorted(files.items()))
     manifest["created"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     manifest["versions"] = {"latentrt": __version__, **{name: version(name) for name in ("torch", "diffusers", "onnx", "onnxruntime")}}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -230,7 +239,7 @@ def _verify_picture(source: Source, folder: Path, precision: str, checks: dict[s
     picture.save(folder / VERIFICATION_PICTURE)
     report(f"picture: {found.pixels_within_1:.2%} of the values within 1 of 255, PSNR {found.psnr_db:.1f} dB, latents within "
            f"{found.latents_max_abs:.1e} ({perf_counter() - started:.1f} s)")
-    return {"done": True, "components": checks, "picture": as_json(found)}
+    return {"done": True, "backend": OnnxRuntimeBackend({}).description, "precision": precision, "components": checks, "picture": as_json(found)}
 
 
 def _measure_openvino(source: Source, folder: Path, precision: str, report: Report) -> dict[str, Any]:
@@ -246,33 +255,37 @@ def _measure_openvino(source: Source, folder: Path, precision: str, report: Repo
     return choose_precision(folder, reference, 20 if small else 2, range(4) if small else [parity.SEED], report)
 
 
-def _link(old: Path, new: Path, manifest: dict[str, Any], component: str) -> dict[str, Any]:
-    """Takes over the files of an unchanged component, as hard links where the file system has them: its manifest entry."""
-    for name in manifest["files"]:
+def _link(old: Path, new: Path, manifest: dict[str, Any], component: str, files: dict[str, Any]) -> dict[str, Any]:
+    """Takes over the files of an unchanged component, as hard links where the file system has them, and their hashes: its manifest entry."""
+    for name, entry in manifest["files"].items():
         if name.startswith(f"onnx/{component}.onnx"):
             link(old / name, new / name)
+            files[name] = entry
     return dict(manifest["components"][component])
-
-
-def _keep_plans(old: Path, new: Path) -> None:
-    """Takes over TensorRT's plans and timing caches. Those whose graph has changed are found out when they are loaded, by its hash."""
-    if (old / "plans").is_dir():
-        shutil.copytree(old / "plans", new / "plans", copy_function=link)
 
 
 def _require_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < 1.1 * needed:
-        raise OutputError(f"{folder.parent} has {free / 1e9:.2f} GB free; the next component needs {needed / 1e9:.2f} GB. Free some, or pass another --output")
+        raise OutputError(f"{folder.parent} has {megabytes(free)} free; the next component needs {megabytes(needed)}. Free some, or pass another --output")
+
+
+def megabytes(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 @contextmanager
 def _as_output_errors(output: Path) -> Iterator[None]:
+    """OSErrors become named errors about the file that they are about."""
     try:
         yield
     except OSError as error:
+        file = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes, os.PathLike)) else output
         if error.errno == errno.ENOSPC:
             raise OutputError(f"the disk of {output} is full; nothing was changed. Free some space, or pass another --output") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise OutputError(f"{output} cannot be written ({error.strerror}); pass another --output") from error
-        raise
+        if error.errno == errno.EFBIG:
+            raise OutputError(f"{output} may not take files of that size (ulimit -f); nothing was changed. Raise it, or pass another --output") from error
+        inside = output.absolute() in [file.absolute(), *file.absolute().parents]
+        cure = "pass another --output" if inside else "let this user read it"
+        raise OutputError(f"{file} cannot be {'written or read' if inside else 'read'} ({error.strerror or error}); {cure}") from error

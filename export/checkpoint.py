@@ -39,6 +39,10 @@ class Source(ABC):
 
     name: str
     origin: dict[str, str]
+    inputs: tuple[Path, ...] = ()
+
+    def check(self) -> None:  # noqa: B027
+        """Finds what is wrong before anything is traced."""
 
     @abstractmethod
     def text_encoder(self) -> CLIPTextModel: ...
@@ -134,7 +138,7 @@ class DiffusersFolder(Source):
     """A folder as diffusers' `save_pretrained` writes it."""
 
     def __init__(self, folder: Path, name: str, origin: dict[str, str]) -> None:
-        self.folder, self.name, self.origin = folder, name, origin
+        self.folder, self.name, self.origin, self.inputs = folder, name, origin, (folder,)
         index = folder / "model_index.json"
         if not index.is_file():
             raise UnreadableModelError(f"{folder} has no model_index.json, so it is not a diffusers model; pass the folder that save_pretrained wrote")
