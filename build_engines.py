@@ -13,31 +13,41 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from engine.backends import BACKENDS, default_backend, gpu_number, tensorrt_is_usable
 from engine.backends.openvino import OpenVinoBackend
 from engine.contract import VAE_FACTOR, Range, Shapes
-from engine.errors import EngineError
+from engine.errors import EngineError, shown
+from engine.libraries import install_command
+from engine.manifest import LARGEST_BATCH, LARGEST_SIDE, SMALLEST_SIDE
 from export.errors import ExportError, UsageError
 
-SMALLEST_SIDE = 16
+NAME = re.compile(r"[^\W_][^/\\:\x00-\x1f\x7f]*")
+LONGEST_NAME = 100
+
+FOR_TENSORRT = ("rows", "diagnose", "workspace", "max_aux_streams", "optimization_level")
+"""Options that say how plans are built."""
+
+FOR_A_MODEL = ("output", "name", "precision", "opset", "random_weights", "tokenizer", "prediction_type", "scheduler")
+"""Options that say how a model becomes a bundle, and that a bundle which is there has behind it."""
 
 
-def parse_range(text: str, what: str, multiple: int, smallest: int) -> Range:
+def parse_range(text: str, what: str, multiple: int, smallest: int, largest: int) -> Range:
     """N or MIN:OPT:MAX as a Range; UsageError says what is wrong with it."""
     parts = text.split(":")
-    if len(parts) not in (1, 3) or not all(part.isdecimal() for part in parts):
-        raise UsageError(f"--{what} is {text!r}; it must be N or MIN:OPT:MAX, for example {64 * multiple} or {8 * multiple}:{64 * multiple}:{128 * multiple}")
+    if len(parts) not in (1, 3) or not all(re.fullmatch(r"[0-9]{1,9}", part) for part in parts):
+        raise UsageError(f"--{what} is {shown(text)}; it must be N or MIN:OPT:MAX, for example {64 * multiple} or "
+                         f"{8 * multiple}:{64 * multiple}:{128 * multiple}")
     low, best, high = (int(part) for part in (parts * 3 if len(parts) == 1 else parts))
     for value in (low, best, high):
-        if value % multiple or value < smallest:
-            rule = f"a multiple of {multiple} from {smallest} up" if multiple > 1 else f"{smallest} or more"
-            raise UsageError(f"--{what} {value} is not {rule}")
+        if value % multiple or not smallest <= value <= largest:
+            rule = f"a multiple of {multiple}" if multiple > 1 else "a number"
+            raise UsageError(f"--{what} {value} is not {rule} from {smallest} to {largest}")
     if not low <= best <= high:
-        raise UsageError(f"--{what} is {text!r}; MIN <= OPT <= MAX must hold")
+        raise UsageError(f"--{what} is {shown(text)}; MIN <= OPT <= MAX must hold")
     return Range(low, best, high)
 
 
@@ -45,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="build_engines.py", description="Build a bundle: the graphs of a Stable Diffusion model, ready for the runtime.")
     p.add_argument("model", nargs="?", metavar="MODEL", help="a diffusers folder, a hub id, a .safetensors or .ckpt file in the CompVis layout, or a "
                    "known architecture (sd15, sd21, sd21-base) with --random-weights; default: the built-in model")
-    p.add_argument("--output", type=Path, default=Path("engines"), help="the folder that bundles go to (default: engines/)")
+    p.add_argument("--output", type=Path, help="the folder that bundles go to (default: engines/)")
     p.add_argument("--name", help="what the bundle is called (default: what the model is called)")
     p.add_argument("--bundle", type=Path, metavar="FOLDER", help="build TensorRT plans of this bundle instead of a bundle of MODEL")
     p.add_argument("--backend", choices=BACKENDS, help="default: tensorrt where TensorRT and a GPU are found, else onnxruntime; openvino "
@@ -56,15 +66,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--width", metavar="N", help="the same")
     p.add_argument("--batch", metavar="N", help="pictures per call, the same (default: 1 for tensorrt, else 1:1:8)")
     p.add_argument("--rows", metavar="N", help="rows of the U-Net in one call, the same (default: twice the pictures, with guidance, and once)")
-    p.add_argument("--opset", type=int, choices=[18, 23], default=18, help="23 has attention as one operator, for TensorRT 10.14 and later (default: 18)")
-    p.add_argument("--device", default="cuda", metavar="cuda:N", help="the GPU that plans are built on and for (default: cuda:0)")
-    p.add_argument("--optimization-level", type=int, choices=range(6), default=3, help="how long TensorRT searches; 5 takes hours (default: 3)")
+    p.add_argument("--opset", type=int, choices=[18, 23], help="23 has attention as one operator, for TensorRT 10.14 and later (default: 18)")
+    p.add_argument("--device", metavar="cuda:N", help="the GPU that plans are built on and for (default: cuda:0)")
+    p.add_argument("--optimization-level", type=int, choices=range(6), help="how long TensorRT searches; 5 takes hours (default: 3)")
     p.add_argument("--workspace", type=float, metavar="GIB", help="memory that TensorRT may try out (default: all)")
     p.add_argument("--max-aux-streams", type=int, metavar="N", help="streams that a plan may use besides its own (default: TensorRT decides)")
     p.add_argument("--diagnose", action="store_true", help="build the plans again and compare them with ONNX Runtime layer by layer")
     p.add_argument("--random-weights", action="store_true", help="MODEL is an architecture; its weights are seeded random numbers")
     p.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="CLIP's tokenizer for a single file (default: from the hub)")
     p.add_argument("--prediction-type", metavar="TYPE", help="epsilon or v_prediction, for a single file of an SD 2.x model that does not say")
+    p.add_argument("--scheduler", metavar="NAME", help="the sampler that the bundle has as its own, for a model whose own is not known here (default: the "
+                   "model's)")
     p.add_argument("--no-verify", action="store_true", help="do not compare with torch, diffusers and ONNX Runtime; the manifest says so")
     p.add_argument("--force", action="store_true", help="build even if nothing changed")
     p.add_argument("--quiet", action="store_true", help="print errors only")
@@ -74,8 +86,9 @@ def parser() -> argparse.ArgumentParser:
 
 def parse_ranges(options: argparse.Namespace) -> dict[str, list[Range]]:
     """What --height, --width, --batch and --rows ask for, by name; names that were not given are missing."""
-    limits = {"height": (VAE_FACTOR, SMALLEST_SIDE), "width": (VAE_FACTOR, SMALLEST_SIDE), "batch": (1, 1), "rows": (1, 1)}
-    given = {name: getattr(options, name).split(",") for name in limits if getattr(options, name)}
+    side = (VAE_FACTOR, SMALLEST_SIDE, LARGEST_SIDE)
+    limits = {"height": side, "width": side, "batch": (1, 1, LARGEST_BATCH), "rows": (1, 1, 2 * LARGEST_BATCH)}
+    given = {name: getattr(options, name).split(",") for name in limits if getattr(options, name) is not None}
     return {name: [parse_range(text, name, *limits[name]) for text in texts] for name, texts in given.items()}
 
 
@@ -106,17 +119,36 @@ def run(options: argparse.Namespace) -> None:
     """Builds what the options ask for."""
     asked = parse_ranges(options)
     report = (lambda message: None) if options.quiet else (lambda message: print(message, flush=True))
-    if options.bundle is not None and (options.model is not None or options.backend == "onnxruntime"):
-        raise UsageError("--bundle builds TensorRT plans of a bundle that is there; leave MODEL and --backend onnxruntime out")
+    check_bundle_options(options)
     tensorrt = options.bundle is not None or (options.backend or ("tensorrt" if tensorrt_is_usable() else "onnxruntime")) == "tensorrt"
-    gpu = gpu_number(options.device)
+    gpu = gpu_number(options.device or "cuda")
     if tensorrt:
         check_tensorrt_options(options, gpu)
-    elif "rows" in asked or options.diagnose or options.workspace is not None or options.max_aux_streams is not None:
-        raise UsageError("--rows, --diagnose, --workspace and --max-aux-streams are for --backend tensorrt")
+    else:
+        refuse(options, FOR_TENSORRT, "is for --backend tensorrt")
+        if options.device not in (None, "cpu"):
+            raise UsageError(f"--device {options.device} is for --backend tensorrt; graphs for OpenVINO and ONNX Runtime are built on the CPU. Leave it out")
     folder = options.bundle or build_bundle(options, asked, options.precision or ("fp16" if tensorrt else "fp32"), report)
     if tensorrt:
         build_plans(options, folder, asked, gpu or 0, report)
+
+
+def refuse(options: argparse.Namespace, names: Iterable[str], why: str) -> None:
+    """UsageError for the first of these options that was given: none is ignored."""
+    for name in names:
+        if getattr(options, name) not in (None, False):
+            raise UsageError(f"--{name.replace('_', '-')} {why}; leave it out")
+
+
+def check_bundle_options(options: argparse.Namespace) -> None:
+    """UsageError for options that do not go together, and for names that no folder can have."""
+    if options.bundle is not None:
+        if options.model is not None or options.backend not in (None, "tensorrt"):
+            raise UsageError("--bundle builds TensorRT plans of a bundle that is there; leave MODEL and other backends than tensorrt out")
+        refuse(options, FOR_A_MODEL, "is for building a bundle from a model, and --bundle takes one that is there")
+    if options.name is not None and (not NAME.fullmatch(options.name) or len(options.name.encode(errors="replace")) > LONGEST_NAME):
+        raise UsageError(f"--name {shown(options.name)} cannot be a folder's name; it begins with a letter or digit, holds no / \\ or :, and has at most "
+                         f"{LONGEST_NAME} bytes")
 
 
 def check_tensorrt_options(options: argparse.Namespace, gpu: int | None) -> None:
@@ -125,8 +157,10 @@ def check_tensorrt_options(options: argparse.Namespace, gpu: int | None) -> None
     from engine.backends.tensorrt_versions import load_tensorrt
     if gpu is None:
         raise UsageError("--device cpu cannot build TensorRT plans; leave it out, or pass --backend onnxruntime")
-    if (options.workspace is not None and options.workspace <= 0) or (options.max_aux_streams is not None and options.max_aux_streams < 0):
-        raise UsageError("--workspace must be above 0 (GiB), --max-aux-streams 0 or more")
+    if options.workspace is not None and not 0 < options.workspace < 2**20:
+        raise UsageError(f"--workspace {options.workspace:g} is not a number of GiB above 0")
+    if options.max_aux_streams is not None and not 0 <= options.max_aux_streams < 2**10:
+        raise UsageError(f"--max-aux-streams is {shown(options.max_aux_streams)}; it must be from 0 to 1023")
     load_tensorrt()
     with Device(gpu).closing():
         pass
@@ -138,15 +172,14 @@ def build_bundle(options: argparse.Namespace, asked: dict[str, list[Range]], pre
     quiet_libraries()
     from export.build import build, default_shapes
     from export.checkpoint import resolve
+    from export.to_onnx import OPSET
 
-    source = resolve(options.model, options.random_weights, options.tokenizer, options.prediction_type)
+    source = resolve(options.model, options.random_weights, options.tokenizer, options.prediction_type, options.scheduler)
     if options.name is not None:
-        if not re.fullmatch(r"\w[\w.-]*", options.name):
-            raise UsageError(f"--name {options.name!r} is not a plain name; letters, digits, '.', '_' and '-' are allowed")
         source.name = options.name
     defaults = default_shapes(source.sample_size())
     shapes = Shapes(**{side: envelope(asked.get(side, [getattr(defaults, side)])) for side in ("height", "width", "batch")})
-    made = build(source, options.output, precision, shapes, opset=options.opset, openvino=options.backend == "openvino",
+    made = build(source, options.output or Path("engines"), precision, shapes, opset=options.opset or OPSET, openvino=options.backend == "openvino",
                  verify=not options.no_verify, force=options.force, report=report)
     if made.exported and options.backend is None and precision != "bf16" and default_backend() == "openvino" and OpenVinoBackend({}).has_bf16():
         report("on this CPU it runs in fp32; --backend openvino measures which components may run in bf16, which is faster")
@@ -160,7 +193,8 @@ def build_plans(options: argparse.Namespace, folder: Path, asked: dict[str, list
 
     shapes, one = Bundle.open(folder, verify=False).shapes, Range(1, 1, 1)
     sides = {name: Range(best, best, best) for name, best in (("height", shapes.height.opt), ("width", shapes.width.opt))}
-    settings = to_tensorrt.Settings(options.optimization_level, options.workspace and int(options.workspace * 2**30), options.max_aux_streams)
+    level = 3 if options.optimization_level is None else options.optimization_level
+    settings = to_tensorrt.Settings(level, options.workspace and int(options.workspace * 2**30), options.max_aux_streams)
     to_tensorrt.build_plans(folder, profiles(asked, Shapes(**sides, batch=one)), settings, gpu=gpu, compare=not options.no_verify,
                             diagnose=options.diagnose, force=options.force, report=report)
 
@@ -179,13 +213,21 @@ def main(arguments: list[str] | None = None) -> int:
     except (ExportError, EngineError) as error:
         failure, message, code = error, str(error), error.exit_code
     except ImportError as error:
-        failure, message, code = error, f"{error}; install what building needs: pip install latentrt[export,cpu]", 1
+        failure, message, code = error, f"{error}. {sys.executable} lacks what building needs; {install_hint()}", 1
     except Exception as error:
         failure, message, code = error, f"{type(error).__name__}: {error} (run again with --debug for the traceback)", 1
     if options.debug:
         traceback.print_exception(failure)
     print(f"build_engines.py: {message}", file=sys.stderr)
     return code
+
+
+def install_hint() -> str:
+    """Another Python that has it, or how it is installed."""
+    python = Path(__file__).parent / ".venv" / "bin" / "python"
+    if python.is_file() and not Path(sys.prefix).samefile(python.parents[1]):
+        return f"take the one that `make demo` set up: {python} {Path(__file__).name}"
+    return f"install it: {install_command('export', 'cpu')}"
 
 
 def end_at_once_if_building(code: int) -> None:

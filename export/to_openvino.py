@@ -74,8 +74,9 @@ def _pictures(bundle: Bundle, precision: dict[str, str], steps: int, seeds: Sequ
     backend = OpenVinoBackend(bundle.graphs, bundle.shapes, precision=precision)
     with Pipeline(bundle, backend) as pipeline:
         scheduler = parity.scheduler_of(bundle)
-        return [np.asarray(pipeline(parity.PROMPT, num_inference_steps=steps, guidance_scale=parity.GUIDANCE, seed=seed, scheduler=scheduler,
-                                    progress=False).images[0]) for seed in seeds]
+        return [np.asarray(image) for seed in seeds for image in pipeline(
+            parity.PROMPT, num_inference_steps=steps, guidance_scale=parity.GUIDANCE, num_images_per_prompt=bundle.shapes.batch.min, seed=seed,
+            scheduler=scheduler, progress=False).images]
 
 
 def _psnr(exact: Sequence[np.ndarray], pictures: Sequence[np.ndarray]) -> float:

@@ -41,9 +41,11 @@ class Parts:
 
 
 def fix_shapes(library: Any, model: Any, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Makes the model one for inputs of these shapes only, without operations that ask for a shape."""
+    """Makes the model one for inputs of these shapes only, without operations that ask for a shape or for a type."""
     model.reshape({name: list(shape) for name, shape in shapes.items()})
     for node in model.get_ordered_ops():
+        if node.get_type_name() == "ConvertLike":
+            _replace(node.output(0).get_target_inputs(), library.opset13.convert(node.input_value(0), node.get_output_element_type(0).get_type_name()))
         if node.get_type_name() == "ShapeOf":
             shape = np.array(list(node.input_value(0).get_shape()), node.get_element_type().to_dtype())
             _replace(node.output(0).get_target_inputs(), library.opset13.constant(shape))

@@ -30,15 +30,15 @@ def fold_upsampling(library: Any, model: Any, keep: Keep) -> None:
         if weights.get_type_name() == "Constant":
             bias = _added_constant(node)
             old = node if bias is None else next(iter(node.output(0).get_target_inputs())).get_node()
-            _replace(old, _four_convolutions(library, node.input_value(0).get_node().input_value(0), np.asarray(weights.data), bias, keep))
+            _replace(old, _four_convolutions(library, node.input_value(0).get_node().input_value(0), weights, bias, keep))
 
 
-def _four_convolutions(library: Any, image: Any, weights: np.ndarray, bias: Any, keep: Keep) -> Any:
-    op, pixels = library.opset13, []
+def _four_convolutions(library: Any, image: Any, weights: Any, bias: Any, keep: Keep) -> Any:
+    op, pixels, exact = library.opset13, [], _float32(library, weights)
     for y in (0, 1):
         for x in (0, 1):
-            folded = np.einsum("ay,oiyx,bx->oiab", FOLD[y], weights.astype(np.float32), FOLD[x], optimize=True)
-            pixel = op.convolution(image, _constant(library, keep(folded.astype(weights.dtype))), [1, 1], [1 - y, 1 - x], [y, x], [1, 1])
+            folded = np.einsum("ay,oiyx,bx->oiab", FOLD[y], exact, FOLD[x], optimize=True)
+            pixel = op.convolution(image, _constant_like(library, folded, weights, keep), [1, 1], [1 - y, 1 - x], [y, x], [1, 1])
             pixels.append(pixel if bias is None else op.add(pixel, bias))
     return op.depth_to_space(op.concat(pixels, 1), "blocks_first", 2)
 
@@ -83,13 +83,14 @@ def halve_linears(library: Any, model: Any, keep: Keep) -> None:
         if layer is None:
             continue
         x, weights, bias = layer
-        for output, columns, added in zip(node.outputs(), np.split(weights, 2, axis=1), np.split(bias, 2)):
-            half = op.add(op.matmul(x, _constant(library, keep(columns)), False, False), _constant(library, keep(added)))
+        columns, added = np.split(_float32(library, weights), 2, axis=1), np.split(_float32(library, bias).reshape(-1), 2)
+        for output, some, constant in zip(node.outputs(), columns, added):
+            half = op.add(op.matmul(x, _constant_like(library, some, weights, keep), False, False), _constant_like(library, constant, bias, keep))
             _redirect(output, half)
 
 
-def _halved_linear(node: Any) -> tuple[Any, np.ndarray, np.ndarray] | None:
-    """Input, weights [in, out] and bias [out] of the linear layer whose only use is that this node splits its output in halves."""
+def _halved_linear(node: Any) -> tuple[Any, Any, Any] | None:
+    """Input, weights [in, out] and bias of the linear layer whose only use is that this node splits its output in halves."""
     if node.get_type_name() != "Split" or node.get_attributes()["num_splits"] != 2:
         return None
     add, axis = (value.get_node() for value in node.input_values())
@@ -101,11 +102,24 @@ def _halved_linear(node: Any) -> tuple[Any, np.ndarray, np.ndarray] | None:
     weights = product.input_value(1).get_node()
     if weights.get_type_name() != "Constant" or len(weights.get_output_shape(0)) != 2 or any(product.get_attributes().values()):
         return None
-    return product.input_value(0), np.asarray(weights.data), np.asarray(bias.data).reshape(-1)
+    return product.input_value(0), weights, bias
 
 
-def _constant(library: Any, array: np.ndarray) -> Any:
-    return library.op.Constant(array, shared_memory=True)
+def _float32(library: Any, constant: Any) -> np.ndarray:
+    """A constant's values. OpenVINO shows the bits of bfloat16, which NumPy does not have, as float16."""
+    raw = np.asarray(constant.data)
+    if constant.get_element_type() == library.Type.bf16:
+        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return raw.astype(np.float32, copy=False)
+
+
+def _constant_like(library: Any, values: np.ndarray, model: Any, keep: Keep) -> Any:
+    """float32 values as a constant of the type that `model` has."""
+    if model.get_element_type() != library.Type.bf16:
+        return library.op.Constant(keep(values.astype(np.asarray(model.data).dtype, copy=False)), shared_memory=True)
+    bits = np.ascontiguousarray(values).view(np.uint32).astype(np.uint64)
+    rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)  # to the nearest, ties to even
+    return library.op.Constant(library.Tensor(rounded, library.Shape(list(values.shape)), library.Type.bf16), shared_memory=False)
 
 
 def _replace(old: Any, new: Any) -> None:

@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -146,6 +147,19 @@ def test_opset_23_has_attention_as_one_operator_and_the_same_picture(tiny_source
     operators = [node.op_type for node in onnx.load(str(outcome.folder / "onnx" / "denoiser.onnx"), load_external_data=False).graph.node]
     assert operators.count("Attention") == 8
     assert "Softmax" not in operators
+    pictures = [picture_of(outcome.folder, backend) for backend in ("onnxruntime", "openvino")]
+    assert psnr(*pictures) > 50
+
+
+def picture_of(folder, backend):
+    with Pipeline.load(folder, backend=backend) as pipeline:
+        return np.asarray(pipeline("a ring", num_inference_steps=5, seed=0).images[0])
+
+
+@pytest.mark.slow
+def test_a_bf16_bundle_makes_the_picture_on_openvino(tiny_sources, tiny_bundles, tmp_path):
+    halved = build(tiny_sources["sd1"], tmp_path, "bf16", default_shapes(64), verify=False).folder
+    assert psnr(picture_of(halved, "openvino"), picture_of(tiny_bundles["sd1"], "onnxruntime")) > 35
 
 
 def test_bf16_is_refused_where_it_cannot_be_verified(built, tmp_path):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from engine.backends.openvino_parts import fix_shapes, split
-from engine.backends.openvino_rewrites import FOLD, fold_upsampling, halve_linears
+from engine.backends.openvino_rewrites import FOLD, _constant_like, _float32, fold_upsampling, halve_linears
 from engine.backends.pages import Scratch
 from engine.bundle import Bundle
 from engine.errors import BackendError
@@ -149,3 +149,24 @@ def test_the_folded_weights_are_those_that_meet_the_same_pixel():
     for parity, tap in itertools.product((0, 1), range(3)):
         pixel = (parity + tap - 1) // 2 + (1 - parity)
         assert FOLD[parity][:, tap].tolist() == [float(pixel == 0), float(pixel == 1)]
+
+
+def test_values_of_bfloat16_are_read_and_rounded_as_openvino_does():
+    import torch
+    values = np.array([[1.0, -3.14159, 1e-30, 65504.0, 1.00390625, 1.01171875, 3e38, 0.0]], np.float32)
+    model = op.constant(np.zeros((1, 8), np.float32), openvino.Type.bf16)
+    made = _constant_like(openvino, values, model, Scratch().copy)
+    assert made.get_element_type() == openvino.Type.bf16
+    np.testing.assert_array_equal(_float32(openvino, made), torch.from_numpy(values).bfloat16().float().numpy())
+
+
+def test_an_operation_that_asks_for_a_type_becomes_one_that_knows_it():
+    value, like = op.parameter([-1, 3], np.float32), op.parameter([-1, 3], np.float16)
+    value.set_friendly_name("value")
+    like.set_friendly_name("like")
+    for node, name in ((value, "value"), (like, "like")):
+        node.output(0).set_names({name})
+    model = openvino.Model([op.convert_like(value, like)], [value, like], "typed")
+    fix_shapes(openvino, model, {"value": (2, 3), "like": (2, 3)})
+    assert "ConvertLike" not in operators(model)
+    assert run(model, normal(2, 3), normal(2, 3, dtype=np.float16))[0].dtype == np.float16
