@@ -78,13 +78,11 @@ def choose_seeds(first: int | None, count: int) -> list[int]:
 
 def check_call(options: argparse.Namespace, texts: list[str]) -> Bundle:
     """The bundle, if it and the arguments look right as far as that can be seen without loading a graph; the pipeline checks the rest."""
-    from .backends import gpu_number
     from .bundle import Bundle
     from .checks import check_prompts
     from .samplers import sampler_name, step_table
     from .schedule import Schedule
     check_prompts(texts, options.negative_prompt)
-    gpu_number(options.device)
     bundle = Bundle.open(options.bundle, verify=False)
     schedule = Schedule.from_config(bundle.scheduler)
     step_table(sampler_name(options.scheduler, schedule), schedule, min(options.steps, schedule.train_timesteps), options.eta)

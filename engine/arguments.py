@@ -75,7 +75,7 @@ def _add_picture(c: argparse.ArgumentParser) -> None:
     c.add_argument("--width", type=whole_number(1, 1 << 16), metavar="PIXELS")
     c.add_argument("--count", type=whole_number(1, MAX_PICTURES), default=1, metavar="N", help="pictures of each text (default: 1)")
     c.add_argument("--backend", choices=BACKENDS, metavar="NAME", help=f"{', '.join(BACKENDS)} (default: see below)")
-    c.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: by the backend)")
+    c.add_argument("--device", type=device, metavar="NAME", help="cpu, cuda or cuda:N (default: by the backend)")
     c.add_argument("--no-cuda-graphs", action="store_true", help="launch every kernel of a step from the host")
     c.add_argument("--threads", type=whole_number(1, 1024), metavar="N", help="default: every core")
     c.add_argument("--quiet", action="store_true", help="print errors only")
@@ -109,6 +109,13 @@ def number(low: float = -math.inf) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(f"{shorten(text)} is not a finite number{floor}")
         return value
     return parse
+
+
+def device(text: str) -> str:
+    """An argument's type: "cpu", "cuda" or "cuda:N"."""
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,4})?", text):
+        raise argparse.ArgumentTypeError(f"{shorten(text)} is none of cpu, cuda and cuda:N with the number of a GPU")
+    return text
 
 
 def path(text: str) -> Path:

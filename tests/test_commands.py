@@ -104,7 +104,7 @@ def test_picture_command_numbers_several_pictures(demo_bundle, tmp_path):
     (["--height", "500"], 2, "height 500 is not a multiple of 8"),
     (["--scheduler", "best"], 2, "'best' is not known"),
     (["--backend", "torch"], 2, "--backend: invalid choice: 'torch' (choose from"),
-    (["--device", "gpu"], 2, "device is 'gpu'"),
+    (["--device", "gpu"], 2, "--device: 'gpu' is none of cpu, cuda and cuda:N"),
     (["--negative-prompt", "\udc80"], 2, "negative_prompt is not valid UTF-8"),
     (["--prompts", "/nowhere.txt"], 2, "--prompts '/nowhere.txt' cannot be read (No such file or directory)"),
     (["--no-such-option"], 2, "unrecognized arguments: --no-such-option; `python -m engine --help` lists what is taken"),
