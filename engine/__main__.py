@@ -19,10 +19,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from .arguments import MAX_PICTURES, parser, program, read_prompts, shorten
+from .arguments import MAX_PICTURES, parse, program, read_prompts, shorten
 from .errors import BatchError, EngineError, OutputFileError, SeedError
 from .libraries import install_command, installed
-from .output import check_output, write_picture
 
 if TYPE_CHECKING:
     from .bundle import Bundle
@@ -36,6 +35,7 @@ WORKING_NOTE = 10.0
 
 def picture(options: argparse.Namespace) -> int:
     """Makes the pictures, writes them and prints where, how long it took and how far the bundle is from diffusers."""
+    from .output import check_output, write_picture
     texts = read_prompts(options.prompt, options.prompts)
     total = len(texts) * options.count
     if total > MAX_PICTURES:
@@ -53,7 +53,8 @@ def picture(options: argparse.Namespace) -> int:
         for size in split(total, call_sizes(pipeline, options, total)):
             made = sum(len(result.seeds) for result in results)
             part = wanted[made:made + size]
-            with note_after(WORKING_NOTE, f"making picture {made + 1} of {total}", not options.quiet and not _is_terminal(sys.stderr), WORKING_NOTE):
+            doing = f"making picture {made + 1} of {total}" if size == 1 else f"making pictures {made + 1} to {made + size} of {total}"
+            with note_after(WORKING_NOTE, doing, not options.quiet and not _is_terminal(sys.stderr), WORKING_NOTE):
                 results.append(pipeline(
                     [text for text, _, _ in part], options.height, options.width, options.steps, options.guidance_scale, options.negative_prompt,
                     eta=options.eta, seed=[seed for _, seed, _ in part], scheduler=options.scheduler, progress=not options.quiet))
@@ -204,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no failure
     try:
-        options = parser().parse_args(arguments)
+        options = parse(arguments)
     except SystemExit:
         with suppress(OutputFileError):
             say(None)

@@ -45,6 +45,16 @@ def program() -> str:
     return "latentrt" if Path(sys.argv[0]).stem == "latentrt" else "python -m engine"
 
 
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """What was asked for. SystemExit with 2 and one line for a mistake, with 0 after --help and --version."""
+    p = parser()
+    options, unknown = p.parse_known_args(arguments)
+    if unknown:
+        p.prog += f" {options.command}"
+        p.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return options
+
+
 def parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     p = Parser(prog=program(), description="Pictures from texts, without torch.")

@@ -107,7 +107,7 @@ def test_picture_command_numbers_several_pictures(demo_bundle, tmp_path):
     (["--device", "gpu"], 2, "--device: 'gpu' is none of cpu, cuda and cuda:N"),
     (["--negative-prompt", "\udc80"], 2, "negative_prompt is not valid UTF-8"),
     (["--prompts", "/nowhere.txt"], 2, "--prompts '/nowhere.txt' cannot be read (No such file or directory)"),
-    (["--no-such-option"], 2, "unrecognized arguments: --no-such-option; `python -m engine --help` lists what is taken"),
+    (["--no-such-option"], 2, "unrecognized arguments: --no-such-option; `python -m engine picture --help` lists what is taken"),
     (["--output", "/dev/null/a.png"], 1, "/dev/null/a.png cannot be written: /dev/null is not a folder"),
     (["--output", "a.gif"], 2, "the extension '.gif' is no format of pictures; pass a name that ends in .png, .jpg, .jpeg or .webp"),
 ])
@@ -307,11 +307,12 @@ def test_a_package_that_is_missing_is_named_with_the_python_that_has_it(tmp_path
     assert ": .venv/bin/python -m engine doctor" in command.what_to_install(missing, ["doctor"])
 
 
-def test_a_missing_package_is_one_line(tmp_path):
-    code = "import sys; sys.modules['PIL'] = None; from engine.__main__ import main; sys.exit(main(['picture', 'red']))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize(("package", "asked"), [("PIL", ["picture", "red"]), ("numpy", ["picture", "red"]), ("numpy", ["doctor"])])
+def test_a_missing_package_is_one_line(package, asked):
+    code = f"import sys; sys.modules[{package!r}] = None; from engine.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", code, *asked], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert f"{sys.executable} cannot import PIL" in done.stderr
+    assert f"{sys.executable} cannot import {package}" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
