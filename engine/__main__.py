@@ -35,7 +35,7 @@ WORKING_NOTE = 10.0
 
 def picture(options: argparse.Namespace) -> int:
     """Makes the pictures, writes them and prints where, how long it took and how far the bundle is from diffusers."""
-    from .output import check_output, write_picture
+    from .output import check_output
     texts = read_prompts(options.prompt, options.prompts)
     total = len(texts) * options.count
     if total > MAX_PICTURES:
@@ -49,23 +49,33 @@ def picture(options: argparse.Namespace) -> int:
         pipeline = Pipeline.load(options.bundle, backend=options.backend or quickest_backend(bundle, options.device), device=options.device,
                                  cuda_graphs=not options.no_cuda_graphs, threads=options.threads)
     with pipeline:
-        results: list[Result] = []
-        for size in split(total, call_sizes(pipeline, options, total)):
-            made = sum(len(result.seeds) for result in results)
-            part = wanted[made:made + size]
-            doing = f"making picture {made + 1} of {total}" if size == 1 else f"making pictures {made + 1} to {made + size} of {total}"
-            with note_after(WORKING_NOTE, doing, not options.quiet and not _is_terminal(sys.stderr), WORKING_NOTE):
-                results.append(pipeline(
-                    [text for text, _, _ in part], options.height, options.width, options.steps, options.guidance_scale, options.negative_prompt,
-                    eta=options.eta, seed=[seed for _, seed, _ in part], scheduler=options.scheduler, progress=not options.quiet))
-            for image, (text, seed, file) in zip(results[-1].images, part):
-                write_picture(image, file)
-                if not options.quiet:
-                    say(f"wrote {file}" + (f" (seed {seed}, {shorten(text)})" if total > 1 else ""))
+        results = make(pipeline, wanted, options)
         if not options.quiet:
             from .summary import summarize
             say(summarize(pipeline.bundle.manifest, pipeline.description, results))
     return 0
+
+
+def make(pipeline: Pipeline, wanted: Sequence[tuple[str, int, Path]], options: argparse.Namespace) -> list[Result]:
+    """Makes the pictures of texts and seeds in as few calls as the bundle allows and writes each call's: the results, without the images."""
+    from dataclasses import replace
+
+    from .output import write_picture
+    results: list[Result] = []
+    made, total, told = 0, len(wanted), not options.quiet
+    for size in split(total, call_sizes(pipeline, options, total)):
+        texts, seeds, files = zip(*wanted[made:made + size])
+        doing = f"making picture {made + 1} of {total}" if size == 1 else f"making pictures {made + 1} to {made + size} of {total}"
+        with note_after(WORKING_NOTE, doing, told and not _is_terminal(sys.stderr), WORKING_NOTE):
+            result = pipeline(texts, options.height, options.width, options.steps, options.guidance_scale, options.negative_prompt,
+                              eta=options.eta, seed=seeds, scheduler=options.scheduler, progress=told)
+        for text, seed, file, image in zip(texts, seeds, files, result.images):
+            write_picture(image, file)
+            if told:
+                say(f"wrote {file}" + (f" (seed {seed}, {shorten(text)})" if total > 1 else ""))
+        results.append(replace(result, images=None))
+        made += size
+    return results
 
 
 def choose_seeds(first: int | None, count: int) -> list[int]:

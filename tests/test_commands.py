@@ -191,6 +191,13 @@ def test_more_pictures_than_the_bundle_makes_at_once(demo_bundle, tmp_path, monk
     assert len(os.listdir(tmp_path)) == 9
 
 
+def test_pictures_that_are_written_leave_the_memory(demo, tmp_path):
+    options = arguments.parse(["picture", "--steps", "1", "--quiet"])
+    results = command.make(demo, [("a ring", seed, tmp_path / f"{seed}.png") for seed in range(9)], options)
+    assert [result.images for result in results] == [None, None]
+    assert [result.seeds for result in results] == [[0, 1, 2, 3, 4], [5, 6, 7, 8]]
+
+
 @pytest.mark.parametrize(("total", "sizes", "calls"), [
     (1, [1], [1]), (9, [1, 2, 3, 4, 5, 6, 7, 8], [5, 4]), (6, [2, 4], [4, 2]), (8, [1, 4], [4, 4]), (6, [1, 4], [4, 1, 1]), (5, [2], [5]),
     (3, [], [3]), (10_000, [1, 8], [8] * 1250),
