@@ -2,13 +2,22 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PROMPT ?= a large red circle on a blue background
+
+# The text may hold anything. $(value) takes it as it was typed; every other way, the export of command-line variables included,
+# would run the $(shell ...) in it. The recipe finds it in the environment, where no shell reads it either.
+ifeq ($(origin PROMPT),undefined)
+PROMPT := a large red circle on a blue background
+endif
+export LATENTRT_PROMPT := $(value PROMPT)
+unexport PROMPT
+MAKEOVERRIDES :=
 
 .PHONY: demo test lint train clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python build_engines.py
-	$(BIN)/python -m engine picture "$(PROMPT)" --bundle engines/demo --guidance-scale 5 --seed 0 --output engines/demo.png
+	$(BIN)/python -m engine picture --bundle engines/demo --guidance-scale 5 --seed 0 --output engines/demo.png -- "$$LATENTRT_PROMPT"
+	@echo 'The next one:  $(BIN)/python -m engine picture "a small green star on a white background"'
 
 test: lint
 	$(BIN)/python -m pytest -q

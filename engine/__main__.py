@@ -6,116 +6,235 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import re
+import shlex
 import sys
+import threading
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING
 
-from .errors import EngineError, OutputFileError
+from .arguments import MAX_PICTURES, parse, program, read_prompts, shorten
+from .errors import BatchError, EngineError, OutputFileError, SeedError
+from .libraries import install_command, installed
 
 if TYPE_CHECKING:
+    from .bundle import Bundle
+    from .contract import Shapes
     from .pipeline import Pipeline, Result
 
-
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m engine", description="Pictures from texts, without torch.")
-    commands = p.add_subparsers(dest="command", required=True)
-    c = commands.add_parser("picture", help="make a picture from a text")
-    c.add_argument("prompt")
-    c.add_argument("--bundle", type=Path, default=Path("engines/demo"), help="default: engines/demo")
-    c.add_argument("--output", type=Path, default=Path("picture.png"), help="a PNG file; several pictures get numbers (default: picture.png)")
-    c.add_argument("--negative-prompt", default="", metavar="TEXT")
-    c.add_argument("--steps", type=int, default=20, metavar="N")
-    c.add_argument("--guidance-scale", type=float, default=7.5, metavar="G")
-    c.add_argument("--seed", type=int, default=None, metavar="N", help="default: a random one")
-    c.add_argument("--scheduler", default=None, metavar="NAME", help="default: the model's own")
-    c.add_argument("--height", type=int, default=None, metavar="PIXELS")
-    c.add_argument("--width", type=int, default=None, metavar="PIXELS")
-    c.add_argument("--count", type=int, default=1, metavar="N", help="pictures to make")
-    c.add_argument("--backend", default=None, metavar="NAME", help="tensorrt, openvino or onnxruntime (default: by what the machine has)")
-    c.add_argument("--device", default=None, metavar="NAME", help="cpu, cuda or cuda:N (default: by the backend)")
-    c.add_argument("--no-cuda-graphs", action="store_true", help="launch every kernel of a step from the host")
-    c.add_argument("--threads", type=int, default=None, metavar="N", help="default: every core")
-    c.add_argument("--quiet", action="store_true", help="print errors only")
-    c.add_argument("--debug", action="store_true", help="print the traceback of an error")
-    c = commands.add_parser("doctor", help="say what this machine has and which bundles it can use")
-    c.add_argument("--bundles", type=Path, default=Path("engines"), metavar="FOLDER", help="a bundle, or a folder of bundles (default: engines/)")
-    c.add_argument("--verify", action="store_true", help="read every file and compare its SHA-256")
-    c.add_argument("--debug", action="store_true", help="print the traceback of an error")
-    return p
+LOADING_NOTE = 2.0
+WORKING_NOTE = 10.0
+"""Seconds after which standard error is told what takes so long."""
 
 
-def picture(options: argparse.Namespace) -> None:
+def picture(options: argparse.Namespace) -> int:
     """Makes the pictures, writes them and prints where, how long it took and how far the bundle is from diffusers."""
+    from .output import check_output
+    texts = read_prompts(options.prompt, options.prompts)
+    total = len(texts) * options.count
+    if total > MAX_PICTURES:
+        raise BatchError(f"{len(texts)} texts with --count {options.count} are {total} pictures; one run makes at most {MAX_PICTURES}")
+    files = check_output(options.output, total)
+    wanted = list(zip([text for text in texts for _ in range(options.count)], choose_seeds(options.seed, options.count) * len(texts), files))
+    bundle = check_call(options, texts)
+
     from .pipeline import Pipeline
-    if not options.output.parent.is_dir():
-        raise OutputFileError(f"{options.output} cannot be written: {options.output.parent} is not a folder; make it, or pass another --output")
-    with Pipeline.load(options.bundle, backend=options.backend, device=options.device, cuda_graphs=not options.no_cuda_graphs,
-                       threads=options.threads) as pipeline:
-        result = pipeline(
-            options.prompt, options.height, options.width, options.steps, options.guidance_scale, options.negative_prompt, options.count,
-            seed=options.seed, scheduler=options.scheduler, progress=not options.quiet)
-        files = [options.output if options.count == 1 else options.output.with_stem(f"{options.output.stem}-{i}") for i in range(options.count)]
-        for image, file in zip(result.images, files):
-            write_png(image, file)
+    with note_after(LOADING_NOTE, f"loading {options.bundle}", not options.quiet):
+        pipeline = Pipeline.load(options.bundle, backend=options.backend or quickest_backend(bundle, options.device), device=options.device,
+                                 cuda_graphs=not options.no_cuda_graphs, threads=options.threads)
+    with pipeline:
+        results = make(pipeline, wanted, options)
         if not options.quiet:
-            print(summary(pipeline, result, files))
+            from .summary import summarize
+            say(summarize(pipeline.bundle.manifest, pipeline.description, results))
+    return 0
 
 
-def write_png(image: object, file: Path) -> None:
-    """Writes a temporary file and renames it, so that a failure leaves what was there. OutputFileError if it cannot."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+def make(pipeline: Pipeline, wanted: Sequence[tuple[str, int, Path]], options: argparse.Namespace) -> list[Result]:
+    """Makes the pictures of texts and seeds in as few calls as the bundle allows and writes each call's: the results, without the images."""
+    from dataclasses import replace
+
+    from .output import write_picture
+    results: list[Result] = []
+    made, total, told = 0, len(wanted), not options.quiet
+    for size in split(total, call_sizes(pipeline, options, total)):
+        texts, seeds, files = zip(*wanted[made:made + size])
+        doing = f"making picture {made + 1} of {total}" if size == 1 else f"making pictures {made + 1} to {made + size} of {total}"
+        with note_after(WORKING_NOTE, doing, told and not _is_terminal(sys.stderr), WORKING_NOTE):
+            result = pipeline(texts, options.height, options.width, options.steps, options.guidance_scale, options.negative_prompt,
+                              eta=options.eta, seed=seeds, scheduler=options.scheduler, progress=told)
+        for text, seed, file, image in zip(texts, seeds, files, result.images):
+            write_picture(image, file)
+            if told:
+                say(f"wrote {file}" + (f" (seed {seed}, {shorten(text)})" if total > 1 else ""))
+        results.append(replace(result, images=None))
+        made += size
+    return results
+
+
+def choose_seeds(first: int | None, count: int) -> list[int]:
+    """The seeds of a text's pictures: `first` and those after it; a random one if there is none. SeedError past the last seed."""
+    import secrets
+    first = secrets.randbits(32) if first is None else first
+    if first + count > 2**64:
+        raise SeedError(f"--seed {first} with --count {count} goes beyond the last seed, {2**64 - 1}; take a smaller --seed")
+    return list(range(first, first + count))
+
+
+def check_call(options: argparse.Namespace, texts: list[str]) -> Bundle:
+    """The bundle, if it and the arguments look right as far as that can be seen without loading a graph; the pipeline checks the rest."""
+    from .bundle import Bundle
+    from .checks import check_prompts
+    from .samplers import sampler_name, step_table
+    from .schedule import Schedule
+    check_prompts(texts, options.negative_prompt)
+    bundle = Bundle.open(options.bundle, verify=False)
+    schedule = Schedule.from_config(bundle.scheduler)
+    step_table(sampler_name(options.scheduler, schedule), schedule, min(options.steps, schedule.train_timesteps), options.eta)
+    return bundle
+
+
+def quickest_backend(bundle: Bundle, device: str | None) -> str | None:
+    """The backend that has a picture first from a cold start: ONNX Runtime for small models on the CPU, which OpenVINO compiles for longer than
+    they run. None leaves the choice to `Pipeline.load`."""
+    from .backends import gpu_number, tensorrt_is_usable
+    from .backends.onnxruntime import LARGE_GRAPH
+    if gpu_number(device) is not None or (device != "cpu" and tensorrt_is_usable()) or bundle.precision == "bf16" or not installed("onnxruntime"):
+        return None
+    graph = bundle.graphs["denoiser"]
+    size = sum(file.stat().st_size for file in graph.parent.glob(f"{graph.name}*"))
+    return "onnxruntime" if size < LARGE_GRAPH else None
+
+
+def call_sizes(pipeline: Pipeline, options: argparse.Namespace, total: int) -> list[int]:
+    """How many pictures, up to `total`, one call may make with these options."""
+    rows = 2 if options.guidance_scale > 1 else 1
+
+    def serves(profile: Shapes, batch: int) -> bool:
+        sides = (options.height is None or options.height in profile.height) and (options.width is None or options.width in profile.width)
+        return sides and batch in profile.batch and (profile.rows is None or rows * batch in profile.rows)
+
+    profiles = pipeline._backend.profiles
+    largest = min(total, max(profile.batch.max for profile in profiles))
+    return [batch for batch in range(1, largest + 1) if any(serves(profile, batch) for profile in profiles)]
+
+
+def split(total: int, sizes: Sequence[int]) -> list[int]:
+    """`total` as a sum of the fewest `sizes`, of equal ones if that takes no more; [total] if there is no such sum."""
+    calls, last = [0.0], [0]
+    for n in range(1, total + 1):
+        fewest = min(((calls[n - size], size) for size in sizes if size <= n), default=(math.inf, 0))
+        calls.append(fewest[0] + 1)
+        last.append(fewest[1])
+    if calls[total] == math.inf:
+        return [total]
+    best: list[int] = []
+    while total > sum(best):
+        best.append(last[total - sum(best)])
+    small, larger = divmod(total, len(best))
+    equal = [small + 1] * larger + [small] * (len(best) - larger)
+    return equal if set(equal) <= set(sizes) else best
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Prints the report: 0 if every bundle can make pictures here, 1 if one cannot or there is none."""
+    from .doctor import diagnose
+    report = diagnose(options.bundles, options.verify)
+    while True:
+        try:
+            say(next(report))
+        except StopIteration as end:
+            return 0 if end.value else 1
+
+
+def say(text: str | None) -> None:
+    """Prints, or for None what argparse has printed. A reader that has gone away is no failure: what was asked for is done all the same.
+    OutputFileError for a full disk."""
+    if sys.stdout is None:
+        return
     try:
-        image.save(unfinished, format="PNG")  # type: ignore[attr-defined]
-        os.replace(unfinished, file)
+        print(text or "", end="" if text is None else "\n", flush=True)
     except OSError as error:
-        raise OutputFileError(f"{file} cannot be written ({error.strerror}); pass another --output") from error
-    finally:
         with suppress(OSError):
-            unfinished.unlink()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise OutputFileError(f"standard output cannot be written ({error.strerror})") from error
 
 
-def summary(pipeline: Pipeline, result: Result, files: list[Path]) -> str:
-    """What a user wants to know about a run, in lines."""
-    times, verification = result.timings, pipeline.bundle.manifest["verification"]
-    mean_step = 1000 * sum(times["steps"]) / len(times["steps"])
-    lines = [f"wrote {file}" for file in files]
-    lines.append(f"seed {', '.join(map(str, result.seeds))}; {pipeline.description}{', CUDA graph' if times['path'] == 'cuda_graph' else ''}")
-    lines.append(f"tokenize {1000 * times['tokenize']:.1f} ms, text encoder {1000 * times['text_encoder']:.1f} ms, denoise "
-                 f"{1000 * times['denoise']:.1f} ms ({len(times['steps'])} steps of {mean_step:.1f} ms), VAE decoder "
-                 f"{1000 * times['vae_decoder']:.1f} ms, total {1000 * times['total']:.1f} ms")
-    if verification["done"]:
-        p = verification["picture"]
-        lines.append(f"when built, this bundle's picture was diffusers': {p['pixels_within_1']:.2%} of the values within 1 of 255, PSNR "
-                     f"{p['psnr_db']:.1f} dB, latents within {p['latents_max_abs']:.1e} ({p['steps']} steps, {p['scheduler']}, seed {p['seed']})")
+@contextmanager
+def note_after(seconds: float, text: str, wanted: bool, every: float | None = None) -> Iterator[None]:
+    """Tells standard error what is being done if the block takes longer than `seconds`, then `every` so many seconds again."""
+    finished, started = threading.Event(), perf_counter()
+
+    def tell() -> None:
+        pause: float | None = seconds
+        while not finished.wait(pause):
+            with suppress(OSError, ValueError):
+                print(f"{text} ({perf_counter() - started:.0f} s so far)", file=sys.stderr, flush=True)
+            pause = every
+
+    if wanted:
+        threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield
+    finally:
+        finished.set()
+
+
+def _is_terminal(stream: object) -> bool:
+    return bool(stream) and stream.isatty()  # type: ignore[attr-defined]
+
+
+def in_words_of_the_shell(message: str) -> str:
+    """A message of the Python interface with the options of the command."""
+    return re.sub(r"\b(backend|device)='([\w:]+)'", r"--\1 \2", message)
+
+
+def what_to_install(error: ImportError, arguments: list[str]) -> str:
+    """What is missing in which Python, and which Python has it or how it gets there."""
+    environment = Path(__file__).parents[1] / ".venv"
+    python = environment / "bin" / "python"
+    if python.exists() and environment.resolve() != Path(sys.prefix).resolve():
+        shown = os.path.relpath(python) if environment.parent == Path.cwd() else str(python)
+        remedy = f"`make demo` has installed what is needed for another Python: {shlex.join([shown, '-m', 'engine', *arguments])}"
     else:
-        lines.append("this bundle was built with --no-verify: nobody compared it with diffusers")
-    return "\n".join(lines)
+        remedy = f"install what is needed: {shlex.quote(sys.executable)}{install_command('runtime', 'cpu').removeprefix('python')}"
+    return f"{sys.executable} cannot import {error.name or 'a package'} ({error}); {remedy}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command: 0, 2 for a mistake of the user's, 1 for a failure."""
-    options = parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no failure
+    try:
+        options = parse(arguments)
+    except SystemExit:
+        with suppress(OutputFileError):
+            say(None)
+        raise
     failure: Exception
     try:
-        if options.command == "doctor":
-            from . import doctor
-            doctor.main(options.bundles, options.verify)
-        else:
-            picture(options)
-        return 0
+        return {"picture": picture, "doctor": doctor}[options.command](options)
     except KeyboardInterrupt:
-        print("python -m engine: stopped", file=sys.stderr)
-        return 130
+        message, code = "stopped", 130
     except EngineError as error:
-        failure, message, code = error, str(error), error.exit_code
+        failure, message, code = error, in_words_of_the_shell(str(error)), error.exit_code
+    except ImportError as error:
+        failure, message, code = error, what_to_install(error, arguments), 1
     except Exception as error:
         failure, message, code = error, f"{type(error).__name__}: {error} (run again with --debug for the traceback)", 1
-    if options.debug:
-        traceback.print_exception(failure)
-    print(f"python -m engine: {message}", file=sys.stderr)
+    with suppress(OSError):
+        if options.debug and code != 130:
+            traceback.print_exception(failure)
+        print(f"{program()}: {message}", file=sys.stderr, flush=True)
     return code
 
 

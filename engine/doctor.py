@@ -2,42 +2,84 @@
 
     python -m engine doctor [--bundles engines/]
 
-Needs nothing but NumPy.
+Needs nothing but NumPy. Whatever is wrong with a library, a GPU or a bundle is a line of the report and not its end.
 """
 from __future__ import annotations
 
+import errno
+import json
+import os
 import platform
+import shlex
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 
-from .bundle import Bundle
+from .bundle import MANIFEST, Bundle
 from .errors import EngineError
-from .libraries import installed
+from .libraries import install_command, installed
 from .plans import Machine, Plans
+from .samplers import sampler_name, step_table
+from .schedule import Schedule
 from .version import __version__
 
 NVIDIA_SMI = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total,memory.free,driver_version", "--format=csv,noheader,nounits"]
+NVIDIA_SMI_SECONDS = 10.0
 
 
-def diagnose(bundles: Path, verify: bool = False) -> Iterator[str]:
-    """The report, line by line. `verify` reads every file of the bundles and plans and compares its SHA-256."""
+RUNTIME = {"PIL": "pillow", "tokenizers": "tokenizers", "tqdm": "tqdm"}
+"""Packages without which there is no picture, by what they are imported as."""
+
+Report = Generator[str, None, bool]
+"""Lines, and in the end whether all is well."""
+
+
+def diagnose(bundles: Path, verify: bool = False) -> Report:
+    """The report, line by line; True in the end if there are bundles and each can make pictures here with one backend at least.
+    `verify` reads every file of the bundles and plans and compares its SHA-256."""
     yield f"LatentRT {__version__}, Python {platform.python_version()}, NumPy {np.__version__}, {platform.platform()}"
     machines, lines = find_gpus()
     yield from lines
-    yield from find_libraries()
-    folders = sorted(file.parent for file in bundles.glob("*/manifest.json")) if bundles.is_dir() else []
-    if (bundles / "manifest.json").is_file():
-        folders = [bundles]
-    if not folders:
-        yield f"bundles: none in {bundles}; build one: python build_engines.py --output {bundles}"
+    absent = yield from find_libraries()
+    folders, problem = find_bundles(bundles)
+    if problem:
+        yield f"bundles: {problem}"
+    well = not problem
     for folder in folders:
-        yield from examine(folder, machines, verify)
+        well &= yield from examine(folder, machines, absent, verify)
+    return well
+
+
+def find_bundles(place: Path) -> tuple[list[Path], str]:
+    """The bundle at `place`, or those in it, damaged ones too; and why there is none."""
+    build = f"build one: python build_engines.py --output {shlex.quote(str(place))}"
+    try:
+        names = sorted(os.listdir(place))
+    except FileNotFoundError:
+        return [], f"there is no folder {place}; {build}"
+    except NotADirectoryError:
+        return [], f"{place} is not a folder; name one: python -m engine doctor --bundles engines"
+    except OSError as error:
+        return [], f"{place} cannot be read ({error.strerror}); allow it: chmod u+rx {shlex.quote(str(place))}"
+    if MANIFEST in names:
+        return [place], ""
+    folders = [place / name for name in names if not name.startswith(".") and _may_be_bundle(place / name)]
+    return folders, "" if folders else f"none in {place}; {build}"
+
+
+def _may_be_bundle(folder: Path) -> bool:
+    """Whether a folder is a bundle, was one, or cannot be looked into. A builder's unfinished folders have names with a dot."""
+    try:
+        return bool({MANIFEST, "onnx"} & set(os.listdir(folder)))
+    except NotADirectoryError:
+        return False
+    except OSError:
+        return True
 
 
 def find_gpus() -> tuple[list[Machine], list[str]]:
@@ -45,36 +87,52 @@ def find_gpus() -> tuple[list[Machine], list[str]]:
     listed = list_gpus()
     lines = [f"GPU {i}: {line}" for i, line in enumerate(listed)] or ["GPU: none that nvidia-smi knows of"]
     try:
-        from .backends.cuda import Device, count_devices, load_driver
-        from .backends.tensorrt_versions import load_tensorrt
+        from .backends.cuda import count_devices, load_driver
         load_driver()
-    except EngineError as error:
-        return [], [*lines, f"CUDA: {error}"]
+        count = count_devices()
+    except Exception as error:
+        return [], [*lines, f"CUDA: {reason(error)}"]
     machines = []
-    for number in range(count_devices()):
-        device = Device(number)
-        with device.closing():
-            free, total = device.memory()
-        lines.append(f"CUDA: GPU {number} is {device.name}, compute capability {device.compute_capability}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB "
-                     f"free; the driver supports CUDA {device.driver_version}")
+    for number in range(count):
         try:
-            machines.append(Machine(device.name, device.compute_capability, load_tensorrt().__version__))
-        except EngineError:
+            machine, line = look_at_gpu(number)
+        except Exception as error:
+            lines.append(f"CUDA: GPU {number} does not answer: {reason(error)}")
             continue
+        lines.append(line)
+        machines += [machine] if machine else []
     return machines, lines
+
+
+def look_at_gpu(number: int) -> tuple[Machine | None, str]:
+    """A GPU as plans know it, where TensorRT is, and a line about it. CudaError if it does not answer."""
+    from .backends.cuda import Device
+    from .backends.tensorrt_versions import load_tensorrt
+    device = Device(number)
+    with device.closing():
+        free, total = device.memory()
+    line = (f"CUDA: GPU {number} is {device.name}, compute capability {device.compute_capability}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB "
+            f"free; the driver supports CUDA {device.driver_version}")
+    try:
+        return Machine(device.name, device.compute_capability, load_tensorrt().__version__), line
+    except EngineError:  # find_libraries says why
+        return None, line
 
 
 def list_gpus() -> list[str]:
     """What nvidia-smi says, one line for each GPU."""
     if not shutil.which("nvidia-smi"):
         return []
-    done = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, check=False, timeout=30)
+    try:
+        done = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, errors="replace", check=False, timeout=NVIDIA_SMI_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):  # a driver that hangs; CUDA's own words follow
+        return []
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()] if done.returncode == 0 else []
     return [f"{row[0]}, compute capability {row[1]}, {row[2]} MiB ({row[3]} free), driver {row[4]}" for row in rows if len(row) == 5]
 
 
-def find_libraries() -> Iterator[str]:
-    """The inference libraries, with what can be said without loading a graph."""
+def find_libraries() -> Generator[str, None, dict[str, str]]:
+    """Lines about the inference libraries, without loading a graph; in the end, for each module that is not usable, why."""
     def tensorrt() -> str:
         from .backends.tensorrt_versions import load_tensorrt
         return str(load_tensorrt().__version__)
@@ -91,52 +149,124 @@ def find_libraries() -> Iterator[str]:
 
     known: list[tuple[str, str, str, Callable[[], str]]] = [
         ("TensorRT", "tensorrt", "tensorrt", tensorrt), ("OpenVINO", "openvino", "openvino", openvino), ("ONNX Runtime", "onnxruntime", "cpu", onnxruntime)]
+    absent: dict[str, str] = {}
     for name, module, extra, describe in known:
         if not installed(module):
-            yield f"{name}: not installed; pip install latentrt[{extra}]"
-            continue
+            absent[module] = f"not installed; {install_command(extra)}"
+        else:
+            try:
+                yield f"{name}: {describe()}"
+                continue
+            except Exception as error:  # a library that is there and does not load: its own words are the diagnosis
+                absent[module] = f"does not load: {reason(error)}"
+        yield f"{name}: {absent[module]}"
+    for package in ("cuda-bindings", "tokenizers", "pillow"):
         try:
-            yield f"{name}: {describe()}"
-        except Exception as error:  # a library that is there and does not load: its own words are the diagnosis
-            yield f"{name}: does not load: {error}"
-    for name, package in (("cuda-bindings", "cuda-bindings"), ("tokenizers", "tokenizers"), ("pillow", "pillow")):
-        try:
-            yield f"{name}: {version(package)}"
+            yield f"{package}: {version(package)}"
         except PackageNotFoundError:
-            yield f"{name}: not installed; pip install latentrt" + ("[tensorrt]" if name == "cuda-bindings" else "")
+            yield f"{package}: not installed; {install_command('tensorrt' if package == 'cuda-bindings' else 'runtime')}"
+    return absent
 
 
-def examine(folder: Path, machines: list[Machine], verify: bool) -> Iterator[str]:
-    """Whether a bundle is usable, and with which libraries on which GPUs."""
+def examine(folder: Path, machines: list[Machine], absent: dict[str, str], verify: bool) -> Report:
+    """Whether a bundle can make pictures, and with which libraries on which GPUs; True in the end if one of them will do."""
     try:
         bundle = Bundle.open(folder, verify)
-    except EngineError as error:
-        yield f"{folder}: not usable: {error}"
-        return
-    yield f"{folder}: {bundle.name}, {bundle.precision}, height x width {bundle.shapes}"
-    for library, extra in (("openvino", "openvino"), ("onnxruntime", "cpu")):
-        if not installed(library):
-            yield f"  {library}: not usable: not installed; pip install latentrt[{extra}]"
-        elif library == "onnxruntime" and bundle.precision == "bf16":
-            yield "  onnxruntime: not usable: its CPU provider has no bf16 kernels; build with --precision fp32 or fp16"
-        else:
-            yield f"  {library}: usable"
+        for name in bundle.manifest["files"]:
+            if not os.access(folder / name, os.R_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder / name))
+        title = f"{folder}: {bundle.name}, {bundle.precision}, height x width {bundle.shapes}"
+    except Exception as error:
+        yield f"{folder}: not usable: {reason(error, folder)}"
+        return False
+    yield title
+    complete = yield from _verdict("scheduler", partial(find_scheduler, bundle), folder)
+    complete &= yield from _verdict("tokenizer", partial(find_tokenizer, bundle), folder)
+    runs = False
+    for library in ("openvino", "onnxruntime"):
+        runs |= yield from _verdict(library, partial(find_cpu_backend, bundle, library, absent), folder)
     if not machines:
         yield "  tensorrt: not usable: there is no GPU with TensorRT here (see above)"
     for number, machine in enumerate(machines):
-        try:
-            plans = Plans.find(bundle, machine)
-            if verify:
-                for component in plans.build["components"]:
-                    plans.read(component)
-        except EngineError as error:
-            yield f"  tensorrt on GPU {number}: not usable: {error}"
-        else:
-            yield f"  tensorrt on GPU {number}: usable, height x width {'; '.join(str(profile) for profile in plans.profiles)}"
+        runs |= yield from _verdict(f"tensorrt on GPU {number}", partial(find_plans, bundle, machine, verify), folder)
+    return complete and runs
 
 
-def main(bundles: Path, verify: bool) -> None:
-    """Prints the report."""
-    for line in diagnose(bundles, verify):
-        print(line)
-    sys.stdout.flush()
+class NotUsable(Exception):
+    """Why something in a bundle is not usable here."""
+
+
+def _verdict(what: str, look: Callable[[], str], folder: Path) -> Report:
+    """One line: what was found, or why it is not usable."""
+    try:
+        yield f"  {what}: {look()}"
+        return True
+    except Exception as error:
+        yield f"  {what}: not usable: {reason(error, folder)}"
+        return False
+
+
+def find_scheduler(bundle: Bundle) -> str:
+    """The name of the model's own sampler, once it has a table of steps."""
+    other = f"name another: python -m engine picture 'a text' --bundle {shlex.quote(str(bundle.folder))} --scheduler euler"
+    schedule = Schedule.from_config(bundle.scheduler)
+    try:
+        name = sampler_name(None, schedule)
+        step_table(name, schedule, min(20, schedule.train_timesteps))
+    except EngineError as error:
+        raise NotUsable(f"{error}; {other}") from error
+    return name
+
+
+def find_tokenizer(bundle: Bundle) -> str:
+    """"usable", once it has made tokens of a text."""
+    missing = [package for module, package in RUNTIME.items() if not installed(module)]
+    if missing:
+        raise NotUsable(f"no picture without {', '.join(missing)}; {install_command('runtime')}")
+    from .tokenizer import ClipTokenizer
+    ClipTokenizer(bundle.tokenizer_file, bundle.special_tokens)(["a text"])
+    return "usable"
+
+
+def find_cpu_backend(bundle: Bundle, library: str, absent: dict[str, str]) -> str:
+    """"usable", unless the library is not, or cannot run this bundle."""
+    if library in absent:
+        raise NotUsable(absent[library])
+    if library == "onnxruntime" and bundle.precision == "bf16":
+        raise NotUsable("its CPU provider has no bf16 kernels; build with --precision fp32 or fp16")
+    if library == "openvino":
+        from .backends import openvino_precision
+        openvino_precision(bundle)
+    return "usable"
+
+
+def find_plans(bundle: Bundle, machine: Machine, verify: bool) -> str:
+    """The sizes that the plans for a GPU serve; `verify` reads the plans."""
+    plans = Plans.find(bundle, machine)
+    if verify:
+        for component in plans.build["components"]:
+            plans.read(component)
+    return f"usable, height x width {'; '.join(str(profile) for profile in plans.profiles)}"
+
+
+def reason(error: Exception, folder: Path | None = None) -> str:
+    """What went wrong, in one line that ends with what to do: named errors say it, others are about what a bundle holds."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (EngineError, NotUsable)) or folder is None:
+        return text or type(error).__name__
+    if isinstance(error, OSError):
+        place = error.filename if isinstance(error.filename, str) else str(folder)
+        return f"{place} cannot be read ({error.strerror}); allow it: chmod -R u+rwX {shlex.quote(str(folder))}"
+    return f"its manifest or a file in it is garbled ({type(error).__name__}: {text[:300]}); {rebuild(folder)}"
+
+
+def rebuild(folder: Path) -> str:
+    """What builds a bundle again: the command for the built-in model, or with its model to be filled in where the manifest does not tell."""
+    model = "MODEL "
+    try:
+        source = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["source"]
+        model = "" if source["kind"] == "built-in" else f"{shlex.quote(str(source['id']))} "
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        pass
+    where = f"--output {shlex.quote(str(folder.parent))} --name {shlex.quote(folder.name)} --force"
+    return f"build it again from its model: python build_engines.py {model}{where}"

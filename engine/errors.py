@@ -76,6 +76,14 @@ class UnknownSchedulerError(InputError):
     """There is no sampler of that name."""
 
 
+class OutputPathError(InputError):
+    """A picture's file has a name that is not taken, or is something that a picture never replaces: a folder, a device."""
+
+
+class PromptsFileError(InputError):
+    """A file of prompts is not readable, not UTF-8, or holds none."""
+
+
 class SchedulerConfigError(EngineError):
     """The model's scheduler_config.json asks for something that the samplers here do not do."""
 
