@@ -28,7 +28,7 @@ import psutil
 print(seconds, psutil.Process().memory_info().rss)
 """
 NOTHING = "pass"
-OUR_IMPORT = "from engine import Pipeline; import {library}"
+OUR_IMPORT = "from engine import Pipeline; from engine.libraries import import_library; import_library({library!r})"
 """With the library that runs the graphs, which the pipeline imports when it loads a bundle: diffusers' import has torch."""
 THEIR_IMPORT = "from diffusers import StableDiffusionPipeline"
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from .bundle import Bundle
 from .errors import EngineError
-from .libraries import installed
+from .libraries import import_library, installed
 from .plans import Machine, Plans
 from .version import __version__
 
@@ -80,11 +80,11 @@ def find_libraries() -> Iterator[str]:
         return str(load_tensorrt().__version__)
 
     def onnxruntime() -> str:
-        import onnxruntime as library
+        library = import_library("onnxruntime")
         return f"{library.__version__}, providers {', '.join(library.get_available_providers())}"
 
     def openvino() -> str:
-        import openvino as library
+        library = import_library("openvino")
         core = library.Core()
         return f"{library.__version__.split('-')[0]}, {core.get_property('CPU', 'FULL_DEVICE_NAME')}" \
             + (" with bfloat16" if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "")

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..contract import INPUTS, LATENT_CHANNELS, OUTPUTS, PROMPT_TOKENS, SLOTS, VAE_FACTOR, Shapes
 from ..errors import BackendError
+from ..libraries import import_library
 from .interface import Decoded, Denoising, HostStopwatch
 from .onnxruntime import LARGE_GRAPH, decoded_together
 from .openvino_parts import fix_shapes, split
@@ -78,7 +79,7 @@ class OpenVinoBackend:
         takes (None: every core), `precision` "fp32" or "bf16" for each component, fp32 where it is silent. On a CPU without
         bf16 instructions fp32 takes its place, with a warning. Raises BackendError where OpenVINO is missing."""
         try:
-            import openvino
+            openvino = import_library("openvino")
         except ImportError as error:
             raise BackendError(f"OpenVINO cannot be imported ({error}); install it: pip install latentrt[openvino]") from error
         self._library, self._graphs, self._core = openvino, graphs, openvino.Core()
