@@ -20,6 +20,7 @@ import numpy as np
 from benchmarks import statistics
 from benchmarks.errors import BenchmarkUsageError
 from benchmarks.latency import SHORT, progress
+from benchmarks.options import integer_from
 from benchmarks.report import conditions, print_table, write_json
 from benchmarks.worker import Worker, peak_bytes, serve
 from engine.bundle import Bundle
@@ -44,8 +45,8 @@ SETTLE = 0.2
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=Path, default=Path("engines/demo"), help="default: engines/demo")
-    parser.add_argument("--turns", type=int, default=20, metavar="N", help="of each setting and the first one of its library (default: 20)")
-    parser.add_argument("--runs", type=int, default=20, metavar="N", help="in each turn (default: 20)")
+    parser.add_argument("--turns", type=integer_from(1), default=20, metavar="N", help="of each setting and the first one of its library (default: 20)")
+    parser.add_argument("--runs", type=integer_from(1), default=20, metavar="N", help="in each turn (default: 20)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file")
 
 
@@ -64,6 +65,8 @@ def run(options: argparse.Namespace) -> None:
             for row in _measure(job, settings, options.turns, options.runs):
                 found.append(row)
     except KeyboardInterrupt:
+        if not found:
+            raise
         interrupted = True
     progress("")
     tables = [rows for rows in (found, sampler_table(height, width)) if rows]
