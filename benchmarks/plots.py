@@ -40,7 +40,7 @@ def _pyplot() -> Any:
 
 def _save(figure: Any, file: Path) -> None:
     from matplotlib import pyplot
-    figure.savefig(file, dpi=110, metadata={"Software": None})
+    figure.savefig(file, dpi=110, metadata={"Software": None} if file.suffix.lower() == ".png" else None)
     pyplot.close(figure)
 
 
