@@ -3,11 +3,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
 import traceback
 from typing import Any
 
-from benchmarks.errors import BenchmarkError, BenchmarkUsageError
+from benchmarks.errors import BenchmarkError
+from benchmarks.options import check_files
+from engine.libraries import install_command
 
 COMMANDS = {
     "latency": "how fast a picture is, stage by stage, beside diffusers and others",
@@ -43,9 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     failure: Exception
     try:
         options = parser(words[0] if words else "").parse_args(words)
-        for file in (getattr(options, name, None) for name in ("json", "plot", "output")):
-            if file and not file.parent.is_dir():
-                raise BenchmarkUsageError(f"{file} cannot be written: {file.parent} is not a folder; make it, or pass another file")
+        check_files(options)
         _module(options.command).run(options)
         return 0
     except KeyboardInterrupt:
@@ -53,6 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BenchmarkError as error:
         failure, message, code = error, str(error), error.exit_code
+    except ImportError as error:
+        failure, message, code = error, f"{error}; install what benchmarks need: {install_command('export', 'cpu', 'benchmarks')}", 1
     except Exception as error:
         failure, message, code = error, f"{type(error).__name__}: {error} (run again with --debug for the traceback)", getattr(error, "exit_code", 1)
         if hasattr(error, "exit_code"):
@@ -63,5 +66,19 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
+def tidy_up_when_terminated() -> None:
+    """Makes SIGTERM and SIGHUP end the command as Ctrl-C does, so that temporary folders and processes go with it."""
+    signals = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+
+    def end(number: int, _: Any) -> None:
+        for one in signals:
+            signal.signal(one, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    for one in signals:
+        signal.signal(one, end)
+
+
 if __name__ == "__main__":
+    tidy_up_when_terminated()
     sys.exit(main())

@@ -22,10 +22,10 @@ import numpy as np
 from benchmarks import statistics
 from benchmarks.errors import BenchmarkUsageError, NothingOfOursError, SkippedSide, UnknownSideError
 from benchmarks.models import model_folder, sampler_of
+from benchmarks.options import integer_from, integers_from, seconds
 from benchmarks.quiet import allowed_share, load, others_share, wait_until_quiet
 from benchmarks.report import conditions, print_table, write_json
 from benchmarks.sides import OURS, SCHEDULERS, THEIRS, Request, Setup, Side
-from benchmarks.worker import ROOT
 from engine.backends import default_backend
 from engine.bundle import Bundle
 from engine.checks import check_shapes
@@ -60,10 +60,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", default="diffusers,diffusers-bf16", metavar="A,B", help="diffusers, diffusers-channels-last, diffusers-bf16 (with "
                         "channels_last), diffusers-compile (that compiled), diffusers-fp32, diffusers-fp32-compile, optimum; '' for nothing "
                         "(default: diffusers,diffusers-bf16)")
-    parser.add_argument("--pictures", type=int, default=PICTURES, metavar="N", help=f"of each side after the warm-up (default: {PICTURES})")
-    parser.add_argument("--budget", type=float, default=SLOW, metavar="SECONDS",
+    parser.add_argument("--pictures", type=integer_from(1), default=PICTURES, metavar="N", help=f"of each side after the warm-up (default: {PICTURES})")
+    parser.add_argument("--budget", type=seconds, default=SLOW, metavar="SECONDS",
                         help=f"for one configuration; fewer pictures are made where they would take longer, at least {LEAST} (default: {SLOW:g})")
-    parser.add_argument("--batch", default="1", metavar="N,M", help="pictures per call (default: 1)")
+    parser.add_argument("--batch", type=integers_from(1), default=[1], metavar="N,M", help="pictures per call (default: 1)")
     parser.add_argument("--sizes", metavar="WxH,...", help="pixels (default: what the bundle is best at)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a bar for each side, with its stages")
 
@@ -73,9 +73,11 @@ def common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=Path, default=Path("engines/demo"), help="default: engines/demo")
     parser.add_argument("--backend", metavar="A,B", help=f"ours: {', '.join(OURS)} (default: what Pipeline.load would choose)")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="the bundle's model in the diffusers layout, where the bundle does not say where it is")
+    parser.add_argument("--cache", type=Path, metavar="FOLDER", help="where a model with random weights is written in that layout for the others, and found "
+                        "again (default: a temporary folder)")
     parser.add_argument("--scheduler", choices=sorted(SCHEDULERS), help="default: the model's own")
-    parser.add_argument("--steps", type=int, default=20, metavar="N")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="of every side (default: each library's own choice)")
+    parser.add_argument("--steps", type=integer_from(1), default=20, metavar="N", help="default: 20")
+    parser.add_argument("--threads", type=integer_from(0), default=0, metavar="N", help="of every side (default: each library's own choice)")
     parser.add_argument("--python", action="append", default=[], metavar="SIDE=PATH", help="another interpreter for a side, where its packages do not get "
                         "along with these")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file")
@@ -86,23 +88,25 @@ def run(options: argparse.Namespace) -> None:
     bundle = Bundle.open(options.bundle, verify=False)
     sides = [*names(options.backend or default_backend()), *names(options.against)]
     sizes = [parse_size(text) for text in names(options.sizes)] or [(bundle.shapes.width.opt, bundle.shapes.height.opt)]
-    batches = [int(text) for text in names(options.batch)]
-    for width, height in sizes:
-        for batch in batches:
-            check_shapes(height, width, batch, 2 * batch, (bundle.shapes,), bundle.command)
+    wanted = [(width, height, batch) for width, height in sizes for batch in options.batch]
+    for width, height, batch in wanted:
+        check_shapes(height, width, batch, 2 * batch, (bundle.shapes,), bundle.command)
     setups = setups_of(bundle, sides, options)
     content: dict[str, Any] = {"benchmark": "latency", "bundle": bundle.name, "steps": options.steps, "guidance_scale": GUIDANCE,
                                "scheduler": setups[0].sampler, "threads": options.threads, "configurations": [], "interrupted": False}
-    for width, height in sizes:
-        for batch in batches:
+    try:
+        for width, height, batch in wanted:
             print(f"{width} x {height}, batch {batch}, {options.steps} steps of {setups[0].sampler}", flush=True)
             request = Request("", 0, height, width, batch, options.steps, GUIDANCE, "")
             found = measure(setups, pythons(options.python), request, options.pictures, options.budget)
             content["configurations"].append(found)
-            content["interrupted"] = found["interrupted"]
             show(found)
             if found["interrupted"]:
-                break
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        if not content["configurations"]:
+            raise
+        content["interrupted"] = True
     write_json(options.json, {**statistics.as_json(content), **conditions()})
     if options.plot:
         from benchmarks.plots import latency
@@ -135,8 +139,10 @@ def setups_of(bundle: Bundle, sides: Sequence[str], options: argparse.Namespace)
     for side in sides:
         if side not in (*OURS, *THEIRS):
             raise UnknownSideError(f"{side!r} is not known; it must be one of {', '.join((*OURS, *THEIRS))}")
+    if not any(side in OURS for side in sides):
+        raise NothingOfOursError(f"there is nothing of ours to measure; --backend must name one or more of {', '.join(OURS)}")
     theirs = any(side not in OURS for side in sides)
-    model = model_folder(bundle, options.model, ROOT / "build" / "benchmarks") if theirs else Path()
+    model = model_folder(bundle, options.model, options.cache) if theirs else Path()
     sampler = options.scheduler or sampler_of(bundle)
     return [Setup(side, str(bundle.folder.resolve()), str(model.resolve()), sampler, options.threads) for side in sides]
 
@@ -194,6 +200,8 @@ def measure(setups: Sequence[Setup], interpreters: dict[str, str], request: Requ
                 if disturbed and disturbed[-1] is turn:
                     wait_until_quiet(_pids(sides), PATIENCE, allowed)
         except KeyboardInterrupt:
+            if not turns and not disturbed:
+                raise
             interrupted = True
             print(f"\nstopped after {len(turns)} pictures of each side", flush=True)
         progress("")

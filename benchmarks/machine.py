@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.errors import BenchmarkUsageError
-from engine.libraries import installed
+from engine.libraries import import_library, installed
 
 MATRIX_SIDES = (1024, 2048, 4096)
 """Of square matrices; the fastest counts."""
@@ -67,8 +67,8 @@ def _product(side: int, element: int) -> bytes:
 
 
 def _onnxruntime(side: int, precision: str, threads: int) -> Callable[[], Any]:
-    import onnxruntime
     from onnx import TensorProto
+    onnxruntime = import_library("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(_product(side, TensorProto.FLOAT), options, providers=["CPUExecutionProvider"])
@@ -77,8 +77,8 @@ def _onnxruntime(side: int, precision: str, threads: int) -> Callable[[], Any]:
 
 
 def _openvino(side: int, precision: str, threads: int) -> Callable[[], Any]:
-    import openvino
     from onnx import TensorProto
+    openvino = import_library("openvino")
     options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "fp16": "f32", "bf16": "bf16"}[precision], "PERFORMANCE_HINT": "LATENCY"}
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads

@@ -18,8 +18,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks import weight
+from benchmarks.errors import BenchmarkUsageError
 from benchmarks.report import conditions, print_table, write_json
 from benchmarks.settings import inputs_of, sampler_graph
+from engine.bundle import Bundle
+from engine.libraries import install_command, installed
 
 STEPS = 200
 REPEATS = 7
@@ -101,6 +104,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Measures all of it, prints tables and writes the numbers."""
+    Bundle.open(options.bundle, verify=False)
+    if not installed("psutil"):
+        raise BenchmarkUsageError(f"the memory of a process is measured with psutil; install it: {install_command('benchmarks')}")
     from export.libraries import quiet_libraries
     quiet_libraries()
     rows, in_graph = steps_outside_unet()

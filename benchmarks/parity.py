@@ -9,6 +9,7 @@ import numpy as np
 
 from benchmarks import statistics
 from benchmarks.latency import GUIDANCE, common_arguments, names, opened, progress, pythons, request_of, setups_of
+from benchmarks.options import integer_from
 from benchmarks.report import conditions, print_table, write_json
 from benchmarks.sides import Request
 from engine.backends import default_backend
@@ -21,7 +22,7 @@ REFERENCE = "diffusers-fp32"
 def arguments(parser: argparse.ArgumentParser) -> None:
     common_arguments(parser)
     parser.add_argument("--against", default="diffusers-bf16", metavar="A,B", help="other sides to compare with float32 diffusers (default: diffusers-bf16)")
-    parser.add_argument("--pictures", type=int, default=8, metavar="N", help="prompts and seeds (default: 8)")
+    parser.add_argument("--pictures", type=integer_from(1), default=8, metavar="N", help="prompts and seeds (default: 8)")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -40,6 +41,8 @@ def run(options: argparse.Namespace) -> None:
                     side.picture(request_of(request, index, side, folder))
                 found.append({side.name: np.load(f"{folder}/{side.name}.npy") for side in opened_sides})
         except KeyboardInterrupt:
+            if not found:
+                raise
             interrupted = True
     progress("")
     content = {"benchmark": "parity", "bundle": bundle.name, "height": height, "width": width, "steps": options.steps, "scheduler": setups[0].sampler,

@@ -1,27 +1,46 @@
 """The pictures of the results, from their JSON; needs matplotlib."""
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.errors import BenchmarkUsageError
+from engine.libraries import install_command
+
+FOLDER = "MPLCONFIGDIR"
+"""The environment variable by which a user names matplotlib's folder."""
 
 STAGES = (("text_encoder", "text encoder"), ("denoise", "denoising"), ("vae_decoder", "VAE decoder"))
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
     try:
-        import matplotlib
+        pyplot = _pyplot()
     except ImportError as error:
-        raise BenchmarkUsageError(f"plots need matplotlib ({error}); install it: pip install latentrt[benchmarks], or leave out --plot") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+        raise BenchmarkUsageError(f"plots need matplotlib ({error}); install it: {install_command('benchmarks')}; or leave out --plot") from error
     return pyplot.subplots(figsize=(width, height), layout="constrained")
+
+
+def _pyplot() -> Any:
+    """matplotlib.pyplot, drawing into files. Its list of fonts goes into a temporary folder, not into the home."""
+    given = os.environ.get(FOLDER)
+    with TemporaryDirectory() as folder:
+        os.environ[FOLDER] = given or folder
+        try:
+            import matplotlib
+            matplotlib.use("Agg")
+            from matplotlib import pyplot
+        finally:
+            if given is None:
+                del os.environ[FOLDER]
+    return pyplot
 
 
 def _save(figure: Any, file: Path) -> None:
     from matplotlib import pyplot
-    figure.savefig(file, dpi=110, metadata={"Software": None})
+    figure.savefig(file, dpi=110, metadata={"Software": None} if file.suffix.lower() == ".png" else None)
     pyplot.close(figure)
 
 

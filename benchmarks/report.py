@@ -87,7 +87,8 @@ def write_json(file: Path | None, content: dict[str, Any]) -> None:
     if file is None:
         print("every sample, with hardware, versions and commit, goes into a file with --json FILE")
         return
-    unfinished = file.with_name(f".{file.name}.tmp")
+    target = file.resolve()  # a link stays one
+    unfinished = target.with_name(f".{target.name}.tmp")
     unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, file)
+    os.replace(unfinished, target)
     print(f"wrote {file}")

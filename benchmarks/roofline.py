@@ -17,10 +17,12 @@ from benchmarks.counters import count, sizes_of
 from benchmarks.errors import NothingOfOursError
 from benchmarks.latency import GUIDANCE, common_arguments, names, opened, parse_size, pythons, request_of, setups_of
 from benchmarks.machine import copy_rate, matrix_rate
+from benchmarks.options import integer_from
 from benchmarks.report import conditions, print_table, write_json
 from benchmarks.sides import Request
 from engine.backends import default_backend
 from engine.bundle import Bundle
+from engine.checks import check_shapes
 
 COMPONENTS = ("text_encoder", "denoiser", "vae_decoder")
 
@@ -28,7 +30,7 @@ COMPONENTS = ("text_encoder", "denoiser", "vae_decoder")
 def arguments(parser: argparse.ArgumentParser) -> None:
     common_arguments(parser)
     parser.add_argument("--sizes", metavar="WxH", help="pixels (default: what the bundle is best at)")
-    parser.add_argument("--pictures", type=int, default=5, metavar="N", help="after the warm-up (default: 5)")
+    parser.add_argument("--pictures", type=integer_from(1), default=5, metavar="N", help="after the warm-up (default: 5)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="the roofline")
 
 
@@ -37,6 +39,7 @@ def run(options: argparse.Namespace) -> None:
     bundle = Bundle.open(options.bundle, verify=False)
     backends = names(options.backend or default_backend())
     width, height = parse_size(options.sizes) if options.sizes else (bundle.shapes.width.opt, bundle.shapes.height.opt)
+    check_shapes(height, width, 1, 2, (bundle.shapes,), bundle.command)
     content: dict[str, Any] = {"benchmark": "roofline", "bundle": bundle.name, "height": height, "width": width, "batch": 1, "steps": options.steps,
                                "threads": options.threads, "backends": {}}
     setups = setups_of(bundle, backends, options)

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks import statistics
 from benchmarks.latency import GUIDANCE, common_arguments, names, opened, progress, pythons, request_of, setups_of
+from benchmarks.options import integer_from
 from benchmarks.report import conditions, print_table, write_json
 from benchmarks.sides import Request, Setup
 from engine.backends import default_backend
@@ -18,23 +19,22 @@ from engine.contract import VAE_FACTOR, Range
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     common_arguments(parser)
-    parser.add_argument("--pictures", type=int, default=5, metavar="N", help="for each point in each round, after the warm-up (default: 5)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="over all points (default: 3)")
+    parser.add_argument("--pictures", type=integer_from(1), default=5, metavar="N", help="for each point in each round, after the warm-up (default: 5)")
+    parser.add_argument("--rounds", type=integer_from(1), default=3, metavar="N", help="over all points (default: 3)")
     parser.add_argument("--plot", type=Path, metavar="FILE")
 
 
 def run(options: argparse.Namespace) -> None:
     """Measures the points that the bundle allows; Ctrl-C keeps those that are complete."""
     bundle = Bundle.open(options.bundle, verify=False)
-    backend = names(options.backend or default_backend())[0]
-    setup = setups_of(bundle, [backend], options)[0]
+    setup = setups_of(bundle, names(options.backend or default_backend())[:1], options)[0]
     shapes = bundle.shapes
     base = Request("", 0, shapes.height.opt, shapes.width.opt, shapes.batch.opt, options.steps, GUIDANCE, "")
     points: dict[str, list[tuple[int, Request]]] = {
         "steps": [(steps, _with(base, steps=steps)) for steps in sorted({max(1, options.steps // part) for part in (4, 2, 1)} | {2 * options.steps})],
         "batch": [(batch, _with(base, batch=batch)) for batch in (1, 2, 4, 8) if batch in shapes.batch],
         "pixels": [(height * width, _with(base, height=height, width=width)) for height, width in zip(_sides(shapes.height), _sides(shapes.width))]}
-    content: dict[str, Any] = {"benchmark": "scaling", "bundle": bundle.name, "backend": backend, "base": base.__dict__, "threads": options.threads,
+    content: dict[str, Any] = {"benchmark": "scaling", "bundle": bundle.name, "backend": setup.side, "base": base.__dict__, "threads": options.threads,
                                "rounds": 0, "interrupted": False}
     measured: dict[str, dict[int, list[dict[str, Any]]]] = {axis: {value: [] for value, _ in requests} for axis, requests in points.items()}
     try:
@@ -45,6 +45,8 @@ def run(options: argparse.Namespace) -> None:
                     measured[axis][value].append(measure(setup, pythons(options.python), request, options.pictures))
             content["rounds"] = number
     except KeyboardInterrupt:
+        if not any(rounds for found in measured.values() for rounds in found.values()):
+            raise
         content["interrupted"] = True
     progress("")
     content["against"] = {axis: {"points": [{axis: value, **_point(rounds)} for value, rounds in found.items() if rounds]} for axis, found in measured.items()}

@@ -20,11 +20,12 @@ import numpy as np
 from benchmarks import statistics
 from benchmarks.errors import BenchmarkUsageError
 from benchmarks.latency import SHORT, progress
+from benchmarks.options import integer_from
 from benchmarks.report import conditions, print_table, write_json
 from benchmarks.worker import Worker, peak_bytes, serve
 from engine.bundle import Bundle
 from engine.contract import LATENT_CHANNELS, PROMPT_TOKENS, SLOTS, VAE_FACTOR
-from engine.libraries import installed
+from engine.libraries import import_library, installed
 
 ONNXRUNTIME: dict[str, dict[str, Any]] = {
     "as the backend does": {}, "optimization off": {"level": "ORT_DISABLE_ALL"}, "optimization basic": {"level": "ORT_ENABLE_BASIC"},
@@ -44,8 +45,8 @@ SETTLE = 0.2
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=Path, default=Path("engines/demo"), help="default: engines/demo")
-    parser.add_argument("--turns", type=int, default=20, metavar="N", help="of each setting and the first one of its library (default: 20)")
-    parser.add_argument("--runs", type=int, default=20, metavar="N", help="in each turn (default: 20)")
+    parser.add_argument("--turns", type=integer_from(1), default=20, metavar="N", help="of each setting and the first one of its library (default: 20)")
+    parser.add_argument("--runs", type=integer_from(1), default=20, metavar="N", help="in each turn (default: 20)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file")
 
 
@@ -64,6 +65,8 @@ def run(options: argparse.Namespace) -> None:
             for row in _measure(job, settings, options.turns, options.runs):
                 found.append(row)
     except KeyboardInterrupt:
+        if not found:
+            raise
         interrupted = True
     progress("")
     tables = [rows for rows in (found, sampler_table(height, width)) if rows]
@@ -171,10 +174,8 @@ def _median(run: Callable[[], Any], runs: int) -> float:
 
 
 def _onnxruntime(job: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Callable[[], Any]]]:
-    import onnxruntime
-
     from engine.backends.onnxruntime import OnnxRuntimeBackend
-    graph = Path(job["graph"])
+    graph, onnxruntime = Path(job["graph"]), import_library("onnxruntime")
     options = OnnxRuntimeBackend({"denoiser": graph})._options(graph)
     if "level" in job:
         options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, job["level"])
@@ -259,11 +260,9 @@ def sampler_graph(form: str, inputs: dict[str, np.ndarray], rows: np.ndarray, li
     graph = helper.make_graph(nodes, "sampler", kinds, [helper.make_tensor_value_info("next", TensorProto.FLOAT, [1, SLOTS, size])], axes)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10).SerializeToString()
     if library == "onnxruntime":
-        import onnxruntime
-        session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+        session = import_library("onnxruntime").InferenceSession(model, providers=["CPUExecutionProvider"])
         return lambda: session.run(None, feeds)
-    import openvino
-    core = openvino.Core()
+    core = import_library("openvino").Core()
     request = core.compile_model(core.read_model(model), "CPU", {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}).create_infer_request()
     for name, value in feeds.items():
         request.get_tensor(name).data[:] = value

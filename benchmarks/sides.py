@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks.errors import SkippedSide
 from benchmarks.worker import Worker, peak_bytes, serve
 from engine.contract import COMPONENTS
-from engine.libraries import installed
+from engine.libraries import import_library, installed
 
 OURS = ("tensorrt", "openvino", "openvino-fp32", "onnxruntime")
 
@@ -199,8 +199,8 @@ class Optimum:
         from export.libraries import quiet_libraries
         quiet_libraries()
         import diffusers
-        import onnxruntime
         import torch
+        onnxruntime = import_library("onnxruntime")
         from optimum.onnxruntime import ORTStableDiffusionPipeline
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = setup.threads

@@ -13,6 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from benchmarks.errors import SideError
 from engine.backends import default_backend
 
 REPEATS = 7
@@ -28,7 +29,7 @@ import psutil
 print(seconds, psutil.Process().memory_info().rss)
 """
 NOTHING = "pass"
-OUR_IMPORT = "from engine import Pipeline; import {library}"
+OUR_IMPORT = "from engine import Pipeline; from engine.libraries import import_library; import_library({library!r})"
 """With the library that runs the graphs, which the pipeline imports when it loads a bundle: diffusers' import has torch."""
 THEIR_IMPORT = "from diffusers import StableDiffusionPipeline"
 
@@ -51,16 +52,24 @@ pipeline({prompt!r}, num_inference_steps={steps}, guidance_scale=5.0, generator=
 
 def measure_import(statement: str) -> tuple[float, int]:
     """Seconds of an import and the resident bytes of the process after it."""
-    done = subprocess.run([sys.executable, "-c", IMPORT.format(statement=statement)], capture_output=True, text=True, check=True)
-    seconds, resident = done.stdout.split()[-2:]
+    seconds, resident = _printed(IMPORT.format(statement=statement)).split()[-2:]
     return float(seconds), int(resident)
 
 
 def measure_picture(code: str, model: Path, file: Path) -> float:
     """Seconds from the start of a process to a saved picture."""
     started = perf_counter()
-    subprocess.run([sys.executable, "-c", code.format(prompt=PROMPT, steps=STEPS), str(model), str(file)], check=True, capture_output=True)
+    _printed(code.format(prompt=PROMPT, steps=STEPS), str(model), str(file))
     return perf_counter() - started
+
+
+def _printed(code: str, *arguments: str) -> str:
+    """What Python code prints in a process of its own. SideError if it fails."""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        words = done.stderr.strip() or f"it ended with status {done.returncode}"
+        raise SideError(f"a process that is measured failed: {words.splitlines()[-1]}")
+    return done.stdout
 
 
 def row(name: str, ours: list[float], theirs: list[float], digits: int = 2) -> dict[str, Any]:

@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from benchmarks.errors import SideError, SkippedSide
 
 ROOT = Path(__file__).parents[1]
+PATIENCE = 3.0
 
 
 class Worker:
@@ -23,7 +25,7 @@ class Worker:
         self._process = subprocess.Popen(
             [python, "-m", module], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             start_new_session=True,  # Ctrl-C is for the process that waits
-            env={**os.environ, "PYTHONPATH": str(ROOT)})
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))})
 
     @property
     def pid(self) -> int:
@@ -51,13 +53,17 @@ class Worker:
         return dict(answer)
 
     def close(self) -> None:
-        """Ends the process, whatever it is doing."""
-        if self._process.poll() is None:
+        """Ends the process: one that waits for a question tidies up, one that does something else for PATIENCE seconds is killed."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
             self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            assert stream is not None
-            stream.close()
+            self._process.wait()
+        self._process.stdout.close()
 
 
 def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 
 from .bundle import MANIFEST, Bundle
 from .errors import EngineError
-from .libraries import install_command, installed
+from .libraries import import_library, install_command, installed
 from .plans import Machine, Plans
 from .samplers import sampler_name, step_table
 from .schedule import Schedule
@@ -138,11 +138,11 @@ def find_libraries() -> Generator[str, None, dict[str, str]]:
         return str(load_tensorrt().__version__)
 
     def onnxruntime() -> str:
-        import onnxruntime as library
+        library = import_library("onnxruntime")
         return f"{library.__version__}, providers {', '.join(library.get_available_providers())}"
 
     def openvino() -> str:
-        import openvino as library
+        library = import_library("openvino")
         core = library.Core()
         return f"{library.__version__.split('-')[0]}, {core.get_property('CPU', 'FULL_DEVICE_NAME')}" \
             + (" with bfloat16" if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "")
@@ -234,9 +234,6 @@ def find_cpu_backend(bundle: Bundle, library: str, absent: dict[str, str]) -> st
         raise NotUsable(absent[library])
     if library == "onnxruntime" and bundle.precision == "bf16":
         raise NotUsable("its CPU provider has no bf16 kernels; build with --precision fp32 or fp16")
-    if library == "openvino":
-        from .backends import openvino_precision
-        openvino_precision(bundle)
     return "usable"
 
 

@@ -1,8 +1,18 @@
-"""Which libraries are here, without importing them, and how a missing one is installed."""
+"""Which libraries are here, without importing them, how a missing one is installed, and how those that send telemetry are imported."""
 from __future__ import annotations
 
+import os
 import shlex
+import sys
+from importlib import import_module
 from importlib.util import find_spec
+from threading import Lock
+from typing import Any
+
+TELEMETRY = "LATENTRT_TELEMETRY"
+"""The environment variable by which a user asks for the libraries' own telemetry."""
+SENDS_EVENTS = "openvino_telemetry"
+_importing = Lock()
 
 REQUIREMENTS: dict[str, tuple[str, ...]] = {
     "runtime": ("numpy>=1.26", "pillow>=10", "tokenizers>=0.21", "tqdm>=4.66"),
@@ -29,3 +39,40 @@ def installed(module: str) -> bool:
         return find_spec(module) is not None
     except (ImportError, ValueError):
         return False
+
+
+def telemetry_wanted() -> bool:
+    """Whether the user asks for the libraries' telemetry: LATENTRT_TELEMETRY is 1, on, true or yes."""
+    return os.environ.get(TELEMETRY, "").lower() in ("1", "on", "true", "yes")
+
+
+def turn_telemetry_off(*variables: str) -> None:
+    """Sets environment variables that turn telemetry off to 1, except those that the user has set, unless `telemetry_wanted`."""
+    if not telemetry_wanted():
+        for variable in variables:
+            os.environ.setdefault(variable, "1")
+
+
+def import_library(name: str) -> Any:
+    """The library; if this is its first import, with its telemetry off. The only place that imports ONNX Runtime or OpenVINO.
+
+    ONNX Runtime keeps a device id and a database in the home and sends events, unless ORT_DISABLE_TELEMETRY is set when it is imported.
+    OpenVINO has no such variable: it counts its imports in the home and sends each to Google Analytics, as long as it finds the package
+    openvino_telemetry. So that package is hidden while OpenVINO is imported, and may be imported by others afterwards.
+    Raises ImportError where the library is missing.
+    """
+    if name in sys.modules or telemetry_wanted():
+        return import_module(name)
+    if name == "onnxruntime":
+        turn_telemetry_off("ORT_DISABLE_TELEMETRY")
+    if name != "openvino":
+        return import_module(name)
+    modules: dict[str, Any] = sys.modules
+    with _importing:
+        hidden = {SENDS_EVENTS: modules[SENDS_EVENTS]} if SENDS_EVENTS in modules else {}
+        modules[SENDS_EVENTS] = None  # `import` raises ModuleNotFoundError, and OpenVINO takes a stub
+        try:
+            return import_module(name)
+        finally:
+            modules.pop(SENDS_EVENTS, None)
+            modules.update(hidden)

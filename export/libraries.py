@@ -1,9 +1,31 @@
-"""Keeps the libraries of the exporter from talking over its own progress."""
+"""Keeps the libraries of the exporter from talking over its own progress, from sending anything, and from leaving files behind."""
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import warnings
+from contextlib import suppress
+
+from engine.libraries import turn_telemetry_off
+
+TORCH_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def leave_nothing_behind() -> None:
+    """Before they are imported: no telemetry, and no empty folder in the temporary directory.
+
+    diffusers imports ONNX Runtime by itself. torch makes a folder for compiled code when it is imported and puts its name into the
+    environment; one that holds nothing is removed at the end of the process, unless the user named it.
+    """
+    turn_telemetry_off("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY")
+    if TORCH_FOLDER not in os.environ:
+        atexit.register(_remove_empty_folder)
+
+
+def _remove_empty_folder() -> None:
+    with suppress(OSError):
+        os.rmdir(os.environ.get(TORCH_FOLDER, ""))
 
 
 def quiet_libraries() -> None:

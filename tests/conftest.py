@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +12,11 @@ from export.libraries import quiet_libraries
 quiet_libraries()
 
 import pytest
+
+from engine.libraries import import_library
+
+with suppress(ImportError):
+    import_library("openvino")  # before a test imports it by itself: its telemetry is off then
 
 from engine import Pipeline
 from engine.contract import Range, Shapes

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..contract import OUTPUTS, SLOTS, VAE_FACTOR, Shapes, dtype
 from ..errors import BackendError
-from ..libraries import install_command
+from ..libraries import import_library, install_command
 from .interface import Decoded, Denoising, HostStopwatch
 
 PIXELS_PER_DECODE = 512 * 512
@@ -49,7 +49,7 @@ class OnnxRuntimeBackend:
         the number of the GPU, None for the CPU; `cuda_graphs` is about the GPU only; `recheck` raises where the files of a
         component have changed, and is called around reading them. Raises BackendError where ONNX Runtime or its CUDA provider is missing."""
         try:
-            import onnxruntime
+            onnxruntime = import_library("onnxruntime")
         except ImportError as error:
             raise BackendError(f"ONNX Runtime cannot be imported ({error}); install it: {install_command('cpu')}") from error
         if gpu is not None and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..contract import INPUTS, LATENT_CHANNELS, OUTPUTS, PROMPT_TOKENS, SLOTS, VAE_FACTOR, Shapes
 from ..errors import BackendError
-from ..libraries import install_command
+from ..libraries import import_library, install_command
 from .interface import Decoded, Denoising, HostStopwatch
 from .onnxruntime import LARGE_GRAPH, decoded_together, unchecked
 from .openvino_parts import fix_shapes, split
@@ -80,7 +80,7 @@ class OpenVinoBackend:
         bf16 instructions fp32 takes its place, with a warning. `recheck` raises where the files of a component have changed, and is
         called around reading them. Raises BackendError where OpenVINO is missing."""
         try:
-            import openvino
+            openvino = import_library("openvino")
         except ImportError as error:
             raise BackendError(f"OpenVINO cannot be imported ({error}); install it: {install_command('openvino')}") from error
         self._library, self._graphs, self._core, self._recheck = openvino, graphs, openvino.Core(), recheck or unchecked

@@ -1,19 +1,26 @@
 """The commands as a user types them, on the built-in model with two pictures; nothing here depends on how fast a machine is."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import latency
-from benchmarks.__main__ import main
-from benchmarks.errors import SideError, SkippedSide
+from benchmarks.__main__ import COMMANDS, main, parser
+from benchmarks.errors import BenchmarkUsageError, SideError, SkippedSide
 from benchmarks.machine import PRODUCTS, copy_rate, matrix_rate
+from benchmarks.models import model_folder
+from benchmarks.report import write_json
 from benchmarks.sides import Request, Setup, Side
+from benchmarks.weight import measure_import
+from engine.bundle import Bundle
 from export.checkpoint import BUILT_IN
 
 pytest.importorskip("openvino")
@@ -112,6 +119,13 @@ def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
     *(([command, "--bundle", "BUNDLE", "--backend", "tensorrt"], 2, "there is nothing of ours to measure (tensorrt: tensorrt is not installed)")
       for command in ("latency", "parity", "roofline", "scaling")),
     (["report", "--results", "EMPTY"], 1, "holds no results"),
+    (["roofline", "--bundle", "BUNDLE", "--sizes", "512x512"], 2, "height 512"),
+    (["overhead", "--bundle", "/nowhere"], 2, "there is no bundle at /nowhere"),
+    *(([command, "--bundle", "BUNDLE", "--backend", ","], 2, "--backend must name one or more of tensorrt, openvino")
+      for command in ("latency", "parity", "roofline", "scaling")),
+    (["latency", "--json", "EMPTY"], 2, "it is not a plain file"),
+    (["report", "--output", "/dev/null"], 2, "/dev/null cannot be written: it is not a plain file"),
+    (["latency", "--plot", "bars.banana"], 2, "--plot is 'bars.banana'; its name must end with .png, .svg, .pdf"),
 ])
 def test_mistakes_are_one_line(arguments, code, words, demo_bundle, tiny_bundles, tmp_path, capsys):
     places = {"BUNDLE": str(demo_bundle), "TINY": str(tiny_bundles["sd1"]), "EMPTY": str(tmp_path)}
@@ -119,6 +133,133 @@ def test_mistakes_are_one_line(arguments, code, words, demo_bundle, tiny_bundles
     said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("loading ")]
     assert len(said) == 1
     assert words in said[0]
+
+
+INTEGERS = [("latency", "--pictures", 1), ("latency", "--steps", 1), ("latency", "--threads", 0), ("latency", "--batch", 1), ("parity", "--pictures", 1),
+            ("roofline", "--pictures", 1), ("scaling", "--pictures", 1), ("scaling", "--rounds", 1), ("settings", "--turns", 1), ("settings", "--runs", 1),
+            ("memory", "--steps", 1)]
+
+
+@pytest.mark.parametrize(("command", "option", "smallest"), INTEGERS)
+def test_a_number_that_means_nothing_is_refused_before_anything_is_measured(command, option, smallest, capsys):
+    for text in (str(smallest - 1), "many", "1.5", "", "9" * 5000):
+        with pytest.raises(SystemExit) as ended:
+            main([command, option, text])
+        assert ended.value.code == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert f"argument {option}: " in said
+        assert f" must be an integer from {smallest} up" in said
+        assert len(said) < 200
+
+
+def test_every_number_of_a_command_is_checked():
+    for command in COMMANDS:
+        subparsers = next(action for action in parser(command)._actions if action.dest == "command")
+        types = {option: action.type for action in subparsers.choices[command]._actions for option in action.option_strings}
+        assert not {option for option, of in types.items() if of in (int, float)}
+        assert {option for option, of in types.items() if callable(of) and "integer" in of.__qualname__} == {o for c, o, _ in INTEGERS if c == command} | (
+            {"--steps", "--threads"} & types.keys())
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "long"])
+def test_a_budget_is_a_time(text, capsys):
+    with pytest.raises(SystemExit):
+        main(["latency", "--budget", text])
+    assert "must be a number of seconds above 0" in capsys.readouterr().err
+
+
+def test_the_disk_has_room_before_anything_is_built(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1_200_000_000))
+    assert main(["memory"]) == 2
+    assert capsys.readouterr().err == (
+        f"python -m benchmarks: {tmp_path} has 1.2 GB free, and the bundle of Stable Diffusion 1.5 in fp32 needs 5.0 GB; make room, or name another folder: "
+        "TMPDIR=FOLDER python -m benchmarks memory\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_is_terminated_leaves_no_folder_and_no_process(number, tmp_path):
+    current, temporary = tmp_path / "current", tmp_path / "tmp"
+    for folder in (current, temporary):
+        folder.mkdir()
+    process = subprocess.Popen([sys.executable, "-m", "benchmarks", "memory"], cwd=current, stdout=subprocess.PIPE, text=True,
+                               env={**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)})
+    while not list(temporary.iterdir()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    builder = wait_for_child(process.pid)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert list(temporary.iterdir()) == []
+    assert list(current.iterdir()) == []
+    assert not Path(f"/proc/{builder}").exists()
+
+
+def wait_for_child(pid: int) -> str:
+    """The first process that `pid` starts."""
+    while not (children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+        time.sleep(0.05)
+    return children[0]
+
+
+@pytest.mark.parametrize(("command", "where"), [("parity", "benchmarks.sides.Side.picture"), ("latency", "benchmarks.latency._warm_up"),
+                                                ("scaling", "benchmarks.scaling.measure"), ("settings", "benchmarks.settings._turn")])
+def test_ctrl_c_before_anything_is_measured_is_no_result(command, where, demo_bundle, monkeypatch, tmp_path):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, stop)
+    sides = [] if command == "settings" else ["--backend", "onnxruntime"]
+    others = ["--against", ""] if command in ("latency", "parity") else []
+    file = tmp_path / "a.json"
+    assert main([command, "--bundle", str(demo_bundle), *sides, *others, "--json", str(file)]) == 130
+    assert not file.exists()
+
+
+def test_ctrl_c_ends_all_configurations_and_keeps_those_that_are_complete(demo_bundle, monkeypatch, tmp_path):
+    file, complete = tmp_path / "a.json", {"interrupted": False, "sides": {}, "ratios": [], "height": 64, "width": 64, "batch": 1}
+
+    def measure(setups, interpreters, request, pictures, budget):
+        if request.batch == 2:
+            raise KeyboardInterrupt
+        return complete
+
+    monkeypatch.setattr(latency, "measure", measure)
+    assert main(["latency", "--bundle", str(demo_bundle), "--against", "", "--sizes", "64x64,128x128", "--batch", "1,2", "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert (found["configurations"], found["interrupted"]) == ([complete], True)
+
+
+def test_a_measured_process_that_fails_is_a_named_error():
+    with pytest.raises(SideError, match="a process that is measured failed: ModuleNotFoundError: No module named 'nothing_like_it'"):
+        measure_import("import nothing_like_it")
+
+
+def test_a_result_is_written_through_a_link(tmp_path):
+    (tmp_path / "a.json").write_text("")
+    (tmp_path / "link.json").symlink_to("a.json")
+    write_json(tmp_path / "link.json", {"a": 1})
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+
+
+def test_a_random_model_is_written_to_a_temporary_folder_or_the_one_that_was_named(monkeypatch, tmp_path, tiny_sources, tiny_bundles):
+    source, bundle = tiny_sources["sd1"], Bundle.open(tiny_bundles["sd1"], verify=False)
+    bundle.manifest["source"] = {"kind": "random", "id": "sd15"}
+    random = SimpleNamespace(name="tiny", fingerprint=source.fingerprint, pipeline=source.pipeline)
+    monkeypatch.setattr("export.checkpoint.resolve", lambda *arguments, **options: random)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = model_folder(bundle, None, None)
+    assert (folder / "unet").is_dir()
+    assert folder.parent.parent == tmp_path
+    named = model_folder(bundle, None, tmp_path / "named" / "cache")
+    assert named.parent == tmp_path / "named" / "cache"
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
+    assert model_folder(bundle, None, tmp_path / "named" / "cache") == named
+    with pytest.raises(BenchmarkUsageError, match=r"0\.0 GB free, and the model tiny in float32 needs"):
+        model_folder(bundle, None, tmp_path / "other")
 
 
 @pytest.mark.parametrize(("content", "words"), [("{", "is not a result"), ('{"benchmark": "magic"}', "holds a benchmark 'magic'")])
@@ -130,20 +271,23 @@ def test_a_damaged_result_is_a_named_error(content, words, tmp_path, capsys):
 
 def test_ctrl_c_keeps_what_was_measured(demo_bundle, tmp_path):
     file = tmp_path / "latency.json"
-    process = subprocess.Popen([sys.executable, "-m", "benchmarks", "latency", "--bundle", str(demo_bundle), "--against", "", "--backend", "onnxruntime",
+    impatient = "import sys; from benchmarks import __main__ as command, latency; latency.PATIENCE = 0.0; sys.exit(command.main())"
+    process = subprocess.Popen([sys.executable, "-c", impatient, "latency", "--bundle", str(demo_bundle), "--against", "", "--backend", "onnxruntime",
                                 "--pictures", "100000", "--budget", "100000", "--json", str(file)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
                                env={**os.environ, "TMPDIR": str(tmp_path)},
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a job in the background inherits that it is ignored
-    while not list(tmp_path.glob("*/onnxruntime.npy")):
+    written: set[int] = set()
+    while len(written) < latency.WARM_UPS + 5:  # two pictures a turn
         assert process.poll() is None
-        time.sleep(0.1)
+        written |= {file.stat().st_mtime_ns for file in tmp_path.glob("*/onnxruntime.npy")}
+        time.sleep(0.001)
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     found = json.loads(file.read_text())
     assert found["interrupted"]
     assert "stopped after" in printed
-    assert len(found["configurations"][0]["turns"]) < 100000
+    assert 0 < len(found["configurations"][0]["turns"]) < 100000
 
 
 def test_a_side_that_fails_says_so_and_leaves_no_process(tmp_path):

@@ -1,6 +1,10 @@
 """What the benchmarks compute and store, on stored samples; nothing here depends on how fast a machine is."""
 import json
 
+import pytest
+
+from benchmarks import plots
+from benchmarks.options import PLOTS
 from benchmarks.report import conditions, print_table, write_json
 from benchmarks.weight import NOTHING, OUR_IMPORT, measure_import, row
 
@@ -28,3 +32,11 @@ def test_an_import_is_measured_in_a_process_of_its_own():
     seconds, resident = measure_import(OUR_IMPORT.format(library="onnxruntime"))
     assert seconds > 0
     assert resident > measure_import(NOTHING)[1]
+
+
+@pytest.mark.parametrize("suffix", [*PLOTS, ".PNG"])
+def test_a_plot_is_written_in_every_format_that_is_allowed(suffix, tmp_path):
+    points = [{"steps": steps, "seconds": {"p50": 0.1 * steps}} for steps in (1, 2)]
+    file = tmp_path / f"plot{suffix}"
+    plots.scaling({"against": {"steps": {"points": points, "time_exponent": 1.0}}}, file)
+    assert file.stat().st_size > 1000
