@@ -97,6 +97,7 @@ def _build_locked(source: Source, output: Path, graphs: Graphs, shapes: Shapes, 
             and (old["verification"]["done"] or not verify) and ("openvino" in old or not openvino):
         report(f"{target} is up to date")
         return Outcome(target, old, ())
+    source.check()
     try:
         (unfinished / "onnx").mkdir(parents=True)
         checks: dict[str, Any] = {c: old["verification"]["components"].get(c) for c in kept} if old else {}
