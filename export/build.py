@@ -231,7 +231,7 @@ def _verify_picture(source: Source, folder: Path, precision: str, checks: dict[s
     picture.save(folder / VERIFICATION_PICTURE)
     report(f"picture: {found.pixels_within_1:.2%} of the values within 1 of 255, PSNR {found.psnr_db:.1f} dB, latents within "
            f"{found.latents_max_abs:.1e} ({perf_counter() - started:.1f} s)")
-    return {"done": True, "components": checks, "picture": as_json(found)}
+    return {"done": True, "backend": OnnxRuntimeBackend({}).description, "precision": precision, "components": checks, "picture": as_json(found)}
 
 
 def _measure_openvino(source: Source, folder: Path, precision: str, report: Report) -> dict[str, Any]:

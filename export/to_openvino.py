@@ -74,7 +74,8 @@ def _pictures(bundle: Bundle, precision: dict[str, str], steps: int, seeds: Sequ
     backend = OpenVinoBackend(bundle.graphs, bundle.shapes, precision=precision)
     with Pipeline(bundle, backend) as pipeline:
         scheduler = parity.scheduler_of(bundle)
-        return [np.asarray(pipeline(parity.PROMPT, num_inference_steps=steps, guidance_scale=parity.GUIDANCE, seed=seed, scheduler=scheduler,
+        prompts = [parity.PROMPT] * bundle.shapes.batch.min
+        return [np.asarray(pipeline(prompts, num_inference_steps=steps, guidance_scale=parity.GUIDANCE, seed=[seed] * len(prompts), scheduler=scheduler,
                                     progress=False).images[0]) for seed in seeds]
 
 

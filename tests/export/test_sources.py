@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from export import checkpoint
+from export import build, checkpoint
 from export import errors as e
 from export.checkpoint import BUILT_IN, resolve
 
@@ -38,6 +38,15 @@ def test_a_damaged_model_is_named_before_anything_is_traced(copied, tmp_path, mo
     with pytest.raises(MODEL_ERRORS, match=words):
         resolve(str(copied)).check()
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("name", ["VAE without decoder.conv_in.weight", "text encoder without a tensor", "code in the U-Net"])
+def test_a_build_without_verification_refuses_it_too(copied, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(build, "export_onnx", lambda *arguments: pytest.fail("something was traced"))
+    FAMILIES["weights"][name][0](copied)
+    with pytest.raises(MODEL_ERRORS, match=FAMILIES["weights"][name][1]):
+        build.build(resolve(str(copied)), tmp_path / "engines", "fp32", build.default_shapes(64), verify=False)
+    assert not (tmp_path / "engines" / "model").exists()
 
 
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
