@@ -1,4 +1,4 @@
-"""Single-file checkpoints in the CompVis layout: read safely, sniff the architecture from the shapes, convert by diffusers."""
+"""Single-file checkpoints in the CompVis layout: sniff the architecture from the shapes, convert by diffusers."""
 from __future__ import annotations
 
 import re
@@ -13,28 +13,17 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from .errors import UnsupportedModelError, UsageError
+from . import weights as files
+from .errors import UnsupportedModelError
 from .presets import ARCHITECTURES, Architecture
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 HEAD_SIZE = 64
 """Channels of an attention head in both text encoders and in SD 2.x's U-Net; SD 1.x's U-Net has 8 heads everywhere."""
-
-
-def read(file: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint. Pickles are read by torch's weights-only loader, which refuses code."""
-    if file.suffix == ".safetensors":
-        return load_file(file)
-    content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    weights = content.get("state_dict", content)
-    if "global_step" in content:
-        weights["global_step"] = torch.tensor(content["global_step"])
-    return weights
 
 
 def architecture(weights: dict[str, Tensor], file: Path, prediction_type: str | None) -> Architecture:
@@ -45,6 +34,7 @@ def architecture(weights: dict[str, Tensor], file: Path, prediction_type: str | 
         raise UnsupportedModelError(f"{file} has no {UNET}* and {VAE}* tensors, so it is not a whole Stable Diffusion checkpoint (a LoRA, a VAE?)")
     if any(name.startswith("conditioner.") for name in weights):
         raise UnsupportedModelError(f"{file} is an SDXL checkpoint; supported are Stable Diffusion 1.x and 2.x")
+    files.refuse_integers(file, files.integers_of({name: value for name, value in weights.items() if name.startswith((UNET, VAE, CLIP, OPEN_CLIP))}))
     unet = _unet_config(weights)
     unet["in_channels"] = first.shape[1]
     second = CLIP + "text_model.embeddings.token_embedding.weight" not in weights and OPEN_CLIP + "token_embedding.weight" in weights
@@ -52,8 +42,6 @@ def architecture(weights: dict[str, Tensor], file: Path, prediction_type: str | 
     if prediction_type is None:
         step = int(weights["global_step"]) if "global_step" in weights else None
         prediction_type = "v_prediction" if second and step != 875000 else "epsilon"
-    elif prediction_type not in ("epsilon", "v_prediction"):
-        raise UsageError(f"--prediction-type is {prediction_type!r}; it must be epsilon or v_prediction")
     unet["sample_size"] = 96 if second and prediction_type == "v_prediction" else 64
     unet["upcast_attention"] = second and prediction_type == "v_prediction"
     return Architecture(unet, {**preset.vae, **_vae_config(weights), "sample_size": 8 * unet["sample_size"]}, _text_config(weights, second, preset),
@@ -117,19 +105,19 @@ def _text_config(weights: dict[str, Tensor], second: bool, preset: Architecture)
             "num_attention_heads": max(1, width // HEAD_SIZE), "bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1}
 
 
-def unet(weights: dict[str, Tensor], known: Architecture) -> UNet2DConditionModel:
+def unet(file: Path, weights: dict[str, Tensor], known: Architecture) -> UNet2DConditionModel:
     model = UNet2DConditionModel(**known.unet)
-    _fill(model, convert_ldm_unet_checkpoint(dict(weights), dict(model.config)))
+    _fill(file, model, convert_ldm_unet_checkpoint(dict(weights), dict(model.config)))
     return model
 
 
-def vae(weights: dict[str, Tensor], known: Architecture) -> AutoencoderKL:
+def vae(file: Path, weights: dict[str, Tensor], known: Architecture) -> AutoencoderKL:
     model = AutoencoderKL(**known.vae)
-    _fill(model, convert_ldm_vae_checkpoint(dict(weights), dict(model.config)))
+    _fill(file, model, convert_ldm_vae_checkpoint(dict(weights), dict(model.config)))
     return model
 
 
-def text_encoder(weights: dict[str, Tensor], known: Architecture) -> CLIPTextModel:
+def text_encoder(file: Path, weights: dict[str, Tensor], known: Architecture) -> CLIPTextModel:
     model = CLIPTextModel(CLIPTextConfig(**known.text_encoder))
     if OPEN_CLIP + "token_embedding.weight" in weights:
         last = f"{OPEN_CLIP}transformer.resblocks.{known.text_encoder['num_hidden_layers']}."
@@ -137,11 +125,14 @@ def text_encoder(weights: dict[str, Tensor], known: Architecture) -> CLIPTextMod
     else:
         converted = convert_ldm_clip_checkpoint(weights)
     named = {name.removeprefix("text_model."): value for name, value in converted.items()}
-    _fill(model, {name: value for name, value in named.items() if name not in ("embeddings.position_ids", "text_projection.weight")})
+    _fill(file, model, {name: value for name, value in named.items() if name not in ("embeddings.position_ids", "text_projection.weight")})
     return model
 
 
-def _fill(model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
-    """Every weight of the model, no more and no less, as float32."""
-    model.load_state_dict({name: value.float() for name, value in weights.items()}, strict=True)
+def _fill(file: Path, model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
+    """Every weight of the model, no more and no less, as float32; UnreadableModelError names those that do not fit."""
+    wanted = {name: value.shape for name, value in model.state_dict().items()}
+    mismatched = [(name, value.shape, wanted[name]) for name, value in weights.items() if name in wanted and value.shape != wanted[name]]
+    files.check_fit(file, wanted.keys() - weights.keys(), weights.keys() - wanted.keys(), mismatched)
+    model.load_state_dict({name: weights[name].float() for name in wanted})
     model.eval()

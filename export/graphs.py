@@ -15,9 +15,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from engine.contract import LATENT_CHANNELS, VAE_FACTOR
-
-from .errors import UnsupportedModelError
+from .checks import check_text_encoder, check_unet, check_vae
 
 MAGNITUDE_UNIT = 2.0**-20
 """Keeps the sum over a picture's values near 1."""
@@ -110,9 +108,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, model: CLIPTextModel, dtype: torch.dtype, fused_attention: bool = False) -> None:
         super().__init__()
-        if getattr(model.config, "use_attention_mask", False):
-            raise UnsupportedModelError("the text encoder wants an attention mask (use_attention_mask); the text encoders of Stable Diffusion "
-                                        "1.x and 2.x do not")
+        check_text_encoder(model.config.to_dict())
         model.set_attn_implementation("sdpa" if fused_attention else "eager")  # the softmax of "eager" is in float32
         _prepare(model, dtype, fused_attention)
         self.model = model
@@ -126,7 +122,7 @@ class Denoiser(nn.Module):
 
     def __init__(self, unet: UNet2DConditionModel, dtype: torch.dtype, fused_attention: bool = False) -> None:
         super().__init__()
-        _check_unet(unet.config)
+        check_unet(unet.config)
         _prepare(unet, dtype, fused_attention)
         unet.time_embedding.float()
         self.unet, self.dtype = unet, dtype
@@ -159,36 +155,13 @@ class Denoiser(nn.Module):
         return unet.conv_out(unet.conv_act(unet.conv_norm_out(sample)))
 
 
-def _check_unet(config: Any) -> None:
-    """UnsupportedModelError for U-Nets that need more inputs than latents, timestep and text."""
-    channels = {"in_channels": LATENT_CHANNELS, "out_channels": LATENT_CHANNELS}
-    for name, expected in channels.items():
-        if config[name] != expected:
-            raise UnsupportedModelError(f"the U-Net has {name}={config[name]}; text-to-image models of Stable Diffusion 1.x and 2.x have "
-                                        f"{expected} (9 is inpainting, 8 InstructPix2Pix, 5 depth, 7 upscaling)")
-    for name in ("class_embed_type", "addition_embed_type", "encoder_hid_dim", "time_cond_proj_dim", "num_class_embeds", "time_embedding_act_fn"):
-        if config.get(name) is not None:
-            raise UnsupportedModelError(f"the U-Net has {name}={config[name]!r}, an input that text-to-image models of Stable Diffusion "
-                                        f"1.x and 2.x do not have")
-    if config.get("center_input_sample"):
-        raise UnsupportedModelError("the U-Net has center_input_sample=true; no model of Stable Diffusion 1.x and 2.x has")
-
-
-def _check_vae(config: Any) -> None:
-    """UnsupportedModelError for VAEs of another factor or number of channels than Stable Diffusion's."""
-    factor = 2 ** (len(config.block_out_channels) - 1)
-    if factor != VAE_FACTOR or config.latent_channels != LATENT_CHANNELS or config.get("shift_factor"):
-        raise UnsupportedModelError(f"the VAE has {config.latent_channels} channels, a factor of {factor} and shift_factor={config.get('shift_factor')}; "
-                                    f"those of Stable Diffusion 1.x and 2.x have {LATENT_CHANNELS}, {VAE_FACTOR} and none")
-
-
 class VaeDecoder(nn.Module):
     """latents [batch, 4, height, width] -> image [batch, 8 height, 8 width, 3] uint8, rounded as diffusers does, and magnitude
     [batch]. The cast to uint8 comes last: TensorRT moves nothing else in that type."""
 
     def __init__(self, vae: AutoencoderKL, dtype: torch.dtype, fused_attention: bool = False) -> None:
         super().__init__()
-        _check_vae(vae.config)
+        check_vae(vae.config)
         vae.encoder = None
         _prepare(vae, dtype, fused_attention)
         self.vae, self.dtype = vae, dtype
@@ -207,7 +180,7 @@ class VaeEncoder(nn.Module):
 
     def __init__(self, vae: AutoencoderKL, dtype: torch.dtype, fused_attention: bool = False) -> None:
         super().__init__()
-        _check_vae(vae.config)
+        check_vae(vae.config)
         vae.decoder = None
         _prepare(vae, dtype, fused_attention)
         self.vae, self.dtype = vae, dtype

@@ -1,6 +1,12 @@
 """diffusers' names -> CompVis names, for making test checkpoints. Written from the layout of the CompVis repository, not
 from the conversion that it tests."""
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from export.checkpoint import BUILT_IN
+
+from ..models import SCHEDULER
 
 
 def _unet(state: dict, layers: int) -> dict:
@@ -90,3 +96,22 @@ def compvis_state_dict(modules: dict) -> dict:
         made |= {f"cond_stage_model.transformer.text_model.{name}": value for name, value in text.state_dict().items()}
         made["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
     return {name: value.contiguous().clone() for name, value in made.items()}
+
+
+def compvis_modules(kind):
+    """Small components with what a CompVis file cannot tell as Stable Diffusion has it: 32 norm groups, 64 channels a head."""
+    torch.manual_seed(1)
+    second = kind == "sd2"
+    tokenizer = CLIPTokenizer.from_pretrained(BUILT_IN / "tokenizer", pad_token="!" if second else "<|endoftext|>")
+    unet = UNet2DConditionModel(
+        sample_size=96 if second else 64, block_out_channels=(64, 128, 128), layers_per_block=2, cross_attention_dim=64,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        **({"attention_head_dim": (1, 2, 2), "use_linear_projection": True} if second else {"attention_head_dim": 8}))
+    vae = AutoencoderKL(block_out_channels=(32, 32, 64, 64), layers_per_block=2, down_block_types=("DownEncoderBlock2D",) * 4,
+                        up_block_types=("UpDecoderBlock2D",) * 4)
+    text_encoder = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=1,
+        hidden_act="gelu" if second else "quick_gelu", bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
+    scheduler = DDIMScheduler(**{k: v for k, v in SCHEDULER.items() if k != "skip_prk_steps"})
+    return {"unet": unet.eval(), "vae": vae.eval(), "text_encoder": text_encoder.eval(), "tokenizer": tokenizer, "scheduler": scheduler}

@@ -111,9 +111,9 @@ def test_a_changed_vae_leaves_the_other_graphs(copied):
 def test_a_changed_scheduler_changes_the_manifest_only(copied):
     source, engines = copied
     file = source.folder / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "steps_offset": 0}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "timestep_spacing": "trailing"}))
     assert build(source, engines, "fp32", SHAPES).exported == ()
-    assert Bundle.open(engines / "sd1").scheduler["steps_offset"] == 0
+    assert Bundle.open(engines / "sd1").scheduler["timestep_spacing"] == "trailing"
 
 
 def test_a_damaged_bundle_is_built_again(copied):
