@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from engine import __version__
 from engine.backends import BACKENDS, default_backend, gpu_number, tensorrt_is_usable
 from engine.backends.openvino import OpenVinoBackend
+from engine.commands import show_what_cannot_be_printed
 from engine.contract import VAE_FACTOR, Range, Shapes
 from engine.errors import EngineError, shown
 from engine.libraries import install_command
@@ -80,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--no-verify", action="store_true", help="do not compare with torch, diffusers and ONNX Runtime; the manifest says so")
     p.add_argument("--force", action="store_true", help="build even if nothing changed")
     p.add_argument("--quiet", action="store_true", help="print errors only")
+    p.add_argument("--version", action="version", version=f"LatentRT {__version__}")
     p.add_argument("--debug", action="store_true", help="print the traceback of an error")
     return p
 
@@ -201,6 +204,7 @@ def build_plans(options: argparse.Namespace, folder: Path, asked: dict[str, list
 
 def main(arguments: list[str] | None = None) -> int:
     """The command: 0 when the bundle is there, 2 for a mistake of the user's, 1 for a failure."""
+    show_what_cannot_be_printed()
     options = parser().parse_args(arguments)
     failure: Exception
     try:

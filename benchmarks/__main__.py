@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.errors import BenchmarkError
 from benchmarks.options import check_files
+from engine.commands import show_what_cannot_be_printed
 from engine.libraries import install_command
 
 COMMANDS = {
@@ -43,6 +44,7 @@ def _module(command: str) -> Any:
 def main(arguments: list[str] | None = None) -> int:
     """The command: 0, 2 for a mistake of the user's, 1 for a failure, 130 for Ctrl-C where nothing was measured yet."""
     words = sys.argv[1:] if arguments is None else arguments
+    show_what_cannot_be_printed()
     failure: Exception
     try:
         options = parser(words[0] if words else "").parse_args(words)

@@ -20,6 +20,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from .arguments import MAX_PICTURES, parse, program, read_prompts, shorten
+from .commands import show_what_cannot_be_printed
 from .errors import BatchError, EngineError, OutputFileError, SeedError
 from .libraries import install_command, installed
 
@@ -211,9 +212,7 @@ def what_to_install(error: ImportError, arguments: list[str]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command: 0, 2 for a mistake of the user's, 1 for a failure."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no failure
+    show_what_cannot_be_printed()
     try:
         options = parse(arguments)
     except SystemExit:

@@ -163,7 +163,7 @@ def while_replaced(folder: Path, load: Callable[[], T]) -> T:
         try:
             return load()
         except (BundleError, BackendError):
-            swapping = before is None and folder.with_name(f".{folder.name}.replaced").is_dir()
+            swapping = before is None and folder.name != "" and _identity(folder.with_name(f".{folder.name}.replaced")) is not None
             if time.monotonic() > until or (_identity(folder) == before and not swapping):
                 raise
         time.sleep(0.01)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -11,6 +12,13 @@ from typing import Any
 from .contract import Range
 
 BUILDER = "build_engines.py"
+
+
+def show_what_cannot_be_printed() -> None:
+    """Makes the standard streams write characters that a terminal does not know as escapes: a name in them is no failure."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def builder() -> str:

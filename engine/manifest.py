@@ -128,6 +128,11 @@ def parse(folder: Path) -> dict[str, Any]:
     try:
         if not folder.is_dir():
             raise BundleNotFoundError(f"there is no bundle at {shorten(folder)}" + (", which is no folder" if folder.exists() else ""))
+    except PermissionError as error:
+        raise BundleNotFoundError(f"{shorten(folder)} cannot be looked at (Permission denied); allow it: chmod u+rx {folder.parent}") from error
+    except OSError as error:  # too long, links that go round in a circle
+        raise BundleNotFoundError(f"there is no bundle at {shorten(folder)} ({error.strerror})") from error
+    try:
         if file.is_symlink():
             raise UnsafePathError(f"{file} is a symbolic link; a bundle holds plain files only. Do not use this bundle")
         if not file.is_file():

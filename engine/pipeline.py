@@ -18,7 +18,7 @@ from .backends import open_backend
 from .backends.interface import Backend, Denoising, HostStopwatch, Session, Stopwatch
 from .bundle import Bundle, as_path, while_replaced
 from .contract import LATENT_CHANNELS, VAE_FACTOR, Range
-from .errors import BusyPipelineError, ClosedPipelineError, NumericalError, PicklingError
+from .errors import BusyPipelineError, ClosedPipelineError, ManifestError, NumericalError, PicklingError, SchedulerConfigError
 from .noise import TorchGenerator, draw
 from .picture import Picture, format_parameters
 from .samplers import LABELS, StepTable, sampler_name, step_table
@@ -58,8 +58,11 @@ class Pipeline:
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle = bundle
         self._backend = backend
-        self._schedule = Schedule.from_config(bundle.scheduler)
-        self._tokenizer = ClipTokenizer(bundle.tokenizer_file, bundle.special_tokens)
+        try:
+            self._schedule = Schedule.from_config(bundle.scheduler)
+            self._tokenizer = ClipTokenizer(bundle.tokenizer_file, bundle.special_tokens)
+        except (SchedulerConfigError, ManifestError) as error:
+            raise type(error)(f"{error}. Build the bundle again: {bundle.command()}") from error
         bundle.recheck_in_place()
         self._contexts: OrderedDict[str, Any] = OrderedDict()
         self._lock = threading.RLock()

@@ -36,13 +36,14 @@ OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "beta_start": ("a number between 0 and 1", _is_number(0, 1)),
     "beta_end": ("a number between 0 and 1", _is_number(0, 1)),
     "trained_betas": ("a list of numbers between 0 and 1", _are_betas),
+    "timestep_spacing": (f"one of {', '.join(SPACINGS)}", lambda value: isinstance(value, str) and value in SPACINGS),
     "steps_offset": ("an integer from 0 to 1000", _is_integer(0, 1000)),
     "solver_order": ("an integer from 1 to 3", _is_integer(1, 3)),
     "sigma_min": ("a number above 0", _is_number(0, math.inf)),
     "sigma_max": ("a number above 0", _is_number(0, math.inf)),
     "lambda_min_clipped": ("a number or -Infinity", lambda value: value == -math.inf or _is_number(-math.inf, math.inf)(value)),
     **{name: ("a string", lambda value: isinstance(value, str)) for name in (
-        "_class_name", "prediction_type", "beta_schedule", "timestep_spacing", "variance_type", "algorithm_type", "solver_type", "final_sigmas_type",
+        "_class_name", "prediction_type", "beta_schedule", "variance_type", "algorithm_type", "solver_type", "final_sigmas_type",
         "interpolation_type", "timestep_type")},
     **{name: ("true or false", lambda value: value is None or isinstance(value, bool)) for name in (
         "clip_sample", "thresholding", "set_alpha_to_one", "rescale_betas_zero_snr", "skip_prk_steps", "use_karras_sigmas", "use_exponential_sigmas",
@@ -105,7 +106,7 @@ def _checked(config: Any) -> dict[str, Any]:
     given = {name: value for name, value in config.items() if value is not None or name not in NULLABLE}
     for name, (rule, right) in OPTIONS.items():
         if name in given and not right(given[name]):
-            raise SchedulerConfigError(f"scheduler option {name} is {shown(given[name])}; it must be {rule}. Mend it in scheduler_config.json")
+            raise SchedulerConfigError(f"scheduler option {name} is {shown(given[name])}; it must be {rule} (scheduler_config.json)")
     return given
 
 

@@ -24,8 +24,10 @@ from engine.backends.onnxruntime import OnnxRuntimeBackend
 from engine.backends.openvino import OpenVinoBackend
 from engine.bundle import FORMAT, MANIFEST, Bundle, sha256
 from engine.contract import COMPONENTS, PROMPT_TOKENS, Range, Shapes
-from engine.errors import BundleError
+from engine.errors import BundleError, SchedulerConfigError
 from engine.manifest import own_files
+from engine.schedule import Schedule
+from engine.tokenizer import ClipTokenizer
 
 from . import parity, targets
 from .checkpoint import Source
@@ -152,8 +154,11 @@ def _usable(target: Path, report: Report) -> dict[str, Any] | None:
     if not target.is_dir() or not any(target.iterdir()):
         return None
     try:
-        return dict(Bundle.open(target).manifest)
-    except BundleError as error:
+        bundle = Bundle.open(target)
+        Schedule.from_config(bundle.scheduler)
+        ClipTokenizer(bundle.tokenizer_file, bundle.special_tokens)
+        return dict(bundle.manifest)
+    except (BundleError, SchedulerConfigError) as error:
         report(f"the old bundle is not usable and will be replaced: {error}")
         return None
 

@@ -57,6 +57,10 @@ def stop(*arguments, **options):
 
 
 def run(words):
+    return run_command(main, words)
+
+
+def run_command(main, words):
     """The exit code, and all that was printed to streams of a terminal that knows ASCII only."""
     printed = [io.TextIOWrapper(io.BytesIO(), "ascii") for _ in range(2)]
     with redirect_stdout(printed[0]), redirect_stderr(printed[1]):

@@ -62,10 +62,10 @@ def test_argparse_mistakes_exit_2():
 
 
 def test_ranges():
-    assert parse_range("512", "height", 8, 16) == Range(512, 512, 512)
-    assert parse_range("64:512:768", "height", 8, 16) == Range(64, 512, 768)
+    assert parse_range("512", "height", 8, 16, 1024) == Range(512, 512, 512)
+    assert parse_range("64:512:768", "height", 8, 16, 1024) == Range(64, 512, 768)
     with pytest.raises(UsageError):
-        parse_range("64:512:764", "height", 8, 16)
+        parse_range("64:512:764", "height", 8, 16, 1024)
 
 
 def test_picture_command_writes_a_picture_and_says_how_long_it_took(demo_bundle, tmp_path, capsys):
