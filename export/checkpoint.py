@@ -189,7 +189,7 @@ def location(path: Path) -> str:
     return hashlib.sha256(str(path.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def _download(repository: str, allow: tuple[str, ...] = HUB_FILES, otherwise: str = "pass its folder") -> Path:
+def _download(repository: str, allow: tuple[str, ...] = HUB_FILES, otherwise: str = "pass its folder; if a folder here is meant, check its path") -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
     try:
