@@ -106,8 +106,11 @@ class Source(ABC):
         return "the tokenizer"
 
     def _check_weights(self) -> None:
-        for load in (self.text_encoder, self.vae, self.unet):
-            load()
+        """Every part is loaded and runs once on a small input: options that a constructor takes may still fail there."""
+        for part, load in (("text encoder", self.text_encoder), ("VAE", self.vae), ("U-Net", self.unet)):
+            model = load()
+            reading(f"the {part} of {self.name}", lambda model=model: checks.run_once(model))  # type: ignore[misc]
+            del model
 
     def pipeline(self) -> StableDiffusionPipeline:
         """diffusers' own pipeline of the model, float32 on the CPU: the oracle."""
@@ -186,7 +189,7 @@ def location(path: Path) -> str:
     return hashlib.sha256(str(path.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def _download(repository: str, allow: tuple[str, ...] = HUB_FILES, otherwise: str = "pass its folder") -> Path:
+def _download(repository: str, allow: tuple[str, ...] = HUB_FILES, otherwise: str = "pass its folder; if a folder here is meant, check its path") -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
     try:
@@ -198,8 +201,10 @@ def _download(repository: str, allow: tuple[str, ...] = HUB_FILES, otherwise: st
                              f"check the network, or download it elsewhere and {otherwise}") from error
 
 
-def _hash_files(files: list[Path], root: Path) -> str:
-    lines = [f"{file.relative_to(root).as_posix()} {reading(file, lambda file=file: sha256(file))}" for file in sorted(files)]  # type: ignore[misc]
+def _hash_files(folder: Path, root: Path, suffixes: set[str]) -> str:
+    """A hash of the files in a folder that have one of the suffixes: of their contents, and their names in `root`."""
+    files = sorted(file for file in folder.iterdir() if file.suffix in suffixes and file.is_file())
+    lines = [f"{file.relative_to(root).as_posix()} {sha256(file)}" for file in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -216,18 +221,22 @@ class DiffusersFolder(Source):
     def __init__(self, folder: Path, name: str, origin: Mapping[str, str], sampler: str | None = None) -> None:
         super().__init__(name, origin, (folder,))
         self.folder, self._sampler = folder, sampler
-        index = folder / "model_index.json"
-        if not index.exists():
-            raise UnreadableModelError(f"{folder} has no model_index.json, so it is not a diffusers model; pass the folder that save_pretrained wrote")
-        self._index = read_object(index)
-        _check_index(self._index, index)
+        self._index = reading(folder, self._read_index)
+
+    def _read_index(self) -> dict[str, Any]:
+        file = self.folder / "model_index.json"
+        if not file.exists():
+            raise UnreadableModelError(f"{self.folder} has no model_index.json, so it is not a diffusers model; pass the folder that save_pretrained wrote")
+        index = read_object(file)
+        _check_index(index, file)
         for part in PARTS:
-            if not (folder / part).is_dir():
-                raise UnreadableModelError(f"{folder} has no folder {part}/; the model is incomplete")
+            if not (self.folder / part).is_dir():
+                raise UnreadableModelError(f"{self.folder} has no folder {part}/; the model is incomplete")
+        return index
 
     def _load(self, cls: Any, part: str, safetensors: str, pickle: str, **options: Any) -> Any:
         folder = self.folder / part
-        chosen = weights.choose(folder, safetensors, pickle)
+        chosen = reading(folder, lambda: weights.choose(folder, safetensors, pickle))
         for file in chosen.files:
             weights.check_floats(file)
         model, info = reading(folder, lambda: cls.from_pretrained(
@@ -275,7 +284,7 @@ class DiffusersFolder(Source):
 
     def _fingerprint(self, part: str) -> str:
         folder = self.folder / part
-        return _hash_files([file for file in folder.iterdir() if file.suffix in HASHED and file.is_file()], self.folder)
+        return reading(folder, lambda: _hash_files(folder, self.folder, HASHED))
 
 
 def _check_index(index: Mapping[str, Any], file: Path) -> None:
@@ -399,6 +408,6 @@ class CompVisFile(Source):
     def _fingerprint(self, part: str) -> str:
         if part == "tokenizer":
             folder = self._tokenizer_folder
-            return _hash_files([file for file in folder.iterdir() if file.suffix in (".json", ".txt") and file.is_file()], folder)
+            return reading(folder, lambda: _hash_files(folder, folder, {".json", ".txt"}))
         config = json.dumps([self._hash, part, self._architecture.scheduler], sort_keys=True)
         return hashlib.sha256(config.encode()).hexdigest()

@@ -7,7 +7,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import CLIPTokenizer
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from engine.contract import LATENT_CHANNELS, PROMPT_TOKENS, VAE_FACTOR
 
@@ -106,6 +108,19 @@ def latent_size(config: Mapping[str, Any]) -> int:
         raise UnreadableModelError(f"the U-Net has sample_size={shown(size)}; it must be an integer from {SMALLEST_SAMPLE} to {LARGEST_SAMPLE} "
                                     f"(64 is 512 pixels)")
     return int(sides[0])
+
+
+@torch.no_grad()
+def run_once(model: CLIPTextModel | AutoencoderKL | UNet2DConditionModel) -> None:
+    """One pass of a model on zeros, 64 pixels wide. It raises what the model raises."""
+    latents = torch.zeros(1, LATENT_CHANNELS, 8, 8)
+    if isinstance(model, CLIPTextModel):
+        model(torch.zeros(1, PROMPT_TOKENS, dtype=torch.int64))
+    elif isinstance(model, AutoencoderKL):
+        model.decode(latents)
+        model.encode(torch.zeros(1, 3, 8 * VAE_FACTOR, 8 * VAE_FACTOR))
+    else:
+        model(latents, 1, torch.zeros(1, PROMPT_TOKENS, int(model.config.cross_attention_dim)))
 
 
 def check_tokenizer(tokenizer: CLIPTokenizer, what: str, vocabulary: Any) -> None:

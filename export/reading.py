@@ -55,10 +55,11 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def read_object(file: Path) -> dict[str, Any]:
     """The object in a JSON file; UnreadableModelError where there is none."""
-    if not file.is_file():
-        raise UnreadableModelError(f"{file} is {'not a file' if file.exists() else 'missing'}; the model is incomplete, so download or save it again")
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        fault = "missing" if isinstance(error, FileNotFoundError) else "not a file"
+        raise UnreadableModelError(f"{file} is {fault}; the model is incomplete, so download or save it again") from error
     except (ValueError, RecursionError) as error:
         raise UnreadableModelError(f"{file} is not JSON ({cause(error)}); download or save the model again") from error
     except OSError as error:

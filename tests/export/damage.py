@@ -136,6 +136,10 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
     **{f"U-Net value {name}={value!r}": (edit(UNET, **{name: value}), "unet") for name, value in (
         ("layers_per_block", None), ("layers_per_block", "x"), ("norm_num_groups", 7), ("act_fn", "nope"), ("block_out_channels", None),
         ("block_out_channels", [32]), ("attention_head_dim", "x"))},
+    **{f"U-Net value {name}={value!r}": (edit(UNET, **{name: value}), "the U-Net of model cannot be read") for name, value in (
+        ("norm_num_groups", -1), ("norm_eps", "x"), ("mid_block_scale_factor", "x"), ("freq_shift", "x"))},
+    "VAE value norm_num_groups=-1": (edit(VAE, norm_num_groups=-1), "the VAE of model cannot be read"),
+    "text value num_attention_heads=-1": (edit(TEXT, num_attention_heads=-1), "the text encoder of model cannot be read"),
     **{f"VAE option {name}={value!r}": (edit(VAE, **{name: value}), "the VAE has") for name, value in (
         ("latent_channels", 16), ("shift_factor", 0.1), ("block_out_channels", [8, 16]), ("block_out_channels", "x"), ("block_out_channels", None),
         ("down_block_types", ["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"]))},

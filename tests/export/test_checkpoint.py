@@ -152,6 +152,7 @@ def test_no_network_is_said_in_one_line(tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "nobody/no-such-model is not in the local cache and the hub could not be reached" in done.stdout
+    assert "if a folder here is meant, check its path" in done.stdout
 
 
 def test_random_weights_tokenizer_has_clips_ids():

@@ -276,7 +276,7 @@ def test_a_file_is_hashed_once(model, monkeypatch):
     assert sorted(hashed) == ["config.json", "diffusion_pytorch_model.safetensors"]
 
 
-UNREADABLE = [UNET_WEIGHTS, TEXT_WEIGHTS, "unet/config.json", "tokenizer/tokenizer.json", "scheduler/scheduler_config.json"]
+UNREADABLE = [UNET_WEIGHTS, TEXT_WEIGHTS, "unet/config.json", "tokenizer/tokenizer.json", "scheduler/scheduler_config.json", "unet", "tokenizer", "."]
 
 
 @pytest.mark.skipif(os.name != "posix" or (os.geteuid() == 0 and shutil.which("setpriv") is None), reason="needs a user for whom files can be unreadable")
@@ -293,6 +293,8 @@ def test_an_unreadable_file_is_named(model, tmp_path):
             "        except ExportError as error: print(error)")
     limit = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
     done = subprocess.run([*limit, sys.executable, "-c", code, *map(str, folders)], capture_output=True, text=True, check=True)
+    for folder, name in zip(folders, UNREADABLE):
+        (folder / name).chmod(0o700)
     said = done.stdout.splitlines()
     assert len(said) == 2 * len(UNREADABLE)
     for i, line in enumerate(said):

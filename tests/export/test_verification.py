@@ -61,6 +61,14 @@ def test_two_prompts_are_compared_for_every_range_of_batches(tiny_sources, copie
     assert picture.info["parameters"].startswith(parity.PROMPT)
 
 
+def test_openvino_measures_bundles_that_take_no_single_picture(copied, edit_manifest):
+    pytest.importorskip("openvino")
+    from export import to_openvino
+    shapes = json.loads((copied / "manifest.json").read_text())["shapes"]
+    edit_manifest(copied, shapes={**shapes, "batch": [2, 2, 4]})
+    assert len(to_openvino._pictures(to_openvino.Bundle.open(copied, verify=False), {}, 1, [0, 1])) == 2
+
+
 def test_a_model_that_does_not_react_to_the_text_is_found(tiny_sources, tiny_bundles, tmp_path):
     model = copy_model(tiny_sources["sd1"].folder, tmp_path / "model")
     edit_weights(TEXT_WEIGHTS, lambda weights: {**weights, "final_layer_norm.weight": torch.zeros(32)})(model)
