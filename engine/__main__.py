@@ -121,7 +121,7 @@ def call_sizes(pipeline: Pipeline, options: argparse.Namespace, total: int) -> l
         sides = (options.height is None or options.height in profile.height) and (options.width is None or options.width in profile.width)
         return sides and batch in profile.batch and (profile.rows is None or rows * batch in profile.rows)
 
-    profiles = pipeline._backend.profiles
+    profiles = pipeline.profiles
     largest = min(total, max(profile.batch.max for profile in profiles))
     return [batch for batch in range(1, largest + 1) if any(serves(profile, batch) for profile in profiles)]
 

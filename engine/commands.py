@@ -56,10 +56,8 @@ def build_again(folder: Path, manifest: Mapping[str, Any], sizes: Mapping[str, R
 
 def _model(source: Mapping[str, Any]) -> list[str]:
     """MODEL and the options that belong to it."""
-    if source["kind"] == "built-in":
-        return []
-    if source["kind"] == "random":
-        return [source["id"], "--random-weights"]
-    words = [str(source.get("path") or source["id"])]
-    return words + [word for name in ("tokenizer", "prediction-type", "scheduler") if (value := source.get("options", {}).get(name))
-                    for word in (f"--{name}", str(value))]
+    kinds = {"built-in": [], "random": [source["id"], "--random-weights"]}
+    words: list[str] = kinds.get(source["kind"], [source.get("path") or source["id"]])
+    for name, value in source.get("options", {}).items():
+        words += [f"--{name}", value]
+    return words

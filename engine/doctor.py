@@ -7,7 +7,6 @@ Needs nothing but NumPy. Whatever is wrong with a library, a GPU or a bundle is 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import platform
 import shlex
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from .bundle import MANIFEST, Bundle
+from .commands import build_anything, builder
 from .errors import EngineError
 from .libraries import import_library, install_command, installed
 from .plans import Machine, Plans
@@ -57,7 +57,7 @@ def diagnose(bundles: Path, verify: bool = False) -> Report:
 
 def find_bundles(place: Path) -> tuple[list[Path], str]:
     """The bundle at `place`, or those in it, damaged ones too; and why there is none."""
-    build = f"build one: python build_engines.py --output {shlex.quote(str(place))}"
+    build = f"build one: {builder()} --output {shlex.quote(str(place))}"
     try:
         names = sorted(os.listdir(place))
     except FileNotFoundError:
@@ -254,16 +254,4 @@ def reason(error: Exception, folder: Path | None = None) -> str:
     if isinstance(error, OSError):
         place = error.filename if isinstance(error.filename, str) else str(folder)
         return f"{place} cannot be read ({error.strerror}); allow it: chmod -R u+rwX {shlex.quote(str(folder))}"
-    return f"its manifest or a file in it is garbled ({type(error).__name__}: {text[:300]}); {rebuild(folder)}"
-
-
-def rebuild(folder: Path) -> str:
-    """What builds a bundle again: the command for the built-in model, or with its model to be filled in where the manifest does not tell."""
-    model = "MODEL "
-    try:
-        source = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["source"]
-        model = "" if source["kind"] == "built-in" else f"{shlex.quote(str(source['id']))} "
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        pass
-    where = f"--output {shlex.quote(str(folder.parent))} --name {shlex.quote(folder.name)} --force"
-    return f"build it again from its model: python build_engines.py {model}{where}"
+    return f"its manifest or a file in it is garbled ({type(error).__name__}: {text[:300]}); build it again: {build_anything(folder)}"

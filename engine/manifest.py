@@ -2,7 +2,7 @@
 
     format            2
     name              what the bundle is called
-    source            {kind, id, path?}: which model it was built from
+    source            {kind, id, path?, options?}: which model it was built from, and with which of the builder's options for a model
     precision         "fp32", "fp16" or "bf16"
     shapes            height, width (pixels) and batch, each [min, opt, max]
     scheduler         the model's scheduler_config.json, which `Schedule.from_config` checks
@@ -31,6 +31,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer/tokenizer.json"
 
 PRECISIONS = ("fp32", "fp16", "bf16")
+SOURCE_OPTIONS = ("tokenizer", "prediction-type", "scheduler")
 OPENVINO_PRECISIONS = ("fp32", "bf16")
 
 SMALLEST_SIDE, LARGEST_SIDE, LARGEST_BATCH = 16, 16384, 1024
@@ -165,8 +166,7 @@ def _other_version(file: Path, version: Any) -> ManifestVersionError:
 def check(manifest: Field) -> None:
     """ManifestError or UnsafePathError for the first field that is not as the schema at the top of this file says."""
     manifest["name"].text()
-    manifest["source"]["kind"].text()
-    manifest["source"]["id"].text()
+    _check_source(manifest["source"])
     manifest["precision"].text(PRECISIONS)
     shapes(manifest)
     manifest["scheduler"].object()
@@ -209,6 +209,15 @@ def own_files() -> frozenset[str]:
     """Every file that the builder may write into a bundle, besides the plans."""
     graphs = [graph_file(component) for component in COMPONENTS]
     return frozenset([MANIFEST, TOKENIZER, "verification.png", *graphs, *(f"{name}.data" for name in graphs)])
+
+
+def _check_source(source: Field) -> None:
+    for name in ("kind", "id", *(("path",) if "path" in source else ())):
+        source[name].text()
+    for name, value in source["options"].items() if "options" in source else []:
+        if name not in SOURCE_OPTIONS:
+            raise source["options"].fail(f"about {', '.join(SOURCE_OPTIONS)} only")
+        value.text()
 
 
 def _check_verification(verification: Field) -> None:

@@ -17,7 +17,7 @@ from . import checks
 from .backends import open_backend
 from .backends.interface import Backend, Denoising, HostStopwatch, Session, Stopwatch
 from .bundle import Bundle, as_path, while_replaced
-from .contract import LATENT_CHANNELS, VAE_FACTOR, Range
+from .contract import LATENT_CHANNELS, VAE_FACTOR, Range, Shapes
 from .errors import BusyPipelineError, ClosedPipelineError, ManifestError, NumericalError, PicklingError, SchedulerConfigError
 from .noise import TorchGenerator, draw
 from .picture import Picture, format_parameters
@@ -127,6 +127,11 @@ class Pipeline:
     def description(self) -> str:
         """The library, its version and the device that this pipeline runs on."""
         return self._backend.description
+
+    @property
+    def profiles(self) -> tuple[Shapes, ...]:
+        """The sizes and numbers of pictures that one call may ask for."""
+        return self._backend.profiles
 
     @property
     def interrupt(self) -> bool:

@@ -23,7 +23,7 @@ from engine import __version__
 from engine.backends.onnxruntime import OnnxRuntimeBackend
 from engine.backends.openvino import OpenVinoBackend
 from engine.bundle import FORMAT, MANIFEST, Bundle, sha256
-from engine.contract import COMPONENTS, PROMPT_TOKENS, Range, Shapes
+from engine.contract import COMPONENTS, Range, Shapes
 from engine.errors import BundleError, SchedulerConfigError
 from engine.manifest import own_files
 from engine.schedule import Schedule
@@ -62,7 +62,7 @@ class Outcome:
 
 def default_shapes(sample_size: int) -> Shapes:
     """Sizes around the one that a model was trained at. Ranges cost nothing here: the graphs are dynamic."""
-    side = Range(min(64, sample_size // 2), sample_size, 2 * sample_size)
+    side = Range(min(64, sample_size // 16 * 8), sample_size, 2 * sample_size)
     return Shapes(height=side, width=side, batch=Range(1, 1, 8))
 
 
@@ -137,8 +137,8 @@ def _wanted(source: Source, precision: str, shapes: Shapes) -> dict[str, Any]:
     """What a manifest says besides the components; a bundle that differs in it is not up to date."""
     sides = {side: [r.min, r.opt, r.max] for side, r in (("height", shapes.height), ("width", shapes.width), ("batch", shapes.batch))}
     weights = hashlib.sha256("".join(source.fingerprint(part) for part in sorted(set(PART_OF.values()))).encode()).hexdigest()
-    return {"source": {**source.origin, "tokenizer": source.fingerprint("tokenizer"), "weights": weights}, "precision": precision, "shapes": sides,
-            "scheduler": source.scheduler_config()}
+    origin = {**source.origin, "tokenizer": source.fingerprint("tokenizer"), "weights": weights, "options": source.options}
+    return {"source": origin, "precision": precision, "shapes": sides, "scheduler": source.scheduler_config()}
 
 
 def _fingerprint(source: Source, component: str, graphs: Graphs) -> str:
@@ -218,8 +218,6 @@ def _ir_version(file: Path) -> int:
 
 def _write_tokenizer(source: Source, folder: Path) -> dict[str, Any]:
     tokenizer = source.tokenizer()
-    if tokenizer.model_max_length != PROMPT_TOKENS:
-        raise UsageError(f"the tokenizer's model_max_length is {tokenizer.model_max_length}; CLIP's is {PROMPT_TOKENS}")
     (folder / "tokenizer").mkdir()
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
     return {"file": "tokenizer/tokenizer.json", "start": tokenizer.bos_token_id, "end": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}

@@ -48,10 +48,11 @@ T = TypeVar("T")
 
 class Source(ABC):
     """A model. `name` is what its bundle is called, `origin` what the manifest says about where it came from, `inputs` the files
-    and folders that it is read from."""
+    and folders that it is read from, `options` what was asked for besides, as the command line calls it."""
 
     def __init__(self, name: str, origin: Mapping[str, str], inputs: tuple[Path, ...] = ()) -> None:
         self.name, self.origin, self.inputs = name, dict(origin), inputs
+        self.options: dict[str, str] = {}
         self._fingerprints: dict[str, str] = {}
 
     @abstractmethod
@@ -130,7 +131,13 @@ def resolve(model: str | None, random_weights: bool = False, tokenizer: Path | N
 
     Raises UnknownModelError, UnreadableModelError, UnsupportedModelError, UnsafePickleError, NoNetworkError or UsageError.
     """
-    sampler = None if scheduler is None else schedulers.asked_sampler(scheduler)
+    source = _resolve(model, random_weights, tokenizer, prediction_type, None if scheduler is None else schedulers.asked_sampler(scheduler))
+    given = {"tokenizer": tokenizer and str(tokenizer.resolve()), "prediction-type": prediction_type, "scheduler": scheduler}
+    source.options = {name: value for name, value in given.items() if value}
+    return source
+
+
+def _resolve(model: str | None, random_weights: bool, tokenizer: Path | None, prediction_type: str | None, sampler: str | None) -> Source:
     if random_weights:
         if model not in ARCHITECTURES:
             raise UsageError(f"--random-weights needs a known architecture, not {model!r}; known: {', '.join(ARCHITECTURES)}")
@@ -144,7 +151,7 @@ def resolve(model: str | None, random_weights: bool = False, tokenizer: Path | N
     path = Path(model)
     if path.is_dir():
         name = path.resolve().name
-        return DiffusersFolder(path, name, {"kind": "folder", "id": name, "location": location(path)}, sampler)
+        return DiffusersFolder(path, name, {"kind": "folder", "id": name, "path": str(path.resolve())}, sampler)
     if model in ARCHITECTURES:
         raise UnknownModelError(f"{model} is an architecture, not a model; add --random-weights to build it without trained weights")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not path.parent.is_dir():
@@ -182,11 +189,6 @@ def _refuse_file_options(what: str, tokenizer: Path | None, prediction_type: str
     for option, value in (("--tokenizer", tokenizer), ("--prediction-type", prediction_type)):
         if value is not None:
             raise UsageError(f"{option} {value} is for a single file ({_suffixes()}); {what} says this itself, so leave the option out")
-
-
-def location(path: Path) -> str:
-    """Tells models of one name apart without giving their paths away: 16 hexadecimal digits of the SHA-256 of the resolved path."""
-    return hashlib.sha256(str(path.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def _download(repository: str, allow: tuple[str, ...] = HUB_FILES, otherwise: str = "pass its folder; if a folder here is meant, check its path") -> Path:
@@ -369,7 +371,7 @@ class CompVisFile(Source):
                              f"(tokenizer.json, or vocab.json and merges.txt)")
         if tokenizer is not None:
             _read_tokenizer(tokenizer)
-        super().__init__(file.stem, {"kind": "file", "id": file.name, "location": location(file)}, (file, *([] if tokenizer is None else [tokenizer])))
+        super().__init__(file.stem, {"kind": "file", "id": file.name, "path": str(file.resolve())}, (file, *([] if tokenizer is None else [tokenizer])))
         self.file, self._sampler = file, sampler
         self._weights = weights.read(file)
         self._architecture = reading(file, lambda: compvis.architecture(self._weights, file, prediction_type))

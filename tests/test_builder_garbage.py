@@ -14,8 +14,8 @@ from .test_command_garbage import NUMBERS, TEXT, run_command
 OPTIONS = ["--output", "--name", "--bundle", "--backend", "--precision", "--height", "--width", "--batch", "--rows", "--opset", "--device",
            "--optimization-level", "--workspace", "--max-aux-streams", "--diagnose", "--random-weights", "--tokenizer", "--prediction-type", "--scheduler",
            "--no-verify", "--force", "--quiet", "--help", "--nonsense", "--"]
-WORDS = ["sd15", "sd21", "owner/name", "model.safetensors", "model.ckpt", "page.ckpt", "folder", "pipe.ckpt", "model.SAFETENSORS", "model.pt", "folder/typo", "/",
-         "~", "/dev/null", "64", "64:64:128", "1:2:3", "64,72", "nan", "0", "-1", "ddim", "epsilon", "cpu", "cuda:5", "fp32", "onnxruntime", "openvino",
+WORDS = ["sd15", "sd21", "owner/name", "model.safetensors", "model.ckpt", "page.ckpt", "folder", "pipe.ckpt", "model.SAFETENSORS", "model.pt", "folder/typo",
+         "/", "~", "/dev/null", "64", "64:64:128", "1:2:3", "64,72", "nan", "0", "-1", "ddim", "epsilon", "cpu", "cuda:5", "fp32", "onnxruntime", "openvino",
          "tensorrt", "18", "a\0b", "n" * 300, "p/" * 3000, "\ud800", "../x", "."]
 VALUES = st.sampled_from(WORDS) | st.sampled_from(NUMBERS) | st.integers().map(str) | TEXT
 

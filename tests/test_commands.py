@@ -30,15 +30,15 @@ def test_build_engines_says_what_it_did(demo_bundle, capsys):
 @pytest.mark.parametrize(("arguments", "words"), [
     (["nonsense"], "'nonsense' is no folder or file here"),
     (["sdxl", "--random-weights"], "known: sd15, sd21, sd21-base"),
-    (["--height", "500"], "--height 500 is not a multiple of 8 from 16 up"),
-    (["--height", "8"], "--height 8 is not a multiple of 8 from 16 up"),
+    (["--height", "500"], "--height 500 is not a multiple of 8 from 16 to 16384"),
+    (["--height", "8"], "--height 8 is not a multiple of 8 from 16 to 16384"),
     (["--width", "64:32:128"], "MIN <= OPT <= MAX must hold"),
     (["--width", "64:128"], "it must be N or MIN:OPT:MAX"),
-    (["--batch", "0"], "--batch 0 is not 1 or more"),
+    (["--batch", "0"], "--batch 0 is not a number from 1 to 1024"),
     (["--batch", "many"], "--batch is 'many'"),
     (["--precision", "bf16"], "no bf16 kernels"),
-    (["--name", "../x"], "--name '../x' is not a plain name"),
-    (["--output", "/dev/null/engines"], "/dev/null/engines cannot be made"),
+    (["--name", "../x"], "--name '../x' cannot be a folder's name"),
+    (["--output", "/dev/null/engines"], "/dev/null/engines/demo cannot be made (Not a directory)"),
 ])
 def test_a_mistake_is_one_line(arguments, words, capsys, tmp_path):
     output = [] if "--output" in arguments else ["--output", str(tmp_path)]

@@ -89,7 +89,8 @@ def test_numpy_integers_are_integers(demo, value):
 
 def test_every_input_error_was_produced_here():
     produced = {mark.args[1][i][1] for mark in test_bad_input_gets_a_named_error.pytestmark for i in range(len(mark.args[1]))}
-    assert produced | {e.ThreadsError, e.UnknownBackendError, e.DeviceError} == set(InputError.__subclasses__())
+    elsewhere = {e.ThreadsError, e.UnknownBackendError, e.DeviceError, e.OutputPathError, e.PromptsFileError}
+    assert produced | elsewhere == set(InputError.__subclasses__())
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, True, 2**31, pytest.param(10**5000, id="huge")])

@@ -54,7 +54,7 @@ def test_a_virtual_environment_without_torch_makes_a_picture(demo_bundle, wheel,
 
     built = subprocess.run([python, "-m", "build_engines"], capture_output=True, text=True, cwd=tmp_path)
     assert built.returncode == 1
-    assert "install what building needs: pip install latentrt[export,cpu]" in built.stderr
+    assert "lacks what building needs; install it: python -m pip install 'torch>=2.9'" in built.stderr
     assert "Traceback" not in built.stderr
 
 

@@ -165,7 +165,7 @@ SCHEDULERS: dict[str, tuple[Damage, str]] = {
         ("trained_betas", "x"), ("trained_betas", ["a"] * 1000), ("trained_betas", [2.0] * 1000), ("num_train_timesteps", 0), ("num_train_timesteps", -5),
         ("num_train_timesteps", 20), ("num_train_timesteps", None), ("num_train_timesteps", "x"), ("num_train_timesteps", 10**12), ("steps_offset", -1),
         ("steps_offset", "1"), ("steps_offset", None), ("set_alpha_to_one", "no"), ("rescale_betas_zero_snr", "false"))},
-    "timestep_spacing": (edit(SCHEDULER, timestep_spacing="foo"), "timestep_spacing='foo' is not supported; supported: 'leading', 'linspace', 'trailing'"),
+    "timestep_spacing": (edit(SCHEDULER, timestep_spacing="foo"), "timestep_spacing is 'foo'; it must be one of leading, linspace, trailing"),
     "beta_schedule": (edit(SCHEDULER, beta_schedule="foo"), "beta_schedule 'foo' is not known; known: linear"),
     "prediction_type": (edit(SCHEDULER, prediction_type="flow"), "prediction_type 'flow' is not known; known: epsilon"),
     "prediction_type list": (edit(SCHEDULER, prediction_type=[]), "prediction_type"),
