@@ -587,6 +587,32 @@ def test_the_parser_names_what_it_cannot_read(every_machine, tmp_path):
     assert build.parser.num_errors == 2
 
 
+@pytest.mark.parametrize(("node", "words"), [
+    (helper.make_node("Shape", ["x"], ["s"], start=1, end=2, name="measure"), "Shape with start or end"),
+    (helper.make_node("ReduceMean", ["x", "axes"], ["s"], name="mean"), "ReduceMean with its axes as an input"),
+    (helper.make_node("Gelu", ["x"], ["s"], name="gelu"), "No importer registered for op: Gelu")])
+def test_8_refuses_what_its_parser_does_not_know_or_misreads(every_machine, node, words):
+    proto = model()
+    proto.graph.node.append(node)
+    proto.graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), "axes"))
+    build = Build(every_machine, proto)
+    assert build.parsed == (every_machine.library.major != "8")
+    if not build.parsed:
+        assert words in build.parser.get_error(0).desc()
+        assert build.parser.get_error(0).node() == 3
+
+
+@pytest.mark.parametrize(("dtype", "size", "good"), [(TensorProto.FLOAT16, 64, True), (TensorProto.FLOAT16, 512, False), (TensorProto.FLOAT, 64, False)])
+def test_attention_as_one_operator_wants_half_precision_and_a_head_that_a_kernel_takes(machine, dtype, size, good):
+    inputs = [helper.make_tensor_value_info(name, dtype, [1, 2, 4, size]) for name in "qkv"]
+    graph = helper.make_graph([helper.make_node("Attention", list("qkv"), ["y"], name="attend")], "g", inputs, [
+        helper.make_tensor_value_info("y", dtype, [1, 2, 4, size])])
+    build = Build(machine, helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10))
+    assert build.parsed
+    assert (build.plan() is not None) == good
+    assert good or "Could not find any implementation for node attend: Attention " in last_error(machine)
+
+
 def test_weights_beside_the_file_are_found(machine, tmp_path):
     onnx.save_model(model(), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
     build = Build(machine)

@@ -34,7 +34,6 @@ def make_tensorrt(version: str, cuda: FakeCuda) -> ModuleType:
     if version not in api.VERSIONS:
         raise ValueError(f"the fake plays {', '.join(api.VERSIONS)}, not {version}")
     library = api.Library(version, cuda)
-    library.unsupported_operators = api.UNSUPPORTED_OPERATORS[library.major]
     for name, versions in api.ENUMS.items():
         members = api.for_version(versions, library.major)
         if members is not None:

@@ -80,9 +80,6 @@ DATA_TYPE_NAMES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "i
                    "uint8": "UINT8", "fp8": "FP8"}
 """Names that the module itself has for DataType's members, where they exist."""
 
-UNSUPPORTED_OPERATORS = {"8": {"Attention", "Gelu", "RMSNormalization", "RotaryEmbedding", "Swish"}, "10": {"Swish"}, "11": {"Swish"}}
-"""ONNX operators that the parser refuses."""
-
 
 def for_version(table: dict[str, str], major: str) -> str | None:
     """The entry of a table whose key names that major version, or "all"."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .tensorrt_api import Bound, fails_with, plain_property
+from .tensorrt_operators import attention_without_a_kernel
 from .tensorrt_plan import Tensor, uint8_violations, with_outputs, write_plan
 
 TIMING_CACHE_MAGIC = b"FAKE-TIMING"
@@ -261,6 +262,11 @@ def validate(library: Any, network: Any, config: Any) -> list[dict[str, list[lis
         library.log(network._logger, "WARNING", text)
     for text in uint8_violations(graph):
         raise BuildError(f"Error Code 4: Internal Error ({text})")
+    for node in graph.nodes:
+        if node.operator == "Attention":
+            query = graph.tensors[node.inputs[0]]
+            if why := attention_without_a_kernel(query.dtype, query.dims[-1] if query.dims else -1):
+                raise BuildError(f"Error Code 10: Internal Error (Could not find any implementation for node {node.name}: {why})")
     dynamic = [tensor for tensor in graph.inputs if any(not isinstance(size, int) or size == -1 for size in tensor.dims)]
     if dynamic and not config._profiles:
         raise BuildError("Error Code 4: Internal Error (Network has dynamic or shape inputs, but no optimization profile has been defined.)")

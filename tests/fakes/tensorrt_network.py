@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .tensorrt_api import Bound
+from .tensorrt_operators import supports
 from .tensorrt_plan import Graph, Node, Tensor, Unparsable, evaluate, read_graph
 
 
@@ -241,7 +242,7 @@ class OnnxParser(Bound):
             if self._network.has_implicit_batch_dimension:
                 raise Unparsable("Assertion failed: !_importer_ctx.network()->hasImplicitBatchDimension() && \"This version of the ONNX parser only supports "
                                  "TensorRT INetworkDefinitions with an explicit batch dimension.\"", "INVALID_VALUE")
-            graph = read_graph(path, content, library.unsupported_operators, narrow_int64=library.major == "8")
+            graph = read_graph(path, content, library.major)
             unknown = sorted({t.dtype for t in graph.tensors.values()} - library.DataType.__members__.keys())
             if unknown:
                 raise Unparsable(f"Unsupported data type: {', '.join(unknown)}", "UNSUPPORTED_NODE")
@@ -266,7 +267,7 @@ class OnnxParser(Bound):
         self._errors.clear()
 
     def supports_operator(self, op_name: str) -> bool:
-        return op_name not in self._library.unsupported_operators
+        return supports(op_name, self._library.major)
 
     @property
     def flags(self) -> int:

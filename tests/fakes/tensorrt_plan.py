@@ -14,6 +14,8 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from .tensorrt_operators import misread, supports
+
 MAGIC = b"FAKE-PLAN"
 DATA_TYPES = {onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.FLOAT16: "HALF", onnx.TensorProto.BFLOAT16: "BF16", onnx.TensorProto.INT32: "INT32",
               onnx.TensorProto.INT64: "INT64", onnx.TensorProto.UINT8: "UINT8", onnx.TensorProto.INT8: "INT8", onnx.TensorProto.BOOL: "BOOL",
@@ -76,8 +78,8 @@ def tensor_of(value: onnx.ValueInfoProto, narrow: bool) -> Tensor:
     return Tensor(value.name, "INT32" if narrow and dtype == "INT64" else dtype, dims)
 
 
-def read_graph(path: Path | None, content: bytes | None, unsupported: set[str], narrow_int64: bool) -> Graph:
-    """Parses a file or bytes with the weights beside `path`; Unparsable says why not."""
+def read_graph(path: Path | None, content: bytes | None, major: str) -> Graph:
+    """Parses a file or bytes with the weights beside `path`, as that major version does; Unparsable says why not."""
     try:
         model = onnx.load(str(path)) if content is None else onnx.load_model_from_string(content)  # type: ignore[arg-type]
         if content is not None and path is not None:
@@ -87,10 +89,12 @@ def read_graph(path: Path | None, content: bytes | None, unsupported: set[str], 
     except Exception as error:
         raise Unparsable(f"Failed to parse the ONNX model{f' {path}' if path else ''}: {error}", "MODEL_DESERIALIZE_FAILED") from error
     for index, node in enumerate(model.graph.node):
-        if node.op_type in unsupported or node.domain not in ("", "ai.onnx"):
+        if not supports(node.op_type, major) or node.domain not in ("", "ai.onnx"):
             raise Unparsable(f"No importer registered for op: {node.op_type}. Attempted to import as plugin. Plugin not found, are the plugin name, "
                              f"version, and namespace correct?", "UNSUPPORTED_NODE", index, node.name, node.op_type)
-    types = {t.name: t for t in infer_tensors(model, narrow_int64)}
+        if words := misread(node, major):
+            raise Unparsable(words, "UNSUPPORTED_NODE", index, node.name, node.op_type)
+    types = {t.name: t for t in infer_tensors(model, narrow=major == "8")}
     weights = {w.name for w in model.graph.initializer}
     mark_shape_tensors(model.graph, types, weights)
     nodes, names = [], set()
@@ -119,7 +123,7 @@ def with_outputs(graph: Graph, names: list[str]) -> onnx.ModelProto:
     return model
 
 
-def infer_tensors(model: onnx.ModelProto, narrow_int64: bool) -> list[Tensor]:
+def infer_tensors(model: onnx.ModelProto, narrow: bool) -> list[Tensor]:
     """Every tensor of the graph with its type, as far as ONNX's own inference finds them (it sees no large weights)."""
     light = onnx.ModelProto()
     light.CopyFrom(model)
@@ -131,7 +135,7 @@ def infer_tensors(model: onnx.ModelProto, narrow_int64: bool) -> list[Tensor]:
         light = onnx.shape_inference.infer_shapes(light)
     except Exception:  # types that the file itself declares have to do
         light = model
-    return [tensor_of(value, narrow_int64) for value in (*light.graph.value_info, *light.graph.input, *light.graph.output)]
+    return [tensor_of(value, narrow) for value in (*light.graph.value_info, *light.graph.input, *light.graph.output)]
 
 
 def mark_shape_tensors(graph: onnx.GraphProto, tensors: dict[str, Tensor], weights: set[str]) -> None:
