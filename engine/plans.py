@@ -21,8 +21,9 @@ from .bundle import Bundle
 from .contract import COMPONENTS, Range, Shapes
 from .errors import PlanDamagedError, PlanError, PlanMismatchError, PlanNotFoundError
 
-FORMAT = 1
-"""Version of build.json. It changes whenever an older runtime would misread a newer one, or the builder makes other plans."""
+FORMAT = 2
+"""Version of build.json. It changes whenever an older runtime would misread a newer one, or the builder makes other plans.
+2: without TF32; on TensorRT 8.6 without plugins, and with fewer layers constrained to float32."""
 
 BUILD = "build.json"
 

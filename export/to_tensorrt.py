@@ -36,6 +36,10 @@ PIXELS_PER_DECODE = 1024 * 1024
 """Pictures that the VAE takes together: so many pixels, or one picture. More would cost memory and save no time."""
 
 TIMED_RUNS = 20
+
+MOST_PINNED = 0.25
+"""Share of a network's layers that TensorRT 8.6 may be told to keep in float32; a U-Net needs a few of hundreds."""
+
 BYTES_PER_PIXEL = 2048
 """Of activations, and of what the builder tries out: an estimate for the U-Net and the VAE, guidance included."""
 
@@ -216,9 +220,16 @@ class PlanBuilder:
             if not parser.parse_from_file(str(self._bundle.graphs[component])):
                 reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
                 raise fail(f"does not parse {self._bundle.graphs[component]} ({reasons})")
+            constants = versions.replace_plugins(trt, network)
             mark_outputs(trt, network, kept)
             config = made("configuration", builder.create_builder_config)
-            self._configure(network, config)
+            self._configure(config)
+            pinned, layers = versions.constrain_precision(trt, network, config, self._bundle.precision)
+            if pinned:
+                self._report(f"{label}: {pinned} of {layers} layers pinned to float32")
+            if pinned > MOST_PINNED * layers:
+                raise PlanBuildError(f"{pinned} of {layers} layers of the {component} would be pinned to float32, which makes a plan several times slower; "
+                                     f"at most a quarter should be. Use TensorRT 10.12 or later, or build the bundle with --precision fp32")
             channels = set_profiles(builder, network, config, component, profiles, fail)
             cache = self._cache.attach(config, self._report)
             phases, cancellable = Phases(), versions.has_progress(trt)
@@ -232,12 +243,13 @@ class PlanBuilder:
                     return b"" if plan is None else bytes(memoryview(plan))
 
             plan = watch(work, label, phases, cancellable, self._report)
+            del constants  # the network has read them until here
             self._cache.save(cache)
             if not plan:
                 raise fail("built no plan")
             return plan, channels
 
-    def _configure(self, network: Any, config: Any) -> None:
+    def _configure(self, config: Any) -> None:
         trt, settings = self._trt, self._settings
         config.builder_optimization_level = settings.optimization_level
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -246,7 +258,6 @@ class PlanBuilder:
         if settings.max_aux_streams is not None:
             config.max_aux_streams = settings.max_aux_streams
         versions.configure(trt, config)
-        versions.constrain_precision(trt, network, config, self._bundle.precision)
 
     def _check(self, component: str, plan: bytes, profiles: Sequence[Shapes], channels: int, compare: bool, diagnose: bool) -> dict[str, Any]:
         """Runs a plan at the size that each profile is best at: differences from ONNX Runtime, finite values, time."""

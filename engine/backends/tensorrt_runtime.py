@@ -65,6 +65,7 @@ class TensorRtRuntime:
             with self.device:
                 self.stream = Stream(self.device)
                 self.uploads = Uploads(self.device, self.stream)
+                versions.register_plugins(self.trt, self.log)
                 self._runtime = versions.none_for_null(self.trt.Runtime, self.log)
             if self._runtime is None:
                 raise TensorRtError(f"TensorRT {self.trt.__version__} does not start on GPU {gpu}; {self.log.tail()}")

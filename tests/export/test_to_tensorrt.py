@@ -1,9 +1,11 @@
 """Plans: what is built for which version, what is kept, what is said when it fails. On the fake GPU."""
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,9 @@ import pytest
 
 import build_engines
 from engine import Pipeline
+from engine.backends import tensorrt_versions
 from engine.contract import COMPONENTS, Range, Shapes
-from engine.errors import BackendError, BundleNotFoundError, CudaMemoryError
+from engine.errors import BackendError, BundleNotFoundError, CudaMemoryError, TensorRtError
 from export import diagnose, to_tensorrt
 from export.build import build
 from export.checkpoint import resolve
@@ -83,18 +86,55 @@ def header(plan: Path) -> dict:
 
 
 def test_precision_comes_from_the_graph(bundle, version):
-    """From 10 on by strong typing; on 8.6 by the FP16 flag and constraints that keep the graph's float32 islands."""
+    """From 10 on by strong typing; on 8.6 by the FP16 flag and constraints on what must stay in float32."""
     with fakes.install(version):
         build_plans(bundle, PROFILES, compare=False, report=lambda message: None)
     told = header(plan_folder(bundle) / "denoiser.plan")
     if version == "8.6.0":
-        assert {"FP16", "OBEY_PRECISION_CONSTRAINTS"} <= set(told["flags"])
+        assert {"FP16", "PREFER_PRECISION_CONSTRAINTS"} <= set(told["flags"])
         assert set(told["precisions"].values()) == {"FLOAT"}
-        assert told["precisions"]
     else:
         assert told["strongly_typed"]
         assert not {"FP16", "BF16", "INT8"} & set(told["flags"])
-    assert "VERSION_COMPATIBLE" not in told["flags"]
+    assert not {"VERSION_COMPATIBLE", "TF32"} & set(told["flags"])
+
+
+def test_8_keeps_the_timestep_and_what_follows_the_last_convolution_in_float32(bundle):
+    """And neither norms nor softmax, which would keep attention from being fused. The fake's types in between read FLOAT, as NVIDIA says."""
+    with fakes.install("8.6.0"):
+        lines = said(bundle, compare=False)
+    pinned = {component: header(plan_folder(bundle) / f"{component}.plan")["precisions"] for component in COMPONENTS}
+    operators = {layer["Name"]: layer["LayerType"] for layer in header(plan_folder(bundle) / "denoiser.plan")["layers"]}
+    kinds = Counter(operators[name] for name in pinned["denoiser"])
+    assert kinds["MATRIX_MULTIPLY"] == 4  # two of the timestep's embedding, guidance, sampler
+    assert not kinds.keys() & {"NORMALIZATION", "SOFTMAX", "CONVOLUTION"}
+    assert len(pinned["denoiser"]) < 20
+    assert pinned["text_encoder"] == {}
+    assert any(re.fullmatch(r".* denoiser: \d+ of \d+ layers pinned to float32", line) for line in lines)
+
+
+def test_8_does_not_build_a_network_that_is_pinned_as_a_whole(bundle, monkeypatch):
+    monkeypatch.setattr(tensorrt_versions, "is_cast", lambda trt, layer: False)
+    with fakes.install("8.6.0"), pytest.raises(PlanBuildError, match=r"\d+ of \d+ layers of the \w+ would be pinned to float32.*at most a quarter"):
+        said(bundle, compare=False)
+
+
+@pytest.mark.parametrize("version", fakes.VERSIONS)
+def test_no_plan_holds_a_plugin(bundle, version):
+    """8.6's parser makes one that needs cuDNN of every GroupNorm; what is put in its place computes the same."""
+    with fakes.install(version):
+        build_plans(bundle, PROFILES, report=lambda message: None)
+    plans = [header(plan_folder(bundle) / f"{component}.plan") for component in COMPONENTS]
+    assert [plan["plugins"] for plan in plans] == [[]] * len(COMPONENTS)
+    norms = [layer for layer in plans[COMPONENTS.index("denoiser")]["layers"] if layer["LayerType"] == "NORMALIZATION"]
+    assert len(norms) == 45
+
+
+def test_a_normalization_that_8_refuses(bundle):
+    with fakes.install("8.6.0") as machine:
+        machine.library.faults.fail("add_normalization")
+        with pytest.raises(TensorRtError, match=r"TensorRT 8.6.0 made no normalization of the layer node_InstanceNormalization"):
+            said(bundle, compare=False)
 
 
 def test_fixed_sizes_are_fixed_in_the_network(bundle, machine):

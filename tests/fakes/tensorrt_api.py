@@ -244,6 +244,8 @@ class Library:
         self.faults, self.counts = Faults(), Counts()
         self.messages: list[tuple[str, str]] = []
         """All that was logged, as (severity, text), whatever the logger kept."""
+        self.cudnn = self.plugins_registered = False
+        """Whether 8.6 finds cuDNN, and whether this process has registered the plugins, which the parser does too."""
         self.classes: dict[str, Any] = {}
         self.engines: weakref.WeakSet = weakref.WeakSet()
         self.contexts: weakref.WeakSet = weakref.WeakSet()

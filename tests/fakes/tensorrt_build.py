@@ -8,7 +8,7 @@ from typing import Any
 
 from .tensorrt_api import Bound, fails_with, plain_property
 from .tensorrt_operators import attention_without_a_kernel
-from .tensorrt_plan import Tensor, uint8_violations, with_outputs, write_plan
+from .tensorrt_plan import Tensor, set_instance_norm, uint8_violations, with_outputs, write_plan
 
 TIMING_CACHE_MAGIC = b"FAKE-TIMING"
 MAX_OPTIMIZATION_LEVEL = 5
@@ -252,6 +252,9 @@ def validate(library: Any, network: Any, config: Any) -> list[dict[str, list[lis
         raise BuildError("Error Code 4: Internal Error (Network must have explicit batch dimension)")
     if graph is None or not network._outputs:
         raise BuildError("Error Code 4: Internal Error (Network must have at least one output)")
+    if "TF32" in flags:
+        raise BuildError("TF32 is set, as it is by default: products of float32 would have 10 bits of mantissa. The fake wants it cleared")
+    settle_normalizations(library, network)
     dtypes = {tensor.dtype for tensor in graph.tensors.values()} | {layer._precision.name for layer in network._layers if layer._precision}
     if network._strongly_typed and flags & {"FP16", "BF16", "INT8", "FP8"}:
         raise BuildError(f"Error Code 4: API Usage Error (a strongly typed network with the precision flags {sorted(flags & {'FP16', 'BF16', 'INT8', 'FP8'})})")
@@ -274,6 +277,24 @@ def validate(library: Any, network: Any, config: Any) -> list[dict[str, list[lis
     return profiles or [{tensor.name: [tensor.dims] * 3 for tensor in graph.inputs}]
 
 
+def settle_normalizations(library: Any, network: Any) -> None:
+    """InstanceNormalization on 8.6: a plugin, which wants cuDNN, or what was put in its place, with which the plan computes."""
+    live = network._live_layers()
+    for layer in live:
+        if layer._node.layer_type == "PLUGIN_V2" and not library.cudnn:
+            raise BuildError(f"Error Code 2: Internal Error (plugin InstanceNormalization_TRT of {layer.name}, initialize: 15)")
+        if layer._node.operator != "Normalization":
+            continue
+        source, scale, bias = layer._node.inputs
+        replaced = next((other for other in network._layers if other._node.layer_type == "PLUGIN_V2" and other._node.inputs == [source]), None)
+        if replaced is None or layer.axes != 0b1100:
+            raise BuildError(f"the fake computes a normalization over the last two axes of what a plugin normalized, not {layer.axes:#b} of {source}")
+        constants = {other._node.outputs[0]: other._settings["weights"]._array() for other in live if other._node.operator == "Constant"}
+        if constants[scale] is None or constants[bias] is None:
+            raise BuildError(f"the constants of {layer.name} were freed before the build")
+        set_instance_norm(network._graph.model, replaced._node.name, layer.epsilon, constants[scale], constants[bias])
+
+
 def check_profile(inputs: list[Tensor], dynamic: list[Tensor], shapes: dict, index: int) -> dict[str, list[list[int]]]:
     missing = [tensor.name for tensor in dynamic if tensor.name not in shapes]
     if missing:
@@ -294,7 +315,7 @@ class Cancelled(BuildError):
 
 def run_build(library: Any, network: Any, config: Any, profiles: list[dict]) -> bytes:
     """Times the layers that the cache does not know, and writes the plan."""
-    graph, flags = network._graph, sorted(flag.name for flag in config._flags)
+    graph, flags, live = network._graph, sorted(flag.name for flag in config._flags), network._live_layers()
     precisions = {layer.name: layer._precision.name for layer in network._layers if layer._precision}
     monitor = Monitor(library, config._monitor)
     monitor.start("Building engine", None, 2)
@@ -321,7 +342,8 @@ def run_build(library: Any, network: Any, config: Any, profiles: list[dict]) -> 
         "inputs": [[t.name, t._tensor.dtype, list(t.shape)] for t in network._inputs],
         "outputs": [[t.name, t._tensor.dtype, list(t.shape)] for t in network._outputs],
         "layers": [{"Name": layer.name, "LayerType": layer._node.layer_type, "Inputs": layer._node.inputs, "Outputs": layer._node.outputs,
-                    "Metadata": layer.metadata} for layer in network._layers],
+                    "Metadata": layer.metadata} for layer in live],
+        "plugins": sorted({"InstanceNormalization_TRT" for layer in live if layer._node.layer_type == "PLUGIN_V2"}),
     }
     monitor.step("Building engine", 1)
     monitor.finish("Building engine")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.numpy_helper
 import onnxruntime
 
 from .tensorrt_operators import misread, supports
@@ -110,6 +111,26 @@ def read_graph(path: Path | None, content: bytes | None, major: str) -> Graph:
         types[name] = Tensor(name, "FLOAT", [])
     inputs = [types[value.name] for value in model.graph.input if value.name not in weights]
     return Graph(model, inputs, [types[value.name] for value in model.graph.output], nodes, types)
+
+
+def instance_norm(model: onnx.ModelProto, name: str) -> tuple[float, np.ndarray, np.ndarray]:
+    """Epsilon, scale and bias of an InstanceNormalization node."""
+    node = next(node for node in model.graph.node if node.name == name)
+    constants = {tensor.name: tensor for tensor in model.graph.initializer} | {
+        made.output[0]: made.attribute[0].t for made in model.graph.node if made.op_type == "Constant"}
+    epsilon = next((attribute.f for attribute in node.attribute if attribute.name == "epsilon"), 1e-5)
+    scale, bias = (onnx.numpy_helper.to_array(constants[given]) for given in node.input[1:])
+    return epsilon, scale, bias
+
+
+def set_instance_norm(model: onnx.ModelProto, name: str, epsilon: float, scale: np.ndarray, bias: np.ndarray) -> None:
+    """Makes an InstanceNormalization node compute with these."""
+    node = next(node for node in model.graph.node if node.name == name)
+    del node.attribute[:]
+    node.attribute.append(onnx.helper.make_attribute("epsilon", epsilon))
+    for index, (what, value) in enumerate((("scale", scale), ("bias", bias)), 1):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(value.reshape(-1), f"{name} {what}"))
+        node.input[index] = f"{name} {what}"
 
 
 def with_outputs(graph: Graph, names: list[str]) -> onnx.ModelProto:
