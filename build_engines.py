@@ -19,7 +19,7 @@ from pathlib import Path
 
 from engine.backends import BACKENDS, default_backend, gpu_number, tensorrt_is_usable
 from engine.backends.openvino import OpenVinoBackend
-from engine.contract import VAE_FACTOR, Range, Shapes
+from engine.contract import COMPONENTS, VAE_FACTOR, Range, Shapes
 from engine.errors import EngineError
 from export.errors import ExportError, UsageError
 
@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--width", metavar="N", help="the same")
     p.add_argument("--batch", metavar="N", help="pictures per call, the same (default: 1 for tensorrt, else 1:1:8)")
     p.add_argument("--rows", metavar="N", help="rows of the U-Net in one call, the same (default: twice the pictures, with guidance, and once)")
+    p.add_argument("--components", metavar="NAME,...", help="build the plans of these only: denoiser, text_encoder, vae_decoder, vae_encoder (default: all)")
     p.add_argument("--opset", type=int, choices=[18, 23], default=18, help="23 has attention as one operator, for TensorRT 10.14 and later (default: 18)")
     p.add_argument("--device", default="cuda", metavar="cuda:N", help="the GPU that plans are built on and for (default: cuda:0)")
     p.add_argument("--optimization-level", type=int, choices=range(6), default=3, help="how long TensorRT searches; 5 takes hours (default: 3)")
@@ -112,8 +113,9 @@ def run(options: argparse.Namespace) -> None:
     gpu = gpu_number(options.device)
     if tensorrt:
         check_tensorrt_options(options, gpu)
-    elif "rows" in asked or options.diagnose or options.workspace is not None or options.max_aux_streams is not None:
-        raise UsageError("--rows, --diagnose, --workspace and --max-aux-streams are for --backend tensorrt")
+    elif "rows" in asked or options.diagnose or options.workspace is not None or options.max_aux_streams is not None \
+            or options.components is not None:
+        raise UsageError("--rows, --components, --diagnose, --workspace and --max-aux-streams are for --backend tensorrt")
     folder = options.bundle or build_bundle(options, asked, options.precision or ("fp16" if tensorrt else "fp32"), report)
     if tensorrt:
         build_plans(options, folder, asked, gpu or 0, report)
@@ -127,6 +129,8 @@ def check_tensorrt_options(options: argparse.Namespace, gpu: int | None) -> None
         raise UsageError("--device cpu cannot build TensorRT plans; leave it out, or pass --backend onnxruntime")
     if (options.workspace is not None and options.workspace <= 0) or (options.max_aux_streams is not None and options.max_aux_streams < 0):
         raise UsageError("--workspace must be above 0 (GiB), --max-aux-streams 0 or more")
+    if unknown := set((options.components or "denoiser").split(",")) - set(COMPONENTS):
+        raise UsageError(f"--components has {', '.join(sorted(unknown))}; there are {', '.join(COMPONENTS)}")
     load_tensorrt()
     with Device(gpu).closing():
         pass
@@ -161,7 +165,8 @@ def build_plans(options: argparse.Namespace, folder: Path, asked: dict[str, list
     shapes, one = Bundle.open(folder, verify=False).shapes, Range(1, 1, 1)
     sides = {name: Range(best, best, best) for name, best in (("height", shapes.height.opt), ("width", shapes.width.opt))}
     settings = to_tensorrt.Settings(options.optimization_level, options.workspace and int(options.workspace * 2**30), options.max_aux_streams)
-    to_tensorrt.build_plans(folder, profiles(asked, Shapes(**sides, batch=one)), settings, gpu=gpu, compare=not options.no_verify,
+    components = options.components.split(",") if options.components else COMPONENTS
+    to_tensorrt.build_plans(folder, profiles(asked, Shapes(**sides, batch=one)), settings, components=components, gpu=gpu, compare=not options.no_verify,
                             diagnose=options.diagnose, force=options.force, report=report)
 
 

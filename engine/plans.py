@@ -27,6 +27,9 @@ FORMAT = 2
 
 BUILD = "build.json"
 
+NEEDED = ("text_encoder", "denoiser", "vae_decoder")
+"""Components that a pipeline loads."""
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -149,7 +152,7 @@ def _absent(bundle: Bundle, machine: Machine) -> str:
     """Why there are no plans for a machine: never built, or built for others, which differ in this and that."""
     here = f"{machine.gpu}, compute capability {machine.compute_capability}, TensorRT {machine.tensorrt}"
     others = []
-    for file in sorted((bundle.folder / "plans").glob(f"*/{BUILD}")):
+    for file in sorted((bundle.folder / "plans").glob(f"[!.]*/{BUILD}")):
         try:
             differences = mismatches(read_build(file.parent, bundle), bundle, machine)
         except PlanError:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,7 +23,7 @@ from engine.bundle import Bundle, sha256
 from engine.contract import COMPONENTS, INPUTS, OUTPUTS, VAE_FACTOR, Range, Shapes
 from engine.errors import EngineError
 from engine.libraries import installed
-from engine.plans import BUILD, FORMAT, Machine, format_profile, identity, onnx_hash, read_build
+from engine.plans import BUILD, FORMAT, NEEDED, Machine, Plans, format_profile, identity, onnx_hash
 from engine.version import __version__
 
 from .compare import Difference, as_json, compared, difference, input_shapes, random_inputs, tolerance
@@ -45,6 +45,11 @@ BYTES_PER_PIXEL = 2048
 
 BUILDER_BYTES = 1 << 30
 """What CUDA and the builder take besides, an estimate too."""
+
+ORDER = ("denoiser", "text_encoder", "vae_decoder", "vae_encoder")
+"""The slowest and most important first; what pictures are made without last."""
+
+FINISHED = "finished.json"
 
 Report = Callable[[str], None]
 Shape = tuple[int, ...]
@@ -77,12 +82,12 @@ def with_rows(shapes: Shapes) -> list[Shapes]:
     return [Shapes(shapes.height, shapes.width, batch, one) for one in rows]
 
 
-def build_plans(folder: Path, profiles: Sequence[Shapes], settings: Settings = Settings(), *, gpu: int = 0, compare: bool = True,
-                diagnose: bool = False, force: bool = False, report: Report = print) -> PlanOutcome:
-    """Writes the plans of the bundle in `folder` for this machine's GPU, unless they are there and nothing changed.
+def build_plans(folder: Path, profiles: Sequence[Shapes], settings: Settings = Settings(), *, components: Sequence[str] = COMPONENTS, gpu: int = 0,
+                compare: bool = True, diagnose: bool = False, force: bool = False, report: Report = print) -> PlanOutcome:
+    """Writes the plans of the bundle in `folder` for this machine's GPU, or those of some components, unless they are there and nothing changed.
 
     `compare` runs every component on ONNX Runtime too, where that is installed. Raises the errors of `Bundle.open`, BackendError,
-    and those of export/errors.py; whatever happens, the old plans stay until the new ones are complete."""
+    and those of export/errors.py; whatever happens, old plans that run stay until the new ones do, and finished plans are not built again."""
     bundle = Bundle.open(folder)
     trt = versions.load_tensorrt()
     if bundle.precision == "bf16" and not versions.supports_bf16(trt):
@@ -95,7 +100,7 @@ def build_plans(folder: Path, profiles: Sequence[Shapes], settings: Settings = S
     try:
         builder = PlanBuilder(bundle, trt, device, profiles, settings, report)
         with _locked(folder.parent / f".{folder.name}.lock"):
-            return builder.build(compare, diagnose, force)
+            return builder.build(components, compare, diagnose, force)
     finally:
         with device.closing():
             pass
@@ -110,56 +115,92 @@ class PlanBuilder:
         self._folder = bundle.folder / "plans" / self._machine.folder
         self._cache = TimingCache(self._folder)
 
-    def build(self, compare: bool, diagnose: bool, force: bool) -> PlanOutcome:
-        """Builds what changed; `Plans.find` describes the result."""
-        unfinished, replaced = (self._folder.with_name(f".{self._folder.name}.{state}") for state in ("building", "replaced"))
-        recover(self._folder, unfinished, replaced)
-        wanted_identity = {component: self._identity(component) for component in COMPONENTS}
-        old = None if force or diagnose else self._usable()
-        kept = {c: old["components"][c] for c in COMPONENTS if old and old["components"].get(c, {}).get("identity") == wanted_identity[c]} if old else {}
+    def build(self, components: Sequence[str], compare: bool, diagnose: bool, force: bool) -> PlanOutcome:
+        """Builds what changed; `Plans.find` describes the result. Each finished plan is noted beside the old plans and outlives a failure or the end of the
+        process. Where the old plans do not run, it takes their place at once; where they do, they stay until all that a pipeline needs is there."""
+        recover(self._folder, *(self._beside(state) for state in ("publishing", "replaced")))
         wanted = [format_profile(profile) for profile in self._profiles]
-        if old and len(kept) == len(COMPONENTS) and old["profiles"] == wanted:
+        old, finished = self._intact(self._folder / BUILD), self._intact(self._unfinished / FINISHED)
+        entries = {component: entry for component, entry in {**old, **finished}.items() if not ((force or diagnose) and component in components)}
+        todo = [component for component in ORDER if component in components and component not in entries]
+        running = self._running()
+        if not todo and running and running["profiles"] == wanted and entries == old:
             self._report(f"{self._folder} is up to date")
-            return PlanOutcome(self._folder, old, ())
-        self._require_room([component for component in COMPONENTS if component not in kept])
+            return PlanOutcome(self._folder, running, ())
+        self._require_room(todo)
+        build = {"format": FORMAT, "machine": asdict(self._machine), "precision": self._bundle.precision, "profiles": wanted,
+                 "settings": asdict(self._settings), "components": entries, "cuda_driver": self._device.driver_version, "latentrt": __version__}
+        worth_keeping = bool(finished)
         try:
-            unfinished.mkdir(parents=True)
-            entries = {}
-            for number, component in enumerate(COMPONENTS, 1):
-                label = f"[{number}/{len(COMPONENTS)}] {component}"
-                if component in kept:
-                    link(self._folder / f"{component}.plan", unfinished / f"{component}.plan")
-                    entries[component] = kept[component]
-                    self._report(f"{label}: unchanged")
-                else:
-                    entries[component] = self._component(component, unfinished, label, compare, diagnose)
-            build = {"format": FORMAT, "machine": asdict(self._machine), "precision": self._bundle.precision, "profiles": wanted,
-                     "settings": asdict(self._settings), "components": entries, "cuda_driver": self._device.driver_version, "latentrt": __version__,
-                     "created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-            (unfinished / BUILD).write_text(json.dumps(build, indent=1) + "\n", encoding="utf-8")
-            swap(self._folder, unfinished, replaced)
+            self._unfinished.mkdir(parents=True, exist_ok=True)
+            for component in entries:
+                if component not in finished:
+                    (self._unfinished / f"{component}.plan").unlink(missing_ok=True)
+                    link(self._folder / f"{component}.plan", self._unfinished / f"{component}.plan")
+                self._report(f"{component}: unchanged")
+            for number, component in enumerate(todo, 1):
+                entries[component] = self._component(component, self._unfinished, f"[{number}/{len(todo)}] {component}", compare, diagnose)
+                _write(self._unfinished / FINISHED, json.dumps({"components": entries}).encode())
+                worth_keeping = True
+                if not running:
+                    self._publish(build)
         finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        self._report(f"wrote {self._folder}")
-        return PlanOutcome(self._folder, build, tuple(c for c in COMPONENTS if c not in kept))
+            if not worth_keeping:
+                shutil.rmtree(self._unfinished, ignore_errors=True)
+        outcome = PlanOutcome(self._folder, build, tuple(component for component in COMPONENTS if component in todo))
+        missing = [component for component in NEEDED if component not in entries]
+        if missing and running:
+            self._report(f"{self._folder} stays as it was; for these sizes and settings a pipeline needs the plans of {', '.join(missing)} too")
+            return outcome
+        self._publish(build)
+        shutil.rmtree(self._unfinished, ignore_errors=True)
+        self._report(f"wrote {self._folder}" + (f"; a pipeline needs the plans of {', '.join(missing)} too" if missing else ""))
+        return outcome
+
+    def _beside(self, state: str) -> Path:
+        return self._folder.with_name(f".{self._folder.name}.{state}")
+
+    @property
+    def _unfinished(self) -> Path:
+        """Plans that are built, while others are not, and their entries in FINISHED."""
+        return self._beside("building")
+
+    def _publish(self, build: dict[str, Any]) -> None:
+        """Puts the finished plans in the old ones' place."""
+        publishing = self._beside("publishing")
+        publishing.mkdir()
+        for component in build["components"]:
+            link(self._unfinished / f"{component}.plan", publishing / f"{component}.plan")
+        build["created"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        (publishing / BUILD).write_text(json.dumps(build, indent=1) + "\n", encoding="utf-8")
+        swap(self._folder, publishing, self._beside("replaced"))
 
     def _identity(self, component: str) -> str:
         """A hash of all that determines a plan."""
         profiles = [str(profile) for profile in component_profiles(component, self._profiles)]
         return identity(onnx_hash(self._bundle, component), asdict(self._machine), self._bundle.precision, asdict(self._settings), profiles)
 
-    def _usable(self) -> dict[str, Any] | None:
-        """build.json of existing plans whose files are what it says."""
+    def _intact(self, file: Path) -> dict[str, Any]:
+        """Entries of plans that are what would be built, and whose files are those that were built; `file` is a build.json or a finished.json."""
+        found = {}
+        for component in COMPONENTS:
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                entry = json.loads(file.read_text(encoding="utf-8"))["components"][component]
+                if entry["identity"] == self._identity(component) and entry["sha256"] == sha256(file.parent / f"{component}.plan"):
+                    found[component] = entry
+        return found
+
+    def _running(self) -> dict[str, Any] | None:
+        """build.json of plans that a pipeline can run."""
         if not self._folder.is_dir():
             return None
         try:
-            build = read_build(self._folder, self._bundle)
-            for component, entry in build["components"].items():
-                if sha256(self._folder / f"{component}.plan") != entry["sha256"]:
-                    raise PlanBuildError(f"{component}.plan is not the file that was built")
-            return build
-        except (EngineError, ExportError, OSError) as error:
-            self._report(f"the old plans are not usable and will be replaced: {error}")
+            plans = Plans.find(self._bundle, self._machine)
+            for component in plans.build["components"].keys() | set(NEEDED):
+                plans.read(component)
+            return dict(plans.build)
+        except EngineError as error:
+            self._report(f"the plans in {self._folder} do not run and will be replaced: {error}")
             return None
 
     def _require_room(self, components: Sequence[str]) -> None:
@@ -195,7 +236,7 @@ class PlanBuilder:
                  "identity": plan_identity, "profiles": [str(profile) for profile in profiles],
                  "seconds": {"build": round(seconds, 2), "saved_by_timing_cache": None if saved is None else round(saved, 2)}}
         checks = self._check(component, plan, profiles, channels, compare, diagnose)
-        (folder / f"{component}.plan").write_bytes(plan)
+        _write(folder / f"{component}.plan", plan)
         told = f"{checks['difference']['relative_rms']:.1e} from ONNX Runtime" if checks["compared"] else f"not compared ({checks['reason']})"
         self._report(f"{label}: {told}, " + ", ".join(f"{one['milliseconds']:.2f} ms at {one['at']}" for one in checks["timed"]))
         return {**entry, "check": checks}

@@ -15,7 +15,7 @@ import build_engines
 from engine import Pipeline
 from engine.backends import tensorrt_versions
 from engine.contract import COMPONENTS, Range, Shapes
-from engine.errors import BackendError, BundleNotFoundError, CudaMemoryError, TensorRtError
+from engine.errors import BackendError, BundleNotFoundError, CudaMemoryError, PlanNotFoundError, TensorRtError
 from export import diagnose, to_tensorrt
 from export.build import build
 from export.checkpoint import resolve
@@ -51,10 +51,10 @@ def plan_folder(bundle):
     return next((bundle / "plans").glob("*/build.json")).parent
 
 
-def said(bundle, profiles=PROFILES, **options):
+def said(bundle, profiles=PROFILES, settings=None, **options):
     """What a build reports."""
     lines = []
-    build_plans(bundle, profiles, **options, report=lines.append)
+    build_plans(bundle, profiles, settings or Settings(), **options, report=lines.append)
     return lines
 
 
@@ -198,8 +198,8 @@ def test_a_damaged_plan_is_built_again(bundle, machine):
     said(bundle, compare=False)
     (plan_folder(bundle) / "denoiser.plan").write_bytes(b"")
     lines = said(bundle, compare=False)
-    assert "the old plans are not usable and will be replaced: denoiser.plan is not the file that was built" in lines[0]
-    assert any("denoiser: built in" in line for line in lines)
+    assert re.search(r"the plans in .* do not run and will be replaced: .*denoiser.plan has 0 bytes instead of \d+", lines[0])
+    assert [line for line in lines if "built in" in line] == [line for line in lines if "[1/1] denoiser: built in" in line]
 
 
 def test_the_timing_cache_is_used_and_says_what_it_saved(bundle, machine):
@@ -232,6 +232,75 @@ def test_plans_outlive_a_new_manifest(bundle, machine):
         assert len(pipeline("a star", num_inference_steps=1, seed=0).images) == 1
 
 
+def plans_of(folder):
+    return sorted(file.stem for file in folder.glob("*.plan"))
+
+
+def test_what_is_finished_outlives_a_failure_and_is_not_built_again(bundle, machine):
+    """Where no plans run yet, it is in place at once: here all that a picture needs."""
+    machine.library.faults.fail("build_serialized_network", at=4)
+    with pytest.raises(PlanBuildError, match="built no plan for the vae_encoder"):
+        said(bundle, compare=False)
+    assert plans_of(plan_folder(bundle)) == ["denoiser", "text_encoder", "vae_decoder"]
+    with Pipeline.load(bundle, backend="tensorrt") as pipeline:
+        assert len(pipeline("a star", num_inference_steps=1, seed=0).images) == 1
+    outcome = build_plans(bundle, PROFILES, compare=False, report=lambda message: None)
+    assert outcome.built == ("vae_encoder",)
+    assert plans_of(plan_folder(bundle)) == sorted(COMPONENTS)
+    assert not list((bundle / "plans").glob(".*"))
+
+
+KILLED = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from tests import fakes
+from tests.export.test_to_tensorrt import PROFILES
+from export import to_tensorrt
+from pathlib import Path
+with fakes.install("10.16.1"):
+    def report(message):
+        if "text_encoder: building" in message:
+            os.kill(os.getpid(), 9)
+    to_tensorrt.build_plans(Path(sys.argv[2]), PROFILES, compare=False, report=report)
+"""
+
+
+def test_a_build_that_is_killed_goes_on_where_it_was(bundle, machine):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(ROOT), str(bundle)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert plans_of(plan_folder(bundle)) == ["denoiser"]
+    with pytest.raises(PlanNotFoundError, match="has no plan of the text_encoder; build the plans again"):
+        Pipeline.load(bundle, backend="tensorrt")
+    assert build_plans(bundle, PROFILES, compare=False, report=lambda message: None).built == ("text_encoder", "vae_decoder", "vae_encoder")
+
+
+def test_plans_that_run_stay_until_the_new_ones_do_and_these_are_built_once(bundle, machine):
+    said(bundle, compare=False)
+    old = {file.name: file.read_bytes() for file in plan_folder(bundle).iterdir()}
+    settings = Settings(optimization_level=1)
+    machine.library.faults.fail("build_serialized_network", at=2)
+    with pytest.raises(PlanBuildError, match="for the text_encoder"):
+        said(bundle, settings=settings, compare=False)
+    assert {file.name: file.read_bytes() for file in plan_folder(bundle).iterdir()} == old
+    lines = said(bundle, settings=settings, components=["text_encoder"], compare=False)
+    assert "stays as it was; for these sizes and settings a pipeline needs the plans of vae_decoder too" in lines[-1]
+    assert {file.name: file.read_bytes() for file in plan_folder(bundle).iterdir()} == old
+    lines = said(bundle, settings=settings, compare=False)
+    assert [line.split(": ")[0] for line in lines if "built in" in line] == ["[1/2] vae_decoder", "[2/2] vae_encoder"]
+    assert header(plan_folder(bundle) / "denoiser.plan")["level"] == 1
+    assert not list((bundle / "plans").glob(".*"))
+
+
+def test_some_components_can_be_built(bundle, machine):
+    assert "; a pipeline needs the plans of text_encoder, vae_decoder too" in said(bundle, components=["denoiser"], compare=False)[-1]
+    assert plans_of(plan_folder(bundle)) == ["denoiser"]
+    assert run("--bundle", bundle, "--rows", "2", "--components", "vae_decoder,text_encoder", "--no-verify", "--quiet") == 0
+    assert plans_of(plan_folder(bundle)) == ["denoiser", "text_encoder", "vae_decoder"]
+    forced = build_plans(bundle, PROFILES, components=["denoiser"], compare=False, force=True, report=lambda message: None)
+    assert forced.built == ("denoiser",)
+    assert plans_of(plan_folder(bundle)) == ["denoiser", "text_encoder", "vae_decoder"]
+
+
 # --- failures
 
 FAILURES = [
@@ -245,7 +314,7 @@ def test_every_refusal_is_an_error_with_the_log_and_the_old_plans_stay(bundle, v
     with fakes.install(version) as machine:
         said(bundle, compare=False)
         old = {file.name: file.read_bytes() for file in plan_folder(bundle).iterdir()}
-        machine.library.faults.fail(call, at=2)
+        machine.library.faults.fail(call)
         with pytest.raises(PlanBuildError, match=rf"TensorRT {version} {words}.* for the denoiser; TensorRT's log ends with: .*The old plans are untouched"):
             said(bundle, compare=False, force=True)
         assert {file.name: file.read_bytes() for file in plan_folder(bundle).iterdir()} == old
@@ -267,7 +336,7 @@ def test_a_graph_that_the_parser_does_not_know(bundle, edit_manifest):
 def test_beyond_the_tolerance_the_build_fails_and_names_component_and_layer(bundle, machine, monkeypatch):
     monkeypatch.setattr(to_tensorrt, "tolerance", lambda component, precision: -1.0)
     monkeypatch.setattr(diagnose, "tolerance", lambda component, precision: -1.0)
-    with pytest.raises(VerificationError, match=r"the plan of the text_encoder differs from ONNX Runtime by .*allowed in fp16. The old plans are untouched. "
+    with pytest.raises(VerificationError, match=r"the plan of the denoiser differs from ONNX Runtime by .*allowed in fp16. The old plans are untouched. "
                                                 r"The first layer that diverges is node_\w+ \(\w+, output .*it is in (half|float) and its values go from "):
         said(bundle)
     assert not (bundle / "plans").exists() or not list((bundle / "plans").glob("*/build.json"))
@@ -394,7 +463,7 @@ def test_the_command_builds_plans_of_a_bundle(bundle, machine, capsys):
     assert run("--bundle", bundle, "--height", "64,96", "--width", "64,72", "--rows", "2,1") == 0
     profiles = json.loads((plan_folder(bundle) / "build.json").read_text())["profiles"]
     assert [(p["height"][1], p["width"][1], p["rows"][1]) for p in profiles] == [(64, 64, 2), (64, 64, 1), (96, 72, 2), (96, 72, 1)]
-    assert "[2/4] denoiser: built in" in capsys.readouterr().out
+    assert "[1/4] denoiser: built in" in capsys.readouterr().out
 
 
 def test_with_a_gpu_the_command_builds_graphs_in_fp16_and_plans(demo_fp16, machine, tmp_path, capsys):
@@ -418,7 +487,8 @@ def test_with_a_gpu_the_command_builds_graphs_in_fp16_and_plans(demo_fp16, machi
     (["--bundle", "BUNDLE", "--device", "cuda:7"], "device 'cuda:7' does not exist"),
     (["--bundle", "BUNDLE", "--device", "cpu"], "--device cpu cannot build TensorRT plans"),
     (["--bundle", "BUNDLE", "--workspace", "-1"], "--workspace must be above 0"),
-    (["--backend", "onnxruntime", "--rows", "2"], "--rows, --diagnose, --workspace and --max-aux-streams are for --backend tensorrt"),
+    (["--backend", "onnxruntime", "--rows", "2"], "--rows, --components, --diagnose, --workspace and --max-aux-streams are for"),
+    (["--bundle", "BUNDLE", "--components", "denoiser,unet"], "--components has unet; there are text_encoder, denoiser, vae_decoder, vae_encoder"),
 ])
 def test_mistakes_exit_with_2(bundle, machine, capsys, arguments, words):
     assert run(*[str(bundle) if argument == "BUNDLE" else argument for argument in arguments]) == 2
