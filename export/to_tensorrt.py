@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from traceback import clear_frames
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,7 @@ def build_plans(folder: Path, profiles: Sequence[Shapes], settings: Settings = S
                          f"with --opset {versions.newest_opset(trt)}, or use TensorRT 10.14 or later")
     device = Device(gpu)
     try:
+        versions.require_driver(trt, device.driver_version)
         builder = PlanBuilder(bundle, trt, device, profiles, settings, report)
         with _locked(folder.parent / f".{folder.name}.lock"):
             return builder.build(components, compare, diagnose, force)
@@ -243,6 +245,14 @@ class PlanBuilder:
 
     def _plan(self, component: str, profiles: Sequence[Shapes], label: str, kept: Sequence[str] = ()) -> tuple[bytes, int]:
         """The serialized plan, and the size of the text's embeddings (0 where there is no text). Tensors in `kept` become outputs."""
+        with self._device:
+            try:
+                return self._build(component, profiles, label, kept)
+            except BaseException as error:
+                clear_frames(error.__traceback__)  # what TensorRT made goes while its GPU is current
+                raise
+
+    def _build(self, component: str, profiles: Sequence[Shapes], label: str, kept: Sequence[str]) -> tuple[bytes, int]:
         trt, log = self._trt, open_log(self._trt)
 
         def fail(what: str) -> PlanBuildError:
@@ -253,42 +263,45 @@ class PlanBuilder:
                 raise fail(f"made no {what}")
             return value
 
-        with self._device:
-            builder = made("builder", trt.Builder, log)
-            network = made("network", builder.create_network, versions.network_flags(trt))
-            network.name = component
-            parser = made("parser", trt.OnnxParser, network, log)
-            if not parser.parse_from_file(str(self._bundle.graphs[component])):
-                reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
-                raise fail(f"does not parse {self._bundle.graphs[component]} ({reasons})")
-            constants = versions.replace_plugins(trt, network)
-            mark_outputs(trt, network, kept)
-            config = made("configuration", builder.create_builder_config)
-            self._configure(config)
-            pinned, layers = versions.constrain_precision(trt, network, config, self._bundle.precision)
-            if pinned:
-                self._report(f"{label}: {pinned} of {layers} layers pinned to float32")
-            if pinned > MOST_PINNED * layers:
-                raise PlanBuildError(f"{pinned} of {layers} layers of the {component} would be pinned to float32, which makes a plan several times slower; "
-                                     f"at most a quarter should be. Use TensorRT 10.12 or later, or build the bundle with --precision fp32")
-            channels = set_profiles(builder, network, config, component, profiles, fail)
-            cache = self._cache.attach(config, self._report)
-            phases, cancellable = Phases(), versions.has_progress(trt)
-            if cancellable:
-                watcher = monitor(trt, phases)
-                config.progress_monitor = watcher
+        builder = made("builder", trt.Builder, log)
+        network = made("network", builder.create_network, versions.network_flags(trt))
+        network.name = component
+        parser = made("parser", trt.OnnxParser, network, log)
+        if not parser.parse_from_file(str(self._bundle.graphs[component])):
+            reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+            raise fail(f"does not parse {self._bundle.graphs[component]} ({reasons})")
+        constants = versions.replace_plugins(trt, network)
+        mark_outputs(trt, network, kept)
+        config = made("configuration", builder.create_builder_config)
+        self._configure(config)
+        self._constrain(component, network, config, label)
+        channels = set_profiles(builder, network, config, component, profiles, fail)
+        cache = self._cache.attach(config, self._report)
+        phases, cancellable = Phases(), versions.has_progress(trt)
+        if cancellable:
+            watcher = monitor(trt, phases)
+            config.progress_monitor = watcher
 
-            def work() -> bytes:
-                with self._device:
-                    plan = builder.build_serialized_network(network, config)
-                    return b"" if plan is None else bytes(memoryview(plan))
+        def work() -> bytes:
+            with self._device:
+                plan = builder.build_serialized_network(network, config)
+                return b"" if plan is None else bytes(memoryview(plan))
 
-            plan = watch(work, label, phases, cancellable, self._report)
-            del constants  # the network has read them until here
-            self._cache.save(cache)
-            if not plan:
-                raise fail("built no plan")
-            return plan, channels
+        plan = watch(work, label, phases, cancellable, self._report)
+        del constants  # the network has read them until here
+        self._cache.save(cache)
+        if not plan:
+            raise fail("built no plan")
+        return plan, channels
+
+    def _constrain(self, component: str, network: Any, config: Any, label: str) -> None:
+        """Precisions on TensorRT 8.6, where the network has none. PlanBuildError where they would reach too far."""
+        pinned, layers = versions.constrain_precision(self._trt, network, config, self._bundle.precision)
+        if pinned:
+            self._report(f"{label}: {pinned} of {layers} layers pinned to float32")
+        if pinned > MOST_PINNED * layers:
+            raise PlanBuildError(f"{pinned} of {layers} layers of the {component} would be pinned to float32, which makes a plan several times slower; "
+                                 f"at most a quarter should be. Use TensorRT 10.12 or later, or build the bundle with --precision fp32")
 
     def _configure(self, config: Any) -> None:
         trt, settings = self._trt, self._settings

@@ -7,6 +7,7 @@ current for this thread and restores what was current before, so that several de
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -223,7 +224,17 @@ class Stream:
 
     @contextmanager
     def capture(self) -> Iterator[list[Graph]]:
-        """What is started inside goes into a graph instead, which the list holds afterwards."""
+        """What is started inside goes into a graph instead, which the list holds afterwards. Garbage is not collected meanwhile: memory of another pipeline
+        that it frees would spoil the capture."""
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            yield from self._capture()
+        finally:
+            if collecting:
+                gc.enable()
+
+    def _capture(self) -> Iterator[list[Graph]]:
         call, made = self._device._call, list[Graph]()
         call("starting a capture", "cuStreamBeginCapture", self.handle, self._device._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
         try:

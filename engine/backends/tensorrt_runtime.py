@@ -54,6 +54,7 @@ class TensorRtRuntime:
         """Raises BackendError where TensorRT or a driver is missing, and DeviceError where there is no such GPU."""
         self.trt = versions.load_tensorrt()
         self.device = Device(gpu)
+        versions.require_driver(self.trt, self.device.driver_version)
         self.machine = Machine(self.device.name, self.device.compute_capability, self.trt.__version__)
         self.description = f"TensorRT {self.machine.tensorrt} on GPU {gpu}, {self.machine.gpu}"
         self.log = open_log(self.trt)

@@ -27,6 +27,12 @@ def load_tensorrt() -> ModuleType:
     return tensorrt
 
 
+def require_driver(trt: ModuleType, cuda: str) -> None:
+    """BackendError for a driver, by the newest CUDA that it runs, that 8.6 (built for CUDA 12.0) would end the process on instead of refusing it."""
+    if version(trt) < (10,) and int(cuda.split(".")[0]) < 12:
+        raise BackendError(f"TensorRT {trt.__version__} needs a driver for CUDA 12.0 or later, and the one here is for CUDA {cuda}; update the driver")
+
+
 def version(trt: ModuleType) -> tuple[int, ...]:
     """Its release as numbers."""
     return tuple(int(part) for part in re.findall(r"\d+", trt.__version__)[:3])

@@ -1,4 +1,5 @@
 """Plans: what is built for which version, what is kept, what is said when it fails. On the fake GPU."""
+import gc
 import json
 import re
 import shutil
@@ -6,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -362,6 +364,26 @@ def test_diagnose_compares_layer_by_layer(bundle, machine):
     verdicts = [line for line in lines if "layers diverges" in line]
     assert len(verdicts) == len(COMPONENTS)
     assert all("None of " in line for line in verdicts)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_tensorrt_made_goes_while_its_gpu_is_current(bundle, fails):
+    """Its destructors would run on GPU 0 otherwise, or on none."""
+    with fakes.install("10.16.1", devices=[fakes.Device(), fakes.Device()]) as machine:
+        if fails:
+            machine.library.faults.fail("build_serialized_network")
+        with pytest.raises(PlanBuildError) if fails else nullcontext():
+            said(bundle, components=["text_encoder"], compare=False, gpu=1)
+        gc.collect()
+        assert machine.library.died_elsewhere == []
+
+
+def test_a_driver_that_8_would_crash_on_is_refused(bundle):
+    with fakes.install("8.6.0") as machine, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["cuda.bindings.driver"], "cuDriverGetVersion", lambda: (CUresult.CUDA_SUCCESS, 11080))
+        with pytest.raises(BackendError, match=r"TensorRT 8.6.0 needs a driver for CUDA 12.0 or later, and the one here is for CUDA 11.8; update the driver"):
+            said(bundle)
+        assert machine.cuda.live() == {}
 
 
 def test_too_small_a_gpu_is_found_before_the_build(bundle):

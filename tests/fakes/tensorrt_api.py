@@ -181,6 +181,25 @@ class Bound(metaclass=PybindType):
         return instance
 
 
+class OfTheDevice(Bound):
+    """Objects of a build, whose destructors want the GPU that they were made on."""
+
+    __slots__ = ("_home",)
+
+    @classmethod
+    def _create(cls, **fields: Any) -> Any:
+        return super()._create(**fields)._settle()
+
+    def _settle(self) -> Any:
+        self._home = self._library.cuda.current_ordinal()
+        return self
+
+    def __del__(self) -> None:
+        home = getattr(self, "_home", None)
+        if home is not None and self._library.cuda.current_ordinal() != home:
+            self._library.died_elsewhere.append(type(self).__name__)
+
+
 def plain_property(field_name: str, kind: type | str | None = None) -> property:
     """A property that keeps what it is given; `kind` is the type, or the name of the enumeration, that it must have."""
     def read(self: Any) -> Any:
@@ -244,6 +263,8 @@ class Library:
         self.faults, self.counts = Faults(), Counts()
         self.messages: list[tuple[str, str]] = []
         """All that was logged, as (severity, text), whatever the logger kept."""
+        self.died_elsewhere: list[str] = []
+        """Builders' objects whose destructor ran while another GPU than the one that they were made on was current, or none."""
         self.cudnn = self.plugins_registered = False
         """Whether 8.6 finds cuDNN, and whether this process has registered the plugins, which the parser does too."""
         self.classes: dict[str, Any] = {}

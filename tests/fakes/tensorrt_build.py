@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from .tensorrt_api import Bound, fails_with, plain_property
+from .tensorrt_api import Bound, OfTheDevice, fails_with, plain_property
 from .tensorrt_operators import attention_without_a_kernel
 from .tensorrt_plan import Tensor, set_instance_norm, uint8_violations, with_outputs, write_plan
 
@@ -16,7 +16,7 @@ DEFAULT_AUX_STREAMS = 2
 """How many the engine uses where the configuration does not say: TensorRT's own choice."""
 
 
-class Builder(Bound):
+class Builder(OfTheDevice):
     __slots__ = ("_logger", "max_threads")
 
     def __init__(self, logger: Any) -> None:
@@ -30,6 +30,7 @@ class Builder(Bound):
         except Exception as error:
             library.log(logger, "WARNING", f"CUDA initialization failure: {error}")
             raise TypeError("pybind11::init(): factory function returned nullptr") from None
+        self._settle()
 
     @property
     def logger(self) -> Any:
@@ -127,7 +128,7 @@ def config_defaults(library: Any) -> dict[str, Any]:
 
 
 
-class IBuilderConfig(Bound):
+class IBuilderConfig(OfTheDevice):
     __slots__ = ("_aux", "_builder", "_cache", "_capability", "_compatibility", "_flags", "_level", "_logger", "_monitor", "_pools", "_previews", "_profiles",
                  "_sources", "_timing_iterations", "_verbosity")
 

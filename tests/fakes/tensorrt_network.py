@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from .tensorrt_api import Bound, fails_with
+from .tensorrt_api import Bound, OfTheDevice, fails_with
 from .tensorrt_operators import supports
 from .tensorrt_plan import Graph, Node, Tensor, Unparsable, evaluate, instance_norm, read_graph
 
 
-class INetworkDefinition(Bound):
+class INetworkDefinition(OfTheDevice):
     """`_flags` are names of NetworkDefinitionCreationFlag; TensorRT 11 has no other than strongly typed networks."""
 
     __slots__ = ("_builder", "_flags", "_graph", "_inputs", "_layers", "_outputs", "_symbols", "_tensors", "name")
@@ -82,7 +82,7 @@ class INetworkDefinition(Bound):
     def _fill(self, graph: Graph) -> None:
         library = self._library
         self._graph = graph
-        self._tensors = {name: library.ITensor._create(_network=self, _tensor=tensor) for name, tensor in graph.tensors.items()}
+        self._tensors = {name: library.ITensor._create(_network=weakref.proxy(self), _tensor=tensor) for name, tensor in graph.tensors.items()}
         self._inputs = [self._tensors[tensor.name] for tensor in graph.inputs]
         self._outputs = [self._tensors[tensor.name] for tensor in graph.outputs]
         self._layers = []
@@ -96,8 +96,8 @@ class INetworkDefinition(Bound):
         """Adds a layer, and tensors for its outputs where they are new."""
         library, graph = self._library, self._graph
         for name in {*node.inputs, *node.outputs} - self._tensors.keys():
-            self._tensors[name] = library.ITensor._create(_network=self, _tensor=graph.tensors[name])
-        layer = library.classes[kind]._create(_network=self, _node=node, _precision=None, _output_types={}, _settings=settings, name=node.name, metadata="")
+            self._tensors[name] = library.ITensor._create(_network=weakref.proxy(self), _tensor=graph.tensors[name])
+        layer = library.classes[kind]._create(_network=weakref.proxy(self), _node=node, _precision=None, _output_types={}, _settings=settings, name=node.name, metadata="")
         self._layers.append(layer)
         return layer
 
@@ -343,7 +343,7 @@ class ParserError(Bound):
         return f"In node {self.node()} with name: {self._error.name} and operator: {self._error.operator} ({self.func()}): {self._error.code}: {self.desc()}"
 
 
-class OnnxParser(Bound):
+class OnnxParser(OfTheDevice):
     __slots__ = ("_errors", "_flags", "_logger", "_network")
 
     def __init__(self, network: Any, logger: Any) -> None:
@@ -351,6 +351,7 @@ class OnnxParser(Bound):
         self._library.expect(logger, "ILogger")
         self._network, self._logger, self._errors, self._flags = network, logger, [], set()
         self._library.plugins_registered = True
+        self._settle()
 
     def parse(self, model: Any, path: str | None = None) -> bool:
         return self._parse("parse", None if path is None else Path(path), bytes(memoryview(model)))

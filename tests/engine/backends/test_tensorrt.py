@@ -254,6 +254,16 @@ def test_a_capture_that_something_invalidates(bundle, machine, monkeypatch):
     assert machine.cuda.live() == {}
 
 
+def test_no_garbage_is_collected_during_a_capture(bundle, machine, monkeypatch):
+    """It could free memory of another pipeline, which spoils the capture."""
+    enqueue, collecting = Step._enqueue, []
+    monkeypatch.setattr(Step, "_enqueue", lambda step: collecting.append(gc.isenabled()) or enqueue(step))
+    with Pipeline.load(bundle) as pipeline:
+        pipeline(PROMPT, **FAST)
+    assert collecting == [True, False]  # plainly, then captured
+    assert gc.isenabled()
+
+
 def test_an_engine_that_refuses_to_be_captured(bundle, machine):
     with Pipeline.load(bundle) as pipeline:
         machine.library.faults.fail("execute_async_v3", at=3)  # text encoder, first step, capture
