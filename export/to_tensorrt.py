@@ -146,9 +146,10 @@ class PlanBuilder:
                 worth_keeping = True
                 if not running:
                     self._publish(build)
-        finally:
+        except BaseException:
             if not worth_keeping:
                 shutil.rmtree(self._unfinished, ignore_errors=True)
+            raise
         outcome = PlanOutcome(self._folder, build, tuple(component for component in COMPONENTS if component in todo))
         missing = [component for component in NEEDED if component not in entries]
         if missing and running:
@@ -198,9 +199,9 @@ class PlanBuilder:
             return None
         try:
             plans = Plans.find(self._bundle, self._machine)
-            for component in plans.build["components"].keys() | set(NEEDED):
+            for component in plans.build["components"]:
                 plans.read(component)
-            return dict(plans.build)
+            return dict(plans.build) if plans.build["components"].keys() >= set(NEEDED) else None
         except EngineError as error:
             self._report(f"the plans in {self._folder} do not run and will be replaced: {error}")
             return None

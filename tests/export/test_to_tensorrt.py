@@ -296,8 +296,11 @@ def test_plans_that_run_stay_until_the_new_ones_do_and_these_are_built_once(bund
 def test_some_components_can_be_built(bundle, machine):
     assert "; a pipeline needs the plans of text_encoder, vae_decoder too" in said(bundle, components=["denoiser"], compare=False)[-1]
     assert plans_of(plan_folder(bundle)) == ["denoiser"]
+    assert said(bundle, components=["denoiser"], compare=False)[0] == "denoiser: unchanged"
+    assert plans_of(plan_folder(bundle)) == ["denoiser"]
     assert run("--bundle", bundle, "--rows", "2", "--components", "vae_decoder,text_encoder", "--no-verify", "--quiet") == 0
     assert plans_of(plan_folder(bundle)) == ["denoiser", "text_encoder", "vae_decoder"]
+    assert said(bundle, components=["denoiser"])[-1].endswith("is up to date")
     forced = build_plans(bundle, PROFILES, components=["denoiser"], compare=False, force=True, report=lambda message: None)
     assert forced.built == ("denoiser",)
     assert plans_of(plan_folder(bundle)) == ["denoiser", "text_encoder", "vae_decoder"]

@@ -97,7 +97,8 @@ class INetworkDefinition(OfTheDevice):
         library, graph = self._library, self._graph
         for name in {*node.inputs, *node.outputs} - self._tensors.keys():
             self._tensors[name] = library.ITensor._create(_network=weakref.proxy(self), _tensor=graph.tensors[name])
-        layer = library.classes[kind]._create(_network=weakref.proxy(self), _node=node, _precision=None, _output_types={}, _settings=settings, name=node.name, metadata="")
+        layer = library.classes[kind]._create(_network=weakref.proxy(self), _node=node, _precision=None, _output_types={}, _settings=settings, name=node.name,
+                                              metadata="")
         self._layers.append(layer)
         return layer
 
