@@ -88,7 +88,7 @@ def verdict(component: str, precision: str, layers: Sequence[Layer], ours: Mappi
 def remedy(kind: str, largest: float) -> str:
     """What to do about a layer of that precision with values so large."""
     if kind == "half" and largest > LARGE:
-        return (f"Half precision ends at {HALF_MAX:.0f}: keep this layer in float32 (an island in export/graphs.py, as upcast_attention has), or build the "
+        return (f"Half precision ends at {HALF_MAX:.0f}: keep this layer in float32 (an island in export/graphs.py, as norms are), or build the "
                 f"bundle with --precision bf16")
     if kind == "half":
         return ("Its range is fine for half precision, so its sums lose digits: keep it in float32 (an island in export/graphs.py), or build the bundle "

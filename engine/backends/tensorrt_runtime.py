@@ -54,7 +54,6 @@ class TensorRtRuntime:
         """Raises BackendError where TensorRT or a driver is missing, and DeviceError where there is no such GPU."""
         self.trt = versions.load_tensorrt()
         self.device = Device(gpu)
-        versions.require_driver(self.trt, self.device.driver_version)
         self.machine = Machine(self.device.name, self.device.compute_capability, self.trt.__version__)
         self.description = f"TensorRT {self.machine.tensorrt} on GPU {gpu}, {self.machine.gpu}"
         self.log = open_log(self.trt)
@@ -63,10 +62,11 @@ class TensorRtRuntime:
         self._events: list[Event] = []
         self._retired: list[Callable[[], None]] = []
         try:
+            versions.require_driver(self.trt, self.device.driver_version)
             with self.device:
                 self.stream = Stream(self.device)
                 self.uploads = Uploads(self.device, self.stream)
-                versions.register_plugins(self.trt, self.log)
+                versions.register_plugins(self.trt)
                 self._runtime = versions.none_for_null(self.trt.Runtime, self.log)
             if self._runtime is None:
                 raise TensorRtError(f"TensorRT {self.trt.__version__} does not start on GPU {gpu}; {self.log.tail()}")

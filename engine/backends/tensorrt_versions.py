@@ -91,7 +91,7 @@ def replace_plugins(trt: ModuleType, network: Any) -> list[np.ndarray]:
         made = network.add_normalization(x, scale, bias, sum(1 << axis for axis in range(2, rank)))
         if made is None:
             raise TensorRtError(f"TensorRT {trt.__version__} made no normalization of the layer {layer.name}")
-        made.name, made.epsilon = layer.name, epsilon
+        made.name, made.epsilon = f"{layer.name} without the plugin", epsilon  # names must differ, also from those of layers that nothing reads any more
         for reader, index in readers[layer.get_output(0).name]:
             reader.set_input(index, made.get_output(0))
         constants += weights
@@ -166,10 +166,11 @@ def is_cast(trt: ModuleType, layer: Any) -> bool:
     return bool(layer.type == trt.LayerType.CAST or (layer.type == trt.LayerType.IDENTITY and layer.output_type_is_set(0)))
 
 
-def register_plugins(trt: ModuleType, log: Any) -> None:
-    """Makes plans loadable that hold a plugin. Those of 8.6 may: its parser makes plugins of operators, and loading finds none that was not registered."""
+def register_plugins(trt: ModuleType) -> None:
+    """Makes plans loadable that hold a plugin. Those of 8.6 may: its parser makes plugins of operators, and loading finds none that was not registered.
+    No logger, since the plugins would keep it for longer than anybody here."""
     if version(trt) < (10,):
-        trt.init_libnvinfer_plugins(log, "")
+        trt.init_libnvinfer_plugins(None, "")
 
 
 def configure(trt: ModuleType, config: Any) -> None:

@@ -16,6 +16,7 @@ import pytest
 import build_engines
 from engine import Pipeline
 from engine.backends import tensorrt_versions
+from engine.backends.tensorrt_runtime import TensorRtRuntime
 from engine.contract import COMPONENTS, Range, Shapes
 from engine.errors import BackendError, BundleNotFoundError, CudaMemoryError, PlanNotFoundError, TensorRtError
 from export import diagnose, to_tensorrt
@@ -386,6 +387,8 @@ def test_a_driver_that_8_would_crash_on_is_refused(bundle):
         patch.setattr(sys.modules["cuda.bindings.driver"], "cuDriverGetVersion", lambda: (CUresult.CUDA_SUCCESS, 11080))
         with pytest.raises(BackendError, match=r"TensorRT 8.6.0 needs a driver for CUDA 12.0 or later, and the one here is for CUDA 11.8; update the driver"):
             said(bundle)
+        with pytest.raises(BackendError, match=r"the one here is for CUDA 11\.8"):
+            TensorRtRuntime()
         assert machine.cuda.live() == {}
 
 

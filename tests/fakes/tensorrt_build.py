@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -255,6 +256,8 @@ def validate(library: Any, network: Any, config: Any) -> list[dict[str, list[lis
         raise BuildError("Error Code 4: Internal Error (Network must have at least one output)")
     if "TF32" in flags:
         raise BuildError("TF32 is set, as it is by default: products of float32 would have 10 bits of mantissa. The fake wants it cleared")
+    if repeated := [name for name, count in Counter(layer.name for layer in network._layers).items() if count > 1]:
+        raise BuildError(f"Error Code 4: Internal Error (Repeated layer name: {repeated[0]} (layers must have distinct names))")
     settle_normalizations(library, network)
     dtypes = {tensor.dtype for tensor in graph.tensors.values()} | {layer._precision.name for layer in network._layers if layer._precision}
     if network._strongly_typed and flags & {"FP16", "BF16", "INT8", "FP8"}:
