@@ -130,8 +130,9 @@ class PlanBuilder:
             self._report(f"{self._folder} is up to date")
             return PlanOutcome(self._folder, running, ())
         self._require_room(todo)
-        build = {"format": FORMAT, "machine": asdict(self._machine), "precision": self._bundle.precision, "profiles": wanted,
-                 "settings": asdict(self._settings), "components": entries, "cuda_driver": self._device.driver_version, "latentrt": __version__}
+        build: dict[str, Any] = {
+            "format": FORMAT, "machine": asdict(self._machine), "precision": self._bundle.precision, "profiles": wanted,
+            "settings": asdict(self._settings), "components": entries, "cuda_driver": self._device.driver_version, "latentrt": __version__}
         worth_keeping = bool(finished)
         try:
             self._unfinished.mkdir(parents=True, exist_ok=True)
@@ -143,7 +144,7 @@ class PlanBuilder:
             for number, component in enumerate(todo, 1):
                 entries[component] = self._component(component, self._unfinished, f"[{number}/{len(todo)}] {component}", compare, diagnose)
                 _write(self._unfinished / FINISHED, json.dumps({"components": entries}).encode())
-                worth_keeping = True
+                worth_keeping, build["components"] = True, entries
                 if not running:
                     self._publish(build)
         except BaseException:
@@ -174,6 +175,7 @@ class PlanBuilder:
         publishing.mkdir()
         for component in build["components"]:
             link(self._unfinished / f"{component}.plan", publishing / f"{component}.plan")
+        build["components"] = {component: build["components"][component] for component in COMPONENTS if component in build["components"]}
         build["created"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         (publishing / BUILD).write_text(json.dumps(build, indent=1) + "\n", encoding="utf-8")
         swap(self._folder, publishing, self._beside("replaced"))
