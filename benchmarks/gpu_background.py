@@ -23,7 +23,8 @@ def detach(folder: Path, arguments: Sequence[str]) -> str:
     with open(folder / LOG, "ab") as log:
         process = subprocess.Popen([sys.executable, "-u", "-m", "benchmarks.gpu", *arguments], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log,
                                    stderr=subprocess.STDOUT, start_new_session=True)
-    _write(folder, {"pid": process.pid, "running": "starting", "since": time.time(), "ended": []})
+    if not (folder / STATUS).exists():  # it tells of itself once it has imported everything
+        _write(folder, {"pid": process.pid, "running": "starting", "since": time.time(), "ended": []})
     return f"process {process.pid} runs in the background; ask: python -m benchmarks.gpu --status --output {folder}"
 
 
