@@ -21,7 +21,7 @@ from engine import __version__
 from engine.backends import BACKENDS, default_backend, gpu_number, tensorrt_is_usable
 from engine.backends.openvino import OpenVinoBackend
 from engine.commands import show_what_cannot_be_printed
-from engine.contract import VAE_FACTOR, Range, Shapes
+from engine.contract import COMPONENTS, VAE_FACTOR, Range, Shapes
 from engine.errors import EngineError, shown
 from engine.libraries import install_command
 from engine.manifest import LARGEST_BATCH, LARGEST_SIDE, SMALLEST_SIDE
@@ -30,7 +30,7 @@ from export.errors import ExportError, UsageError
 NAME = re.compile(r"[^\W_][^/\\:\x00-\x1f\x7f]*")
 LONGEST_NAME = 100
 
-FOR_TENSORRT = ("rows", "diagnose", "workspace", "max_aux_streams", "optimization_level")
+FOR_TENSORRT = ("rows", "components", "diagnose", "workspace", "max_aux_streams", "optimization_level")
 """Options that say how plans are built."""
 
 FOR_A_MODEL = ("output", "name", "precision", "opset", "random_weights", "tokenizer", "prediction_type", "scheduler")
@@ -68,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--width", metavar="N", help="the same")
     p.add_argument("--batch", metavar="N", help="pictures per call, the same (default: 1 for tensorrt, else 1:1:8)")
     p.add_argument("--rows", metavar="N", help="rows of the U-Net in one call, the same (default: twice the pictures, with guidance, and once)")
+    p.add_argument("--components", metavar="NAME,...", help="build the plans of these only: denoiser, text_encoder, vae_decoder, vae_encoder (default: all)")
     p.add_argument("--opset", type=int, choices=[18, 23], help="23 has attention as one operator, for TensorRT 10.14 and later (default: 18)")
     p.add_argument("--device", metavar="cuda:N", help="the GPU that plans are built on and for (default: cuda:0)")
     p.add_argument("--optimization-level", type=int, choices=range(6), help="how long TensorRT searches; 5 takes hours (default: 3)")
@@ -164,6 +165,8 @@ def check_tensorrt_options(options: argparse.Namespace, gpu: int | None) -> None
         raise UsageError(f"--workspace {options.workspace:g} is not a number of GiB above 0")
     if options.max_aux_streams is not None and not 0 <= options.max_aux_streams < 2**10:
         raise UsageError(f"--max-aux-streams is {shown(options.max_aux_streams)}; it must be from 0 to 1023")
+    if unknown := set(("denoiser" if options.components is None else options.components).split(",")) - set(COMPONENTS):
+        raise UsageError(f"--components has {shown(', '.join(sorted(unknown)))}; there are {', '.join(COMPONENTS)}")
     load_tensorrt()
     with Device(gpu).closing():
         pass
@@ -198,7 +201,8 @@ def build_plans(options: argparse.Namespace, folder: Path, asked: dict[str, list
     sides = {name: Range(best, best, best) for name, best in (("height", shapes.height.opt), ("width", shapes.width.opt))}
     level = 3 if options.optimization_level is None else options.optimization_level
     settings = to_tensorrt.Settings(level, options.workspace and int(options.workspace * 2**30), options.max_aux_streams)
-    to_tensorrt.build_plans(folder, profiles(asked, Shapes(**sides, batch=one)), settings, gpu=gpu, compare=not options.no_verify,
+    components = options.components.split(",") if options.components is not None else COMPONENTS
+    to_tensorrt.build_plans(folder, profiles(asked, Shapes(**sides, batch=one)), settings, components=components, gpu=gpu, compare=not options.no_verify,
                             diagnose=options.diagnose, force=options.force, report=report)
 
 

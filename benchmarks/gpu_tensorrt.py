@@ -3,15 +3,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
+from benchmarks.gpu_profile import fused_attention
 from benchmarks.statistics import summarize
 from engine import Pipeline
 from engine.backends.cuda import Device
@@ -21,11 +24,12 @@ from engine.contract import INPUTS, OUTPUTS
 from engine.picture import psnr
 from engine.plans import Plans
 from export.compare import as_json, compared, difference, tolerance
+from export.to_tensorrt import profile_inputs
 
 PROMPT = "a large red circle on a blue background"
 GUIDANCE = 7.5
 PICTURE_STEPS = 20
-FUSED_ATTENTION = re.compile(r"mha|fmha|flash|attention", re.IGNORECASE)
+STEPS_TIMED = 50
 
 
 def percentiles(milliseconds: list[float]) -> dict[str, float]:
@@ -40,6 +44,10 @@ def check(bundle: Path, file: Path) -> dict[str, Any]:
     for component in OUTPUTS:
         runtime = TensorRtRuntime()
         plans = Plans.find(opened, runtime.machine)
+        if component not in plans.build["components"]:
+            runtime.close()
+            print(f"{component}: not built")
+            continue
         runtime.load([(component, plans.read(component))])
         inputs = {name: reference[f"{component}/{name}"] for name in INPUTS[component]}
         outputs = dict(zip(OUTPUTS[component], runtime.run(component, inputs)))
@@ -117,25 +125,68 @@ def measure(pipeline: Pipeline, steps: int, pictures: int, warmup: int) -> dict[
     return found
 
 
-def layers(bundle: Path) -> dict[str, Any]:
-    """The denoiser's layers as the engine inspector tells them: how many of each kind, and those that look like fused attention."""
+@contextmanager
+def denoiser(bundle: Path) -> Iterator[tuple[TensorRtRuntime, dict[str, np.ndarray]]]:
+    """The denoiser's plan alone, and inputs of the size that its first profile is best at."""
     runtime = TensorRtRuntime()
-    plans = Plans.find(Bundle.open(bundle, verify=False), runtime.machine)
-    runtime.load([("denoiser", plans.read("denoiser"))])
+    try:
+        plans = Plans.find(Bundle.open(bundle, verify=False), runtime.machine)
+        runtime.load([("denoiser", plans.read("denoiser"))])
+        channels, _ = runtime.engines["denoiser"].allowed("context", 2)
+        yield runtime, profile_inputs("denoiser", plans.profiles[0], channels)
+    finally:
+        runtime.close()
+
+
+def described(runtime: TensorRtRuntime) -> dict[str, Any]:
+    """The denoiser's layers as the engine inspector tells them: how many of each kind, and those that are fused attention."""
     with runtime.device:
         told = json.loads(runtime.engines["denoiser"].inspect())
-    runtime.close()
     known = [layer if isinstance(layer, dict) else {"Name": layer} for layer in told["Layers"]]
-    kinds = Counter(str(layer.get("LayerType", "unknown")) for layer in known)
-    fused = [str(layer["Name"])[:200] for layer in known if FUSED_ATTENTION.search(str(layer.get("Name", "")) + str(layer.get("TacticName", "")))]
-    print(f"{len(known)} layers: {dict(kinds.most_common(8))}; {len(fused)} of fused attention")
+    kinds, fused = Counter(str(layer.get("LayerType", "unknown")) for layer in known), fused_attention(known)
     tactics = Counter(str(layer.get("TacticName", ""))[:80] for layer in known)
-    return {"layers": len(known), "kinds": dict(kinds.most_common()), "fused_attention": fused[:40], "tactics": dict(tactics.most_common(25))}
+    print(f"{len(known)} layers: {dict(kinds.most_common(8))}; {len(fused)} of fused attention")
+    return {"layers": len(known), "kinds": dict(kinds.most_common()), "fused_attention": len(fused), "fused_attention_names": fused[:40],
+            "tactics": dict(tactics.most_common(25))}
+
+
+def layers(bundle: Path) -> dict[str, Any]:
+    """What TensorRT made of the denoiser."""
+    with denoiser(bundle) as (runtime, _):
+        return described(runtime)
+
+
+def step(bundle: Path) -> dict[str, Any]:
+    """GPU time of one evaluation of the denoiser, captured and not, and what its layers are."""
+    with denoiser(bundle) as (runtime, inputs):
+        plain = runtime.seconds("denoiser", inputs, STEPS_TIMED + 3)[3:]
+        with runtime.device:
+            execution, watch = runtime.engines["denoiser"].at({name: value.shape for name, value in inputs.items()}), runtime.stopwatch()
+            with runtime.stream.capture() as made:
+                execution.enqueue()
+            for _ in range(STEPS_TIMED + 3):
+                watch.mark()
+                made[0].launch(runtime.stream)
+            watch.mark()
+            runtime.synchronize("timing captured steps")
+            captured = watch.seconds()[3:]
+            made[0].close()
+        found = {"step_ms": round(1000 * median(captured), 4), "plain_ms": round(1000 * median(plain), 4),
+                 "step": percentiles([1000 * seconds for seconds in captured])}
+        print(f"step {found['step_ms']:.3f} ms, plain enqueue {found['plain_ms']:.3f} ms")
+        return {**found, **described(runtime)}
+
+
+def once(bundle: Path) -> dict[str, Any]:
+    """One plain evaluation, for ncu to look at."""
+    with denoiser(bundle) as (runtime, inputs):
+        runtime.run("denoiser", inputs)
+        return {}
 
 
 def main() -> None:
     p = argparse.ArgumentParser(prog="python -m benchmarks.gpu_tensorrt")
-    p.add_argument("part", choices=["check", "picture", "latency", "layers"])
+    p.add_argument("part", choices=["check", "picture", "latency", "layers", "step", "once"])
     p.add_argument("--bundle", type=Path, required=True)
     p.add_argument("--file", type=Path)
     p.add_argument("--png", type=Path)
@@ -144,7 +195,7 @@ def main() -> None:
     p.add_argument("--warmup", type=int, default=3)
     o = p.parse_args()
     found = check(o.bundle, o.file) if o.part == "check" else picture(o.bundle, o.file, o.png) if o.part == "picture" else \
-        latency(o.bundle, o.steps, o.pictures, o.warmup) if o.part == "latency" else layers(o.bundle)
+        latency(o.bundle, o.steps, o.pictures, o.warmup) if o.part == "latency" else {"layers": layers, "step": step, "once": once}[o.part](o.bundle)
     print(json.dumps(found))
 
 

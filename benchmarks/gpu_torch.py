@@ -87,9 +87,33 @@ def latency(source: Source, side: int, mode: str, device: str, steps: list[int],
     return result
 
 
+def step(source: Source, side: int, mode: str, device: str, repeats: int = 50) -> dict[str, Any]:
+    """One evaluation of diffusers' U-Net with guidance (2 rows) in fp16 with channels_last, eager or compiled."""
+    gpu = device != "cpu"
+    dtype = torch.float16 if gpu else torch.float32
+    unet = source.unet().to(device, dtype, memory_format=torch.channels_last).eval()
+    channels, latents = unet.config.cross_attention_dim, side // VAE_FACTOR
+    sample, text = torch.randn(2, 4, latents, latents, device=device, dtype=dtype), torch.randn(2, 77, channels, device=device, dtype=dtype)
+    timestep = torch.tensor([500, 500], device=device)
+    run = unet if mode == "eager" else torch.compile(unet, mode=mode, fullgraph=True)
+    samples = []
+    with torch.no_grad():
+        for _ in range(5 + (repeats if gpu else 3)):
+            if gpu:
+                torch.cuda.synchronize()
+            started = perf_counter()
+            run(sample, timestep, encoder_hidden_states=text)
+            if gpu:
+                torch.cuda.synchronize()
+            samples.append(1000 * (perf_counter() - started))
+    found = {"mode": mode, "step_ms": round(statistics.median(samples[5:]), 4), "torch": torch.__version__, "diffusers": diffusers.__version__}
+    print(f"{mode}: U-Net {found['step_ms']:.3f} ms", flush=True)
+    return found
+
+
 def main() -> None:
     p = argparse.ArgumentParser(prog="python -m benchmarks.gpu_torch")
-    p.add_argument("part", choices=["reference", "picture", "latency"])
+    p.add_argument("part", choices=["reference", "picture", "latency", "step"])
     p.add_argument("--model", default="", help="a known architecture, with random weights; nothing is the built-in model")
     p.add_argument("--side", type=int, required=True)
     p.add_argument("--device", default="cuda")
@@ -103,7 +127,8 @@ def main() -> None:
         raise SystemExit(f"torch {torch.__version__} has no CUDA here; install a build that has, or try the command out with --torch-device cpu")
     quiet_libraries()
     source = resolve(o.model or None, bool(o.model))
-    found = reference(source, o.side, o.file, o.device) if o.part == "reference" else picture(source, o.side, o.file, o.device) if o.part == "picture" else \
+    found = step(source, o.side, o.mode, o.device) if o.part == "step" else \
+        reference(source, o.side, o.file, o.device) if o.part == "reference" else picture(source, o.side, o.file, o.device) if o.part == "picture" else \
         latency(source, o.side, o.mode, o.device, o.steps, o.pictures, o.warmup)
     print(json.dumps(found))
 

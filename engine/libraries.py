@@ -19,7 +19,7 @@ REQUIREMENTS: dict[str, tuple[str, ...]] = {
     "cpu": ("onnxruntime>=1.20",),
     "openvino": ("openvino>=2025.2",),
     "cuda": ("onnxruntime-gpu>=1.21",),
-    "tensorrt": ("tensorrt>=10.12,<12", "cuda-bindings>=12.8", "polygraphy>=0.49"),
+    "tensorrt": ("tensorrt>=10.12,<12", "cuda-bindings>=12.8", "onnxruntime>=1.20", "polygraphy>=0.49"),
     "export": ("torch>=2.9", "diffusers>=0.35", "transformers>=5", "safetensors>=0.5", "onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20",
                "huggingface_hub>=1", "filelock>=3.16"),
     "benchmarks": ("matplotlib>=3.8", "psutil>=6"),

@@ -260,7 +260,7 @@ class Pipeline:
         """The command that builds this bundle, or its plans, for other sizes."""
         if self._backend.rebuild is None:
             return self.bundle.command(**sizes)
-        return " ".join([f"python {self._backend.rebuild}", *(f"--{side} {size}" for side, size in sizes.items())])
+        return " ".join([self._backend.rebuild, *(f"--{side} {size}" for side, size in sizes.items())])
 
     def _overflow(self, session: Session, evaluations: int, guidance_scale: float) -> NumericalError:
         """The error for a picture that has values that are not finite: whose they are."""

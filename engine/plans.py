@@ -12,19 +12,25 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from .bundle import Bundle
+from .commands import builder
 from .contract import COMPONENTS, Range, Shapes
 from .errors import PlanDamagedError, PlanError, PlanMismatchError, PlanNotFoundError
 
-FORMAT = 1
-"""Version of build.json. It changes whenever an older runtime would misread a newer one, or the builder makes other plans."""
+FORMAT = 2
+"""Version of build.json. It changes whenever an older runtime would misread a newer one, or the builder makes other plans.
+2: without TF32; on TensorRT 8.6 without plugins, and with fewer layers constrained to float32."""
 
 BUILD = "build.json"
+
+NEEDED = ("text_encoder", "denoiser", "vae_decoder")
+"""Components that a pipeline loads."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +66,12 @@ class Plans:
         build = read_build(folder, bundle)
         if differences := mismatches(build, bundle, machine):
             raise PlanMismatchError(f"the plans in {folder} are not for this bundle on this machine: {'; '.join(differences)}. "
-                                    f"Build them again: {rebuild(bundle)}")
+                                    f"Build them again: {rebuild_command(bundle.folder)}")
         for component, entry in build["components"].items():
             file = folder / f"{component}.plan"
             if not file.is_file() or file.is_symlink() or file.stat().st_size != entry["bytes"]:
                 state = f"has {file.stat().st_size} bytes instead of {entry['bytes']}" if file.is_file() else "is missing"
-                raise PlanDamagedError(f"{file} {state}; build it again: {rebuild(bundle)}")
+                raise PlanDamagedError(f"{file} {state}; build it again: {rebuild_command(bundle.folder)}")
         return cls(folder, build, tuple(parse_profile(profile) for profile in build["profiles"]))
 
     def read(self, component: str) -> bytes:
@@ -86,12 +92,7 @@ class Plans:
 
 def rebuild_command(folder: Path) -> str:
     """The command that builds the plans of the bundle in `folder`."""
-    return f"build_engines.py --backend tensorrt --bundle {folder}"
-
-
-def rebuild(bundle: Bundle) -> str:
-    """The same with the interpreter in front."""
-    return f"python {rebuild_command(bundle.folder)}"
+    return f"{builder()} --backend tensorrt --bundle {shlex.quote(str(folder))}"
 
 
 def read_build(folder: Path, bundle: Bundle) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def read_build(folder: Path, bundle: Bundle) -> dict[str, Any]:
     try:
         build = json.loads(file.read_text(encoding="utf-8"))
         if build["format"] != FORMAT:
-            raise PlanMismatchError(f"{file} has format {build['format']!r}, not {FORMAT}; build the plans again: {rebuild(bundle)}")
+            raise PlanMismatchError(f"{file} has format {build['format']!r}, not {FORMAT}; build the plans again: {rebuild_command(bundle.folder)}")
         known = [build["machine"][field] for field in ("gpu", "compute_capability", "tensorrt")] + [build["precision"]]
         known += [entry[field] for entry in build["components"].values() for field in ("sha256", "bytes", "onnx", "identity", "profiles")]
         known += [build["settings"]]
@@ -108,9 +109,9 @@ def read_build(folder: Path, bundle: Bundle) -> dict[str, Any]:
         if not build["profiles"] or not build["components"].keys() <= set(COMPONENTS):
             raise ValueError("profiles or components")
     except OSError as error:
-        raise PlanDamagedError(f"{file} is not readable ({error.strerror}); build the plans again: {rebuild(bundle)}") from error
+        raise PlanDamagedError(f"{file} is not readable ({error.strerror}); build the plans again: {rebuild_command(bundle.folder)}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PlanDamagedError(f"{file} lacks or garbles {error}; build the plans again: {rebuild(bundle)}") from error
+        raise PlanDamagedError(f"{file} lacks or garbles {error}; build the plans again: {rebuild_command(bundle.folder)}") from error
     return dict(build)
 
 
@@ -148,14 +149,14 @@ def _absent(bundle: Bundle, machine: Machine) -> str:
     """Why there are no plans for a machine: never built, or built for others, which differ in this and that."""
     here = f"{machine.gpu}, compute capability {machine.compute_capability}, TensorRT {machine.tensorrt}"
     others = []
-    for file in sorted((bundle.folder / "plans").glob(f"*/{BUILD}")):
+    for file in sorted((bundle.folder / "plans").glob(f"[!.]*/{BUILD}")):
         try:
             differences = mismatches(read_build(file.parent, bundle), bundle, machine)
         except PlanError:
             continue
         others.append(f"{file.parent.name} ({'; '.join(differences)})")
     known = f"those that it has are for other machines: {', '.join(others)}" if others else "it has none at all"
-    return f"{bundle.folder} has no TensorRT plans for this machine ({here}); {known}. Build them: {rebuild(bundle)}, or pass backend='onnxruntime'"
+    return f"{bundle.folder} has no TensorRT plans for this machine ({here}); {known}. Build them: {rebuild_command(bundle.folder)}, or pass backend='onnxruntime'"
 
 
 def parse_profile(profile: Mapping[str, Any]) -> Shapes:

@@ -35,7 +35,7 @@ from .compare import as_json
 from .errors import OutputError, UsageError
 from .folders import free_name, link, recover, swap
 from .graphs import DTYPES, Denoiser, Float32Norm, TextEncoder, VaeDecoder, VaeEncoder
-from .to_onnx import ATTENTION_OPSET, OPSET, example, export_onnx
+from .to_onnx import OPSET, example, export_onnx, fuses_attention
 
 PART_OF = {"text_encoder": "text_encoder", "denoiser": "unet", "vae_decoder": "vae", "vae_encoder": "vae"}
 VERIFICATION_PICTURE = "verification.png"
@@ -184,7 +184,7 @@ def _export(source: Source, component: str, graphs: Graphs, folder: Path, verify
         _round_weights(model, DTYPES[precision])
         expected = parity.reference(component, kind(model, torch.float32), context_size)
     name = f"onnx/{component}.onnx"
-    module = kind(model, DTYPES[precision], graphs.opset >= ATTENTION_OPSET)
+    module = kind(model, DTYPES[precision], fuses_attention(component, precision, graphs.opset))
     export_onnx(component, module, example(component, context_size), folder / name, graphs.opset)
     del module
     del model

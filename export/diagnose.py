@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from engine.libraries import install_command
+
 from .compare import difference, tolerance
 from .errors import UsageError
 
@@ -39,7 +41,7 @@ def every_output(file: Path, inputs: Mapping[str, np.ndarray]) -> tuple[list[Lay
         from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
         from polygraphy.logger import G_LOGGER
     except ImportError as error:
-        raise UsageError(f"diagnosing needs polygraphy, onnx and onnxruntime ({error}): pip install latentrt[tensorrt,export]") from error
+        raise UsageError(f"diagnosing needs polygraphy, onnx and onnxruntime ({error}): {install_command('tensorrt', 'export')}") from error
     G_LOGGER.module_severity = G_LOGGER.ERROR
     model = OnnxFromPath(str(file))()
     layers = [Layer(node.name, node.op_type, node.output[0]) for node in model.graph.node]
@@ -88,7 +90,7 @@ def verdict(component: str, precision: str, layers: Sequence[Layer], ours: Mappi
 def remedy(kind: str, largest: float) -> str:
     """What to do about a layer of that precision with values so large."""
     if kind == "half" and largest > LARGE:
-        return (f"Half precision ends at {HALF_MAX:.0f}: keep this layer in float32 (an island in export/graphs.py, as upcast_attention has), or build the "
+        return (f"Half precision ends at {HALF_MAX:.0f}: keep this layer in float32 (an island in export/graphs.py, as norms are), or build the "
                 f"bundle with --precision bf16")
     if kind == "half":
         return ("Its range is fine for half precision, so its sums lose digits: keep it in float32 (an island in export/graphs.py), or build the bundle "

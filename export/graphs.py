@@ -1,7 +1,7 @@
 """The four torch modules that are traced. Inputs and outputs are the contract in engine/contract.py.
 
 Each takes float32 (or integers) and returns float32 (or pixels); inside, matrix products and convolutions run in the
-precision asked for, while norms, softmax and the timestep embedding stay in float32.
+precision asked for, while norms, the timestep embedding and the softmax of U-Net and VAE stay in float32.
 """
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ from .checks import check_text_encoder, check_unet, check_vae
 
 MAGNITUDE_UNIT = 2.0**-20
 """Keeps the sum over a picture's values near 1."""
+
+TINY = 1e-12
+"""Added to a squared length, for a query of zeros."""
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -48,9 +51,10 @@ class Upsample(nn.Module):
 
 
 class PlainAttention:
-    """An attention processor for diffusers: scaled Q, float32 softmax, no workarounds. `upcast_attention` models (SD 2.1)
-    multiply Q and K in float32 too, where float16 would overflow. `fused` leaves all of it to one operator of the graph,
-    whose softmax the runtime computes in float32, but not for those models."""
+    """An attention processor for diffusers: scaled Q, float32 softmax, no workarounds.
+
+    `upcast_attention` models (SD 2.1) have scores beyond the range of float16. Their graphs in float16 multiply `bounded_scores`, others in float32.
+    `fused` leaves all of it to one operator of the graph, whose softmax the runtime computes in float32, but not for those models."""
 
     def __init__(self, fused: bool) -> None:
         self._fused = fused
@@ -67,20 +71,40 @@ class PlainAttention:
         def split(x: Tensor) -> Tensor:
             return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
-        query, key, value = split(attn.to_q(hidden_states) * attn.scale), split(attn.to_k(context)), split(attn.to_v(context))
-        if attn.upcast_attention:
-            query, key = query.float(), key.float()
+        query, value = split(attn.to_q(hidden_states) * attn.scale), split(attn.to_v(context))
         if self._fused and not attn.upcast_attention:
-            mixed = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+            mixed = F.scaled_dot_product_attention(query, split(attn.to_k(context)), value, scale=1.0)
         else:
-            weights = torch.softmax((query @ key.transpose(-1, -2)).float(), dim=-1).to(value.dtype)
-            mixed = weights @ value
+            if not attn.upcast_attention:
+                scores = query @ split(attn.to_k(context)).transpose(-1, -2)
+            elif query.dtype == torch.float16:
+                scores = bounded_scores(query, split(F.linear(centred(context), attn.to_k.weight)))
+            else:
+                scores = query.float() @ split(attn.to_k(context)).float().transpose(-1, -2)
+            mixed = torch.softmax(scores.float(), dim=-1).to(value.dtype) @ value
         output = attn.to_out[0](mixed.transpose(1, 2).flatten(2))
         if len(shape) == 4:
             output = output.transpose(1, 2).reshape(shape)
         if attn.residual_connection:
             output = output + residual
         return output / attn.rescale_output_factor
+
+
+def centred(tokens: Tensor) -> Tensor:
+    """Tokens [B, N, C] minus their mean over N. Keys that are linear in them lose one vector that all share (and a bias), which adds the same number to all
+    scores of a query: softmax is unchanged. What is left is small, so that rounding it to half loses little; a float32 product comes too late for that."""
+    wide = tokens.float()
+    return (wide - wide.sum(dim=1, keepdim=True) / tokens.shape[1]).to(tokens.dtype)
+
+
+def bounded_scores(query: Tensor, key: Tensor) -> Tensor:
+    """query @ key^T in float32 by a product in half precision that cannot overflow, whatever finite values [B, H, N, D] there are.
+
+    Each query is divided by its length and by sqrt(D) before the product and multiplied by both after it. By Cauchy and Schwarz no score in between is larger
+    than |key| / sqrt(D), which is at most the largest element of the key. Centring the keys alone bounds what they have in common, not their spread."""
+    wide = query.float()
+    length = (query.shape[-1] * wide.square().sum(dim=-1, keepdim=True) + TINY).sqrt()
+    return ((wide / length).to(key.dtype) @ key.transpose(-1, -2)).float() * length
 
 
 def _replace(module: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...], replacement: type[nn.Module]) -> None:
@@ -109,7 +133,8 @@ class TextEncoder(nn.Module):
     def __init__(self, model: CLIPTextModel, dtype: torch.dtype, fused_attention: bool = False) -> None:
         super().__init__()
         check_text_encoder(model.config.to_dict())
-        model.set_attn_implementation("sdpa" if fused_attention else "eager")  # the softmax of "eager" is in float32
+        # The softmax of "eager" asks for float32, and torch's exporter drops that: in graphs in half precision it is in half, well within tolerance.
+        model.set_attn_implementation("sdpa" if fused_attention else "eager")
         _prepare(model, dtype, fused_attention)
         self.model = model
 

@@ -5,9 +5,10 @@ import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
 from torch import nn
 from torch.export import Dim
@@ -17,10 +18,20 @@ from engine.contract import INPUTS, LATENT_CHANNELS, OUTPUTS, PROMPT_TOKENS, SLO
 from .errors import ToOnnxError
 
 OPSET = 18
-"""The lowest that torch's exporter writes properly; every TensorRT from 8.6 parses it."""
+"""The lowest that torch's exporter writes properly. TensorRT 8.6 documents opsets up to 17 and misreads what later ones changed, which these graphs do
+without: sizes are `Shape` then `Slice`, and no reduction but ReduceSum has its axes as an input. Every TensorRT from 8.6 can parse them."""
 
 ATTENTION_OPSET = 23
 """The first that has attention as one operator, which TensorRT parses from 10.14 on."""
+
+FUSED_COMPONENTS = ("text_encoder", "denoiser")
+"""Whose attention becomes one operator there. TensorRT runs that operator as a fused kernel or not at all, and its kernels are for half precision and heads
+of 16 to 256 in steps of 8; the VAE has one head of 512."""
+
+
+def fuses_attention(component: str, precision: str, opset: int) -> bool:
+    """Whether a component's graph leaves attention to one operator."""
+    return opset >= ATTENTION_OPSET and component in FUSED_COMPONENTS and precision != "fp32"
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,7 @@ def export_onnx(component: str, module: nn.Module, traced: Example, file: Path, 
                 output_names=list(OUTPUTS[component]), dynamic_shapes=dynamic, verbose=False)
             assert program is not None
             _measure_after_cast(program.model)
+            _slice_whole_shapes(program.model)
             program.save(str(file), external_data=True)
         onnx.checker.check_model(str(file))
     except OSError:
@@ -89,15 +101,41 @@ def export_onnx(component: str, module: nn.Module, traced: Example, file: Path, 
         torch_log.setLevel(level)
 
 
-def _measure_after_cast(model: Any) -> None:
+def _measure_after_cast(model: ir.Model) -> None:
     """Reads the sizes of a uint8 input off the float that it is cast to: TensorRT lets nothing but casts read such an input."""
     for value in model.graph.inputs:
         users = [use.node for use in value.uses()]
         casts = [node for node in users if node.op_type == "Cast"]
-        if not casts or value.dtype.name != "UINT8":
+        if not casts or value.dtype != ir.DataType.UINT8:
             continue
         model.graph.remove(casts[0])
         model.graph.insert_before(model.graph[0], casts[0])
         for node in users:
             if node.op_type == "Shape":
                 node.replace_input_with(0, casts[0].outputs[0])
+
+
+def _slice_whole_shapes(model: ir.Model) -> None:
+    """Makes of each `Shape` with `start` and `end` a `Shape` and a `Slice` with constant bounds: the importer of TensorRT 8.6 ignores both attributes."""
+    graph = model.graph
+    for node in list(graph):
+        if node.op_type != "Shape":
+            continue
+        measured, output = node.inputs[0], node.outputs[0]
+        assert measured is not None
+        assert measured.shape is not None
+        rank = len(measured.shape)
+        start, stop, _ = slice(node.attributes.get_int("start", 0), node.attributes.get_int("end", rank)).indices(rank)
+        nodes = [ir.node("Shape", [measured], name=f"{node.name}_whole", metadata_props=dict(node.metadata_props))]
+        nodes[0].outputs[0].name = f"{output.name}_whole"
+        if (start, stop) != (0, rank):
+            bounds = [_constant(graph, f"{output.name}_{name}", value) for name, value in (("start", start), ("end", stop))]
+            nodes.append(ir.node("Slice", [nodes[0].outputs[0], *bounds], name=node.name, metadata_props=dict(node.metadata_props)))
+        ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [output], [nodes[-1].outputs[0]])
+
+
+def _constant(graph: ir.Graph, name: str, value: int) -> ir.Value:
+    """A new initializer [1] of int64."""
+    made = ir.Value(name=name, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64), const_value=ir.tensor(np.array([value], np.int64), name=name))
+    graph.register_initializer(made)
+    return made

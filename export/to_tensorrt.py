@@ -6,12 +6,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from traceback import clear_frames
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from engine.bundle import Bundle, sha256
 from engine.contract import COMPONENTS, INPUTS, OUTPUTS, VAE_FACTOR, Range, Shapes
 from engine.errors import EngineError
 from engine.libraries import installed
-from engine.plans import BUILD, FORMAT, Machine, format_profile, identity, onnx_hash, read_build
+from engine.plans import BUILD, FORMAT, NEEDED, Machine, Plans, format_profile, identity, onnx_hash
 from engine.version import __version__
 
 from .compare import Difference, as_json, compared, difference, input_shapes, random_inputs, tolerance
@@ -36,14 +37,27 @@ PIXELS_PER_DECODE = 1024 * 1024
 """Pictures that the VAE takes together: so many pixels, or one picture. More would cost memory and save no time."""
 
 TIMED_RUNS = 20
+
+MOST_PINNED = 0.25
+"""Share of a network's layers that TensorRT 8.6 may be told to keep in float32; a U-Net needs a few of hundreds."""
+
 BYTES_PER_PIXEL = 2048
 """Of activations, and of what the builder tries out: an estimate for the U-Net and the VAE, guidance included."""
 
 BUILDER_BYTES = 1 << 30
 """What CUDA and the builder take besides, an estimate too."""
 
+ORDER = ("denoiser", "text_encoder", "vae_decoder", "vae_encoder")
+"""The slowest and most important first; what pictures are made without last."""
+
+FINISHED = "finished.json"
+
 Report = Callable[[str], None]
 Shape = tuple[int, ...]
+
+
+OWN_FILES = frozenset([BUILD, *(f"{component}.plan" for component in COMPONENTS)])
+"""What the builder writes into a folder of plans; other files there stay."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +87,12 @@ def with_rows(shapes: Shapes) -> list[Shapes]:
     return [Shapes(shapes.height, shapes.width, batch, one) for one in rows]
 
 
-def build_plans(folder: Path, profiles: Sequence[Shapes], settings: Settings = Settings(), *, gpu: int = 0, compare: bool = True,
-                diagnose: bool = False, force: bool = False, report: Report = print) -> PlanOutcome:
-    """Writes the plans of the bundle in `folder` for this machine's GPU, unless they are there and nothing changed.
+def build_plans(folder: Path, profiles: Sequence[Shapes], settings: Settings = Settings(), *, components: Sequence[str] = COMPONENTS, gpu: int = 0,
+                compare: bool = True, diagnose: bool = False, force: bool = False, report: Report = print) -> PlanOutcome:
+    """Writes the plans of the bundle in `folder` for this machine's GPU, or those of some components, unless they are there and nothing changed.
 
     `compare` runs every component on ONNX Runtime too, where that is installed. Raises the errors of `Bundle.open`, BackendError,
-    and those of export/errors.py; whatever happens, the old plans stay until the new ones are complete."""
+    and those of export/errors.py; whatever happens, old plans that run stay until the new ones do, and finished plans are not built again."""
     bundle = Bundle.open(folder)
     trt = versions.load_tensorrt()
     if bundle.precision == "bf16" and not versions.supports_bf16(trt):
@@ -89,9 +103,10 @@ def build_plans(folder: Path, profiles: Sequence[Shapes], settings: Settings = S
                          f"with --opset {versions.newest_opset(trt)}, or use TensorRT 10.14 or later")
     device = Device(gpu)
     try:
+        versions.require_driver(trt, device.driver_version)
         builder = PlanBuilder(bundle, trt, device, profiles, settings, report)
         with _locked(folder.parent / f".{folder.name}.lock"):
-            return builder.build(compare, diagnose, force)
+            return builder.build(components, compare, diagnose, force)
     finally:
         with device.closing():
             pass
@@ -106,56 +121,95 @@ class PlanBuilder:
         self._folder = bundle.folder / "plans" / self._machine.folder
         self._cache = TimingCache(self._folder)
 
-    def build(self, compare: bool, diagnose: bool, force: bool) -> PlanOutcome:
-        """Builds what changed; `Plans.find` describes the result."""
-        unfinished, replaced = (self._folder.with_name(f".{self._folder.name}.{state}") for state in ("building", "replaced"))
-        recover(self._folder, unfinished, replaced)
-        wanted_identity = {component: self._identity(component) for component in COMPONENTS}
-        old = None if force or diagnose else self._usable()
-        kept = {c: old["components"][c] for c in COMPONENTS if old and old["components"].get(c, {}).get("identity") == wanted_identity[c]} if old else {}
+    def build(self, components: Sequence[str], compare: bool, diagnose: bool, force: bool) -> PlanOutcome:
+        """Builds what changed; `Plans.find` describes the result. Each finished plan is noted beside the old plans and outlives a failure or the end of the
+        process. Where the old plans do not run, it takes their place at once; where they do, they stay until all that a pipeline needs is there."""
+        recover(self._folder, self._beside("publishing"), self._beside("replaced"), OWN_FILES.__contains__)
         wanted = [format_profile(profile) for profile in self._profiles]
-        if old and len(kept) == len(COMPONENTS) and old["profiles"] == wanted:
+        old, finished = self._intact(self._folder / BUILD), self._intact(self._unfinished / FINISHED)
+        entries = {component: entry for component, entry in {**old, **finished}.items() if not ((force or diagnose) and component in components)}
+        todo = [component for component in ORDER if component in components and component not in entries]
+        running = self._running()
+        if not todo and running and running["profiles"] == wanted and entries == old:
             self._report(f"{self._folder} is up to date")
-            return PlanOutcome(self._folder, old, ())
-        self._require_room([component for component in COMPONENTS if component not in kept])
+            return PlanOutcome(self._folder, running, ())
+        self._require_room(todo)
+        build: dict[str, Any] = {
+            "format": FORMAT, "machine": asdict(self._machine), "precision": self._bundle.precision, "profiles": wanted,
+            "settings": asdict(self._settings), "components": entries, "cuda_driver": self._device.driver_version, "latentrt": __version__}
+        worth_keeping = bool(finished)
         try:
-            unfinished.mkdir(parents=True)
-            entries = {}
-            for number, component in enumerate(COMPONENTS, 1):
-                label = f"[{number}/{len(COMPONENTS)}] {component}"
-                if component in kept:
-                    link(self._folder / f"{component}.plan", unfinished / f"{component}.plan")
-                    entries[component] = kept[component]
-                    self._report(f"{label}: unchanged")
-                else:
-                    entries[component] = self._component(component, unfinished, label, compare, diagnose)
-            build = {"format": FORMAT, "machine": asdict(self._machine), "precision": self._bundle.precision, "profiles": wanted,
-                     "settings": asdict(self._settings), "components": entries, "cuda_driver": self._device.driver_version, "latentrt": __version__,
-                     "created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-            (unfinished / BUILD).write_text(json.dumps(build, indent=1) + "\n", encoding="utf-8")
-            swap(self._folder, unfinished, replaced)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        self._report(f"wrote {self._folder}")
-        return PlanOutcome(self._folder, build, tuple(c for c in COMPONENTS if c not in kept))
+            self._unfinished.mkdir(parents=True, exist_ok=True)
+            for component in entries:
+                if component not in finished:
+                    (self._unfinished / f"{component}.plan").unlink(missing_ok=True)
+                    link(self._folder / f"{component}.plan", self._unfinished / f"{component}.plan")
+                self._report(f"{component}: unchanged")
+            for number, component in enumerate(todo, 1):
+                entries[component] = self._component(component, self._unfinished, f"[{number}/{len(todo)}] {component}", compare, diagnose)
+                _write(self._unfinished / FINISHED, json.dumps({"components": entries}).encode())
+                worth_keeping, build["components"] = True, entries
+                if not running:
+                    self._publish(build)
+        except BaseException:
+            if not worth_keeping:
+                shutil.rmtree(self._unfinished, ignore_errors=True)
+            raise
+        outcome = PlanOutcome(self._folder, build, tuple(component for component in COMPONENTS if component in todo))
+        missing = [component for component in NEEDED if component not in entries]
+        if missing and running:
+            self._report(f"{self._folder} stays as it was; for these sizes and settings a pipeline needs the plans of {', '.join(missing)} too")
+            return outcome
+        self._publish(build)
+        shutil.rmtree(self._unfinished, ignore_errors=True)
+        self._report(f"wrote {self._folder}" + (f"; a pipeline needs the plans of {', '.join(missing)} too" if missing else ""))
+        return outcome
+
+    def _beside(self, state: str) -> Path:
+        return self._folder.with_name(f".{self._folder.name}.{state}")
+
+    @property
+    def _unfinished(self) -> Path:
+        """Plans that are built, while others are not, and their entries in FINISHED."""
+        return self._beside("building")
+
+    def _publish(self, build: dict[str, Any]) -> None:
+        """Puts the finished plans in the old ones' place."""
+        publishing = self._beside("publishing")
+        publishing.mkdir()
+        for component in build["components"]:
+            link(self._unfinished / f"{component}.plan", publishing / f"{component}.plan")
+        build["components"] = {component: build["components"][component] for component in COMPONENTS if component in build["components"]}
+        build["created"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        (publishing / BUILD).write_text(json.dumps(build, indent=1) + "\n", encoding="utf-8")
+        swap(self._folder, publishing, self._beside("replaced"), OWN_FILES.__contains__)
 
     def _identity(self, component: str) -> str:
         """A hash of all that determines a plan."""
         profiles = [str(profile) for profile in component_profiles(component, self._profiles)]
         return identity(onnx_hash(self._bundle, component), asdict(self._machine), self._bundle.precision, asdict(self._settings), profiles)
 
-    def _usable(self) -> dict[str, Any] | None:
-        """build.json of existing plans whose files are what it says."""
+    def _intact(self, file: Path) -> dict[str, Any]:
+        """Entries of plans that are what would be built, and whose files are those that were built; `file` is a build.json or a finished.json."""
+        found = {}
+        for component in COMPONENTS:
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                entry = json.loads(file.read_text(encoding="utf-8"))["components"][component]
+                if entry["identity"] == self._identity(component) and entry["sha256"] == sha256(file.parent / f"{component}.plan"):
+                    found[component] = entry
+        return found
+
+    def _running(self) -> dict[str, Any] | None:
+        """build.json of plans that a pipeline can run."""
         if not self._folder.is_dir():
             return None
         try:
-            build = read_build(self._folder, self._bundle)
-            for component, entry in build["components"].items():
-                if sha256(self._folder / f"{component}.plan") != entry["sha256"]:
-                    raise PlanBuildError(f"{component}.plan is not the file that was built")
-            return build
-        except (EngineError, ExportError, OSError) as error:
-            self._report(f"the old plans are not usable and will be replaced: {error}")
+            plans = Plans.find(self._bundle, self._machine)
+            for component in plans.build["components"]:
+                plans.read(component)
+            return dict(plans.build) if plans.build["components"].keys() >= set(NEEDED) else None
+        except EngineError as error:
+            self._report(f"the plans in {self._folder} do not run and will be replaced: {error}")
             return None
 
     def _require_room(self, components: Sequence[str]) -> None:
@@ -191,13 +245,21 @@ class PlanBuilder:
                  "identity": plan_identity, "profiles": [str(profile) for profile in profiles],
                  "seconds": {"build": round(seconds, 2), "saved_by_timing_cache": None if saved is None else round(saved, 2)}}
         checks = self._check(component, plan, profiles, channels, compare, diagnose)
-        (folder / f"{component}.plan").write_bytes(plan)
+        _write(folder / f"{component}.plan", plan)
         told = f"{checks['difference']['relative_rms']:.1e} from ONNX Runtime" if checks["compared"] else f"not compared ({checks['reason']})"
         self._report(f"{label}: {told}, " + ", ".join(f"{one['milliseconds']:.2f} ms at {one['at']}" for one in checks["timed"]))
         return {**entry, "check": checks}
 
     def _plan(self, component: str, profiles: Sequence[Shapes], label: str, kept: Sequence[str] = ()) -> tuple[bytes, int]:
         """The serialized plan, and the size of the text's embeddings (0 where there is no text). Tensors in `kept` become outputs."""
+        with self._device:
+            try:
+                return self._build(component, profiles, label, kept)
+            except BaseException as error:
+                clear_frames(error.__traceback__)  # what TensorRT made goes while its GPU is current
+                raise
+
+    def _build(self, component: str, profiles: Sequence[Shapes], label: str, kept: Sequence[str]) -> tuple[bytes, int]:
         trt, log = self._trt, open_log(self._trt)
 
         def fail(what: str) -> PlanBuildError:
@@ -208,36 +270,47 @@ class PlanBuilder:
                 raise fail(f"made no {what}")
             return value
 
-        with self._device:
-            builder = made("builder", trt.Builder, log)
-            network = made("network", builder.create_network, versions.network_flags(trt))
-            network.name = component
-            parser = made("parser", trt.OnnxParser, network, log)
-            if not parser.parse_from_file(str(self._bundle.graphs[component])):
-                reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
-                raise fail(f"does not parse {self._bundle.graphs[component]} ({reasons})")
-            mark_outputs(trt, network, kept)
-            config = made("configuration", builder.create_builder_config)
-            self._configure(network, config)
-            channels = set_profiles(builder, network, config, component, profiles, fail)
-            cache = self._cache.attach(config, self._report)
-            phases, cancellable = Phases(), versions.has_progress(trt)
-            if cancellable:
-                watcher = monitor(trt, phases)
-                config.progress_monitor = watcher
+        builder = made("builder", trt.Builder, log)
+        network = made("network", builder.create_network, versions.network_flags(trt))
+        network.name = component
+        parser = made("parser", trt.OnnxParser, network, log)
+        if not parser.parse_from_file(str(self._bundle.graphs[component])):
+            reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+            raise fail(f"does not parse {self._bundle.graphs[component]} ({reasons})")
+        constants = versions.replace_plugins(trt, network)
+        mark_outputs(trt, network, kept)
+        config = made("configuration", builder.create_builder_config)
+        self._configure(config)
+        self._constrain(component, network, config, label)
+        channels = set_profiles(builder, network, config, component, profiles, fail)
+        cache = self._cache.attach(config, self._report)
+        phases, cancellable = Phases(), versions.has_progress(trt)
+        if cancellable:
+            watcher = monitor(trt, phases)
+            config.progress_monitor = watcher
 
-            def work() -> bytes:
-                with self._device:
-                    plan = builder.build_serialized_network(network, config)
-                    return b"" if plan is None else bytes(memoryview(plan))
+        def work() -> bytes:
+            with self._device:
+                plan = builder.build_serialized_network(network, config)
+                return b"" if plan is None else bytes(memoryview(plan))
 
-            plan = watch(work, label, phases, cancellable, self._report)
-            self._cache.save(cache)
-            if not plan:
-                raise fail("built no plan")
-            return plan, channels
+        plan = watch(work, label, phases, cancellable, self._report)
+        del constants  # the network has read them until here
+        self._cache.save(cache)
+        if not plan:
+            raise fail("built no plan")
+        return plan, channels
 
-    def _configure(self, network: Any, config: Any) -> None:
+    def _constrain(self, component: str, network: Any, config: Any, label: str) -> None:
+        """Precisions on TensorRT 8.6, where the network has none. PlanBuildError where they would reach too far."""
+        pinned, layers = versions.constrain_precision(self._trt, network, config, self._bundle.precision)
+        if pinned:
+            self._report(f"{label}: {pinned} of {layers} layers pinned to float32")
+        if pinned > MOST_PINNED * layers:
+            raise PlanBuildError(f"{pinned} of {layers} layers of the {component} would be pinned to float32, which makes a plan several times slower; "
+                                 f"at most a quarter should be. Use TensorRT 10.12 or later, or build the bundle with --precision fp32")
+
+    def _configure(self, config: Any) -> None:
         trt, settings = self._trt, self._settings
         config.builder_optimization_level = settings.optimization_level
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -246,7 +319,6 @@ class PlanBuilder:
         if settings.max_aux_streams is not None:
             config.max_aux_streams = settings.max_aux_streams
         versions.configure(trt, config)
-        versions.constrain_precision(trt, network, config, self._bundle.precision)
 
     def _check(self, component: str, plan: bytes, profiles: Sequence[Shapes], channels: int, compare: bool, diagnose: bool) -> dict[str, Any]:
         """Runs a plan at the size that each profile is best at: differences from ONNX Runtime, finite values, time."""

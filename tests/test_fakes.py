@@ -11,7 +11,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from engine.backends import tensorrt_versions
+
 from .fakes import VERSIONS, Device, Machine, install
+from .fakes.tensorrt_plan import Executable, read_plan
 
 SIZE = 1024
 
@@ -421,6 +424,7 @@ class Build:
         self.parser = trt.OnnxParser(self.network, self.logger)
         self.parsed = self.parser.parse((proto or model()).SerializeToString())
         self.config = self.builder.create_builder_config()
+        self.config.clear_flag(trt.BuilderFlag.TF32)
 
     def profile(self, low: int = 1, best: int = 2, high: int = 4) -> "Build":
         profile = self.builder.create_optimization_profile()
@@ -585,6 +589,98 @@ def test_the_parser_names_what_it_cannot_read(every_machine, tmp_path):
     assert "Swish" in error.desc()
     assert not build.parser.parse_from_file(str(tmp_path / "missing.onnx"))
     assert build.parser.num_errors == 2
+
+
+@pytest.mark.parametrize(("node", "words"), [
+    (helper.make_node("Shape", ["x"], ["s"], start=1, end=2, name="measure"), "Shape with start or end"),
+    (helper.make_node("ReduceMean", ["x", "axes"], ["s"], name="mean"), "ReduceMean with its axes as an input"),
+    (helper.make_node("Gelu", ["x"], ["s"], name="gelu"), "No importer registered for op: Gelu")])
+def test_8_refuses_what_its_parser_does_not_know_or_misreads(every_machine, node, words):
+    proto = model()
+    proto.graph.node.append(node)
+    proto.graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), "axes"))
+    build = Build(every_machine, proto)
+    assert build.parsed == (every_machine.library.major != "8")
+    if not build.parsed:
+        assert words in build.parser.get_error(0).desc()
+        assert build.parser.get_error(0).node() == 3
+
+
+def norm_model() -> onnx.ModelProto:
+    """y = instance_norm(x), with x [n, 2, 8] and an epsilon, scale and bias that nobody guesses."""
+    node = helper.make_node("InstanceNormalization", ["x", "scale", "bias"], ["y"], name="norm", epsilon=0.25)
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 2, 8]) for name in "xy")
+    weights = [numpy_helper.from_array(np.array(values, np.float32), name) for name, values in (("scale", (1, 3)), ("bias", (-1, 2)))]
+    return helper.make_model(helper.make_graph([node], "g", [x], [y], weights), opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def norm_build(machine: Machine) -> Build:
+    build = Build(machine, norm_model())
+    profile = build.builder.create_optimization_profile()
+    profile.set_shape("x", *[(2, 2, 8)] * 3)
+    build.config.add_optimization_profile(profile)
+    return build
+
+
+def test_8_makes_a_plugin_of_instance_normalization_that_wants_cudnn_and_registration():
+    with install("8.6.0") as machine:
+        build, trt = norm_build(machine), machine.tensorrt
+        layer = next(layer for layer in build.network if layer.type == trt.LayerType.PLUGIN_V2)
+        assert not hasattr(layer, "plugin")
+        layer.__class__ = trt.IPluginV2Layer
+        assert layer.plugin.plugin_type == "InstanceNormalization_TRT"
+        assert build.plan() is None
+        assert "initialize: 15" in last_error(machine)
+        machine.library.cudnn = True
+        plan = bytes(build.plan())
+    with install("8.6.0") as machine:
+        trt = machine.tensorrt
+        runtime = trt.Runtime(trt.Logger(trt.Logger.INTERNAL_ERROR))
+        assert runtime.deserialize_cuda_engine(plan) is None
+        assert "could not find plugin: InstanceNormalization_TRT" in last_error(machine)
+        trt.init_libnvinfer_plugins(None, "")
+        assert runtime.deserialize_cuda_engine(plan) is not None
+
+
+def test_what_is_read_of_the_plugin_is_what_the_real_one_writes():
+    """Bytes of TensorRT 8.6.0's own plugin, made with epsilon 1e-6, scales 1, 2, 3 and biases 4, 5, 6."""
+    content = bytes.fromhex("bd3786350300000003000000000000000000803f00000040000040400300000000000000000080400000a0400000c0400000000000000000")
+    epsilon, scale, bias = tensorrt_versions.read_instance_norm(content)
+    assert (round(epsilon, 12), *scale, *bias) == (1e-6, 1, 2, 3, 4, 5, 6)
+
+
+def test_the_normalization_in_the_plugins_place_computes_what_the_graph_says():
+    with install("8.6.0") as machine:
+        build = norm_build(machine)
+        constants = tensorrt_versions.replace_plugins(machine.tensorrt, build.network)
+        plan = read_plan(bytes(build.plan()))
+        assert plan.header["plugins"] == []
+        assert [layer["LayerType"] for layer in plan.header["layers"]].count("NORMALIZATION") == 1
+        x = np.random.default_rng(0).standard_normal((2, 2, 8)).astype(np.float32)
+        wanted = Executable(norm_model().SerializeToString()).run({"x": x})["y"]
+        assert np.array_equal(Executable(plan.model).run({"x": x})["y"], wanted)
+        del constants
+        gc.collect()
+        assert build.plan() is None
+        assert "were freed before the build" in last_error(machine)
+
+
+def test_tf32_must_be_cleared(every_machine):
+    build = Build(every_machine).profile()
+    build.config.set_flag(build.trt.BuilderFlag.TF32)
+    assert build.plan() is None
+    assert "TF32 is set, as it is by default" in last_error(every_machine)
+
+
+@pytest.mark.parametrize(("dtype", "size", "good"), [(TensorProto.FLOAT16, 64, True), (TensorProto.FLOAT16, 512, False), (TensorProto.FLOAT, 64, False)])
+def test_attention_as_one_operator_wants_half_precision_and_a_head_that_a_kernel_takes(machine, dtype, size, good):
+    inputs = [helper.make_tensor_value_info(name, dtype, [1, 2, 4, size]) for name in "qkv"]
+    graph = helper.make_graph([helper.make_node("Attention", list("qkv"), ["y"], name="attend")], "g", inputs, [
+        helper.make_tensor_value_info("y", dtype, [1, 2, 4, size])])
+    build = Build(machine, helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10))
+    assert build.parsed
+    assert (build.plan() is not None) == good
+    assert good or "Could not find any implementation for node attend: Attention " in last_error(machine)
 
 
 def test_weights_beside_the_file_are_found(machine, tmp_path):

@@ -7,24 +7,36 @@ from PIL import Image
 import build_engines
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {page.name: page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+README = PAGES["README.md"]
 
 
-def test_the_python_example_makes_a_picture(demo_bundle, tmp_path, monkeypatch, capsys):
+def test_the_python_examples_make_pictures(demo_bundle, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
-    exec(code.replace("engines/demo", str(demo_bundle)), {})
+    for page in ("README.md", "python.md"):
+        code = re.search(r"```python\n(.*?)```", PAGES[page], re.DOTALL)[1]
+        exec(code.replace("engines/demo", str(demo_bundle)), {})
     assert "Seed: 0" in Image.open("circle.png").text["parameters"]
     assert "'total'" in capsys.readouterr().out
 
 
 def test_every_file_that_readme_names_exists():
-    named = re.findall(r"\]\(([\w./-]+)\)", README) + re.findall(r"`((?:engine|export|benchmarks)/[\w./-]*)`", README)
-    assert len(named) > 5
-    assert [name for name in named if not (ROOT / name).exists()] == []
+    for page, text in PAGES.items():
+        named = re.findall(r"\]\(([\w./-]+)\)", text) + re.findall(r"`((?:engine|export|benchmarks|tests|docs)/[\w./-]*)`", text)
+        assert [name for name in named if not (ROOT / name).exists()] == [], page
+    assert set(re.findall(r"\]\(docs/([\w-]+\.md)\)", README)) == set(PAGES) - {"README.md"}
+
+
+def test_readme_fits_on_130_lines():
+    assert README.count("\n") <= 130
+
+
+def test_no_page_tells_to_install_what_no_index_has():
+    for page, text in PAGES.items():
+        assert "pip install latentrt" not in text, page
 
 
 def test_readme_shows_every_option_of_the_command():
-    usage = re.search(r"```\npython build_engines.py \[MODEL\](.*?)```", README, re.DOTALL)[1]
+    usage = re.search(r"```\npython build_engines.py \[MODEL\](.*?)```", PAGES["building.md"], re.DOTALL)[1]
     options = {option for action in build_engines.parser()._actions for option in action.option_strings if option.startswith("--")} - {"--help"}
     assert set(re.findall(r"--[\w-]+", usage)) == options

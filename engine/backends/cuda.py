@@ -7,6 +7,7 @@ current for this thread and restores what was current before, so that several de
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import BackendError, CudaError, CudaMemoryError, DeviceError, DeviceLostError
+from ..libraries import install_command
 
 ALIGNMENT = 256
 """Bytes; TensorRT wants its inputs and outputs at such addresses."""
@@ -34,7 +36,7 @@ def load_driver() -> ModuleType:
     try:
         from cuda.bindings import driver
     except ImportError as error:
-        raise BackendError(f"CUDA's Python bindings cannot be imported ({error}); install them: pip install latentrt[tensorrt]") from error
+        raise BackendError(f"CUDA's Python bindings cannot be imported ({error}); install them: {install_command('tensorrt')}") from error
     try:
         status, = driver.cuInit(0)
     except Exception as error:  # of cuda-pathfinder, where there is no driver library
@@ -223,7 +225,17 @@ class Stream:
 
     @contextmanager
     def capture(self) -> Iterator[list[Graph]]:
-        """What is started inside goes into a graph instead, which the list holds afterwards."""
+        """What is started inside goes into a graph instead, which the list holds afterwards. Garbage is not collected meanwhile: memory of another pipeline
+        that it frees would spoil the capture."""
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            yield from self._capture()
+        finally:
+            if collecting:
+                gc.enable()
+
+    def _capture(self) -> Iterator[list[Graph]]:
         call, made = self._device._call, list[Graph]()
         call("starting a capture", "cuStreamBeginCapture", self.handle, self._device._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
         try:

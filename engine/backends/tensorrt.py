@@ -17,7 +17,7 @@ import numpy as np
 from ..bundle import Bundle
 from ..contract import LATENT_CHANNELS, SLOTS, VAE_FACTOR
 from ..errors import CudaError, DeviceLostError, TensorRtError
-from ..plans import Plans, rebuild_command
+from ..plans import NEEDED, Plans, rebuild_command
 from .cuda import Device, DeviceMemory, Graph, align
 from .interface import Decoded, Denoising
 from .tensorrt_runtime import Execution, TensorRtRuntime
@@ -37,7 +37,7 @@ class TensorRtBackend(TensorRtRuntime):
         try:
             plans = Plans.find(bundle, self.machine)
             self.profiles = plans.profiles
-            self.load((component, plans.read(component)) for component in ("text_encoder", "denoiser", "vae_decoder"))
+            self.load((component, plans.read(component)) for component in NEEDED)
             self._embeddings = Embeddings(self.device, math.prod(self.engines["text_encoder"].output_row("context")))
         except BaseException:
             self.close()

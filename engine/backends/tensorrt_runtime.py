@@ -48,7 +48,7 @@ def open_log(trt: Any) -> Any:
 class TensorRtRuntime:
     """Plans on one GPU: its stream, the ways to and from it, and the engines with the scratch memory that they share."""
 
-    rebuild = "build_engines.py --backend tensorrt"
+    rebuild = "python build_engines.py --backend tensorrt"
 
     def __init__(self, gpu: int = 0) -> None:
         """Raises BackendError where TensorRT or a driver is missing, and DeviceError where there is no such GPU."""
@@ -62,9 +62,11 @@ class TensorRtRuntime:
         self._events: list[Event] = []
         self._retired: list[Callable[[], None]] = []
         try:
+            versions.require_driver(self.trt, self.device.driver_version)
             with self.device:
                 self.stream = Stream(self.device)
                 self.uploads = Uploads(self.device, self.stream)
+                versions.register_plugins(self.trt)
                 self._runtime = versions.none_for_null(self.trt.Runtime, self.log)
             if self._runtime is None:
                 raise TensorRtError(f"TensorRT {self.trt.__version__} does not start on GPU {gpu}; {self.log.tail()}")
@@ -153,7 +155,7 @@ class Engine:
 
     def __init__(self, backend: TensorRtRuntime, component: str, engine: Any, contract: bool) -> None:
         if engine is None:
-            raise TensorRtError(f"the plan of the {component} could not be deserialized; {backend.log.tail()}. Build it again: python {backend.rebuild}")
+            raise TensorRtError(f"the plan of the {component} could not be deserialized; {backend.log.tail()}. Build it again: {backend.rebuild}")
         self.component, self._backend, self._engine = component, backend, engine
         self._ready: OrderedDict[tuple[tuple[str, Shape], ...], Execution] = OrderedDict()
         self.scratch_bytes = versions.scratch_bytes(backend.trt, engine)
@@ -172,7 +174,7 @@ class Engine:
         expected = {name: np.dtype(dtype(name)) for name in (*INPUTS[self.component], *OUTPUTS[self.component])}
         if self.types != expected:
             raise TensorRtError(f"the plan of the {self.component} has the tensors {self.types} instead of {expected}. "
-                                f"Build it again: python {self._backend.rebuild}")
+                                f"Build it again: {self._backend.rebuild}")
         self.outputs = OUTPUTS[self.component]
 
     def allowed(self, tensor: str, axis: int) -> tuple[int, int]:
@@ -223,7 +225,7 @@ class Engine:
                 return i
         built = "; ".join(str({name: limits[::2] for name, limits in profile.items()}) for profile in self._profiles)
         raise TensorRtError(f"no profile of the {self.component} serves {dict(shapes)}; built were {built}. "
-                            f"Build for these sizes: python {self._backend.rebuild}")
+                            f"Build for these sizes: {self._backend.rebuild}")
 
     def inspect(self) -> str:
         """What the engine inspector tells of the layers, as JSON."""

@@ -2,11 +2,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import struct
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-from ..errors import BackendError
+import numpy as np
+
+from ..errors import BackendError, TensorRtError
+from ..libraries import install_command
 
 SUPPORTED = "8.6, 10.12 and later, and 11"
 
@@ -16,11 +21,17 @@ def load_tensorrt() -> ModuleType:
     try:
         import tensorrt
     except ImportError as error:
-        raise BackendError(f"TensorRT cannot be imported ({error}); install it: pip install latentrt[tensorrt], or use backend='onnxruntime'") from error
+        raise BackendError(f"TensorRT cannot be imported ({error}); install it: {install_command('tensorrt')}, or use backend='onnxruntime'") from error
     release = version(tensorrt)
     if release[:2] != (8, 6) and not (10, 12) <= release < (12, 0):
         raise BackendError(f"TensorRT {tensorrt.__version__} is installed; LatentRT runs on {SUPPORTED}: pip install 'tensorrt>=10.12,<12'")
     return tensorrt
+
+
+def require_driver(trt: ModuleType, cuda: str) -> None:
+    """BackendError for a driver, by the newest CUDA that it runs, that 8.6 (built for CUDA 12.0) would end the process on instead of refusing it."""
+    if version(trt) < (10,) and int(cuda.split(".")[0]) < 12:
+        raise BackendError(f"TensorRT {trt.__version__} needs a driver for CUDA 12.0 or later, and the one here is for CUDA {cuda}; update the driver")
 
 
 def version(trt: ModuleType) -> tuple[int, ...]:
@@ -57,28 +68,116 @@ def network_flags(trt: ModuleType) -> int:
     return 1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
 
 
-def constrain_precision(trt: ModuleType, network: Any, config: Any, precision: str) -> None:
-    """Makes 8.6, whose networks are weakly typed, compute in the precisions of the graph: half where the graph has half, float
-    in its islands of float (norms, softmax, guidance, sampler). Later versions do so of themselves."""
-    if version(trt) >= (10,) or precision == "fp32":
-        return
-    config.set_flag(trt.BuilderFlag.FP16)
-    config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
-    kinds = trt.LayerType
-    unconstrained = {kinds.CONSTANT, kinds.SHAPE, kinds.IDENTITY, kinds.CAST, kinds.SHUFFLE, kinds.SLICE, kinds.CONCATENATION, kinds.GATHER, kinds.SELECT}
-    for i in range(network.num_layers):
-        layer = network.get_layer(i)
-        outputs = [layer.get_output(k) for k in range(layer.num_outputs)]
-        if layer.type in unconstrained or any(tensor is None or tensor.is_shape_tensor for tensor in outputs):
+def replace_plugins(trt: ModuleType, network: Any) -> list[np.ndarray]:
+    """Makes TensorRT's own normalization of each InstanceNormalization that the parser of 8.6 has made a plugin of: the plugin calls cuDNN, which 8.6 does not
+    bring along, and a plan that holds it loads only where plugins are registered. Since 10.0 the parser does so itself.
+
+    Returns the constants, which the builder reads while it builds. TensorRtError where TensorRT refuses a layer."""
+    if version(trt) >= (10,):
+        return []
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    readers = readers_by_tensor(layers)
+    constants: list[np.ndarray] = []
+    for layer in layers:
+        if layer.type != trt.LayerType.PLUGIN_V2:
             continue
-        if outputs and all(tensor.dtype == trt.DataType.FLOAT for tensor in outputs):
-            layer.precision = trt.DataType.FLOAT
-            for k in range(len(outputs)):
-                layer.set_output_type(k, trt.DataType.FLOAT)
+        layer.__class__ = trt.IPluginV2Layer  # the binding gives every layer the base class
+        if layer.plugin.plugin_type != "InstanceNormalization_TRT":
+            continue
+        x = layer.get_input(0)
+        epsilon, *weights = read_instance_norm(bytes(layer.plugin.serialize()))
+        rank = len(x.shape)
+        shape = (1, len(weights[0]), *[1] * (rank - 2))
+        scale, bias = (network.add_constant(shape, trt.Weights(values)).get_output(0) for values in weights)
+        made = network.add_normalization(x, scale, bias, sum(1 << axis for axis in range(2, rank)))
+        if made is None:
+            raise TensorRtError(f"TensorRT {trt.__version__} made no normalization of the layer {layer.name}")
+        made.name, made.epsilon = f"{layer.name} without the plugin", epsilon  # names must differ, also from those of layers that nothing reads any more
+        for reader, index in readers[layer.get_output(0).name]:
+            reader.set_input(index, made.get_output(0))
+        constants += weights
+    return constants
+
+
+def read_instance_norm(content: bytes) -> tuple[float, np.ndarray, np.ndarray]:
+    """Epsilon, scale and bias of a serialized InstanceNormalization_TRT of 8.6: float, int32, then twice a 64-bit count and as many floats."""
+    epsilon, count = struct.unpack_from("<fi", content)
+    scale, bias = (np.frombuffer(content, np.float32, count, offset).copy() for offset in (16, 24 + 4 * count))
+    return epsilon, scale, bias
+
+
+def readers_by_tensor(layers: Sequence[Any]) -> dict[str, list[tuple[Any, int]]]:
+    """For each tensor's name the layers that read it, with the number of the input."""
+    readers: dict[str, list[tuple[Any, int]]] = defaultdict(list)
+    for layer in layers:
+        for index in range(layer.num_inputs):
+            if (tensor := layer.get_input(index)) is not None:
+                readers[tensor.name].append((layer, index))
+    return readers
+
+
+def constrain_precision(trt: ModuleType, network: Any, config: Any, precision: str) -> tuple[int, int]:
+    """Makes 8.6, whose networks are weakly typed, keep float32 where half precision would spoil the result: in the embedding of the timestep, and from the
+    cast behind the last convolution on (guidance, sampler, pixels). Elsewhere the casts of the graph are what it keeps; norms compute in float32 of
+    themselves, and softmax is left to the fused kernels of attention. Later versions take every type from the graph.
+
+    Returns how many layers were pinned, and of how many. Types of tensors in between say nothing before the build, so the graph's casts delimit the parts."""
+    if version(trt) >= (10,) or precision == "fp32":
+        return 0, network.num_layers
+    config.set_flag(trt.BuilderFlag.FP16)
+    config.set_flag(trt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
+    kinds, floating = trt.LayerType, trt.DataType.FLOAT
+    moving = {kinds.CONSTANT, kinds.SHAPE, kinds.IDENTITY, kinds.CAST, kinds.SHUFFLE, kinds.SLICE, kinds.CONCATENATION, kinds.GATHER, kinds.SELECT}
+    pinned = [layer for layer in float_parts(trt, network) if layer.type not in moving]
+    for layer in pinned:
+        layer.precision = floating
+        for k in range(layer.num_outputs):
+            layer.set_output_type(k, floating)
+    return len(pinned), network.num_layers
+
+
+def float_parts(trt: ModuleType, network: Any) -> list[Any]:
+    """The layers from the timestep to the first casts, and those from the last casts to the outputs."""
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    readers, floats = readers_by_tensor(layers), (trt.DataType.FLOAT, trt.DataType.HALF)
+    makers = {layer.get_output(k).name: layer for layer in layers for k in range(layer.num_outputs)}
+    found: dict[int, Any] = {}
+
+    def walk(tensors: list[Any], forward: bool) -> None:
+        while tensors:
+            tensor = tensors.pop()
+            if tensor is None or tensor.dtype not in floats or tensor.is_shape_tensor:
+                continue
+            for layer in [reader for reader, _ in readers[tensor.name]] if forward else [makers[tensor.name]] if tensor.name in makers else []:
+                if id(layer) in found or is_cast(trt, layer):
+                    continue
+                found[id(layer)] = layer
+                tensors += [layer.get_output(k) for k in range(layer.num_outputs)] if forward else [layer.get_input(k) for k in range(layer.num_inputs)]
+
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    walk([tensor for tensor in inputs if tensor.name == "timestep"], forward=True)
+    outputs = [network.get_output(i) for i in range(network.num_outputs)]
+    behind = [makers[tensor.name] for tensor in outputs if tensor.name in makers]
+    walk([layer.get_input(0) if is_cast(trt, layer) else layer.get_output(0) for layer in behind], forward=False)
+    return list(found.values())
+
+
+def is_cast(trt: ModuleType, layer: Any) -> bool:
+    """Whether a layer of 8.6 is one of the graph's casts: its parser makes identities with an output type of them."""
+    return bool(layer.type == trt.LayerType.CAST or (layer.type == trt.LayerType.IDENTITY and layer.output_type_is_set(0)))
+
+
+def register_plugins(trt: ModuleType) -> None:
+    """Makes plans loadable that hold a plugin. Those of 8.6 may: its parser makes plugins of operators, and loading finds none that was not registered.
+    No logger, since the plugins would keep it for longer than anybody here."""
+    if version(trt) < (10,):
+        trt.init_libnvinfer_plugins(None, "")
 
 
 def configure(trt: ModuleType, config: Any) -> None:
-    """Settings that only some versions have or need."""
+    """Settings that all versions need, and those that only some have."""
+    # Products of float32 with 10 bits of mantissa, on by default everywhere: guidance and sampler in it cost as much as half precision does in the U-Net.
+    config.clear_flag(trt.BuilderFlag.TF32)
     if version(trt) < (10,):
         # 8.6 can call cuBLAS and cuDNN, which are not installed with it; 10.0 stopped using them by default and 11.0 removed them.
         sources = (trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS)

@@ -1,14 +1,26 @@
 """The GPU's one command, tried out on the fake GPU with torch on the CPU."""
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
+import onnx
 import pytest
+import torch
+from torch import nn
 
-from benchmarks import gpu, page
+import build_engines
+from benchmarks import gpu, gpu_background, gpu_graphs, gpu_profile, page
 from benchmarks.report import conditions
+from export import build
+from export.compare import difference, random_inputs
+from export.graphs import Denoiser
+from tests.models import tiny_modules
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 def test_every_part_runs_and_leaves_its_numbers(demo_fp16, tmp_path):
     shutil.copytree(demo_fp16, tmp_path / "demo", ignore=shutil.ignore_patterns("plans"))
     command = [sys.executable, "-m", "benchmarks.gpu", "--models", "demo", "--output", str(tmp_path), "--pictures", "2", "--warmup", "1", "--steps", "2,3",
-               "--parts", "build,check,picture,latency,layers,eager", "--torch-device", "cpu",
+               "--parts", "build,check,picture,latency,layers,eager", "--torch-device", "cpu", "--with-timing-cache",
                "--tensorrt-python", f"{sys.executable} -m tests.fakes 8.6.0"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -35,6 +47,160 @@ def test_every_part_runs_and_leaves_its_numbers(demo_fp16, tmp_path):
     assert (tmp_path / "demo.png").is_file()
     assert "faster than eager; the goal of 2.5x is" in done.stdout
     assert "the host's share of a step is" in done.stdout
+
+
+NCU = """#!/bin/sh
+echo '==PROF== Profiling "kernels"'
+echo '"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
+echo '"0","1","_gemm_mha_v2_0x1","gpu__time_duration.sum","usecond","120.5"'
+echo '"1","1","_gemm_mha_v2_0x1","gpu__time_duration.sum","usecond","119.5"'
+echo '"2","1","sm90_xmma_fprop","gpu__time_duration.sum","nsecond","1,000,000"'
+"""
+
+
+def test_profile_tries_settings_and_graphs_on_the_denoiser(demo_fp16, tmp_path):
+    """Dry run on the fake: a setting of the builder, and another graph."""
+    shutil.copytree(demo_fp16, tmp_path / "demo", ignore=shutil.ignore_patterns("plans"))
+    ncu = tmp_path / "bin" / "ncu"
+    ncu.parent.mkdir()
+    ncu.write_text(NCU)
+    ncu.chmod(0o755)
+    command = [sys.executable, "-m", "benchmarks.gpu", "--profile", "--models", "demo", "--output", str(tmp_path), "--torch-device", "cpu", "--compile-mode",
+               "eager", "--variants", "no auxiliary streams,softmax in half", "--tensorrt-python", f"{sys.executable} -m tests.fakes 8.6.0"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PATH": f"{ncu.parent}:{os.environ['PATH']}"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "gpu.json").read_text())["models"]["demo"]["profile"]
+    variants = found["variants"]
+    assert found["torch"]["step_ms"] > 0
+    for one in variants.values():
+        assert one["step_ms"] > 0
+        assert one["plain_ms"] > 0
+        assert one["fused_attention"] == 0
+        assert one["kernels"]["fused_attention"] == 2
+        assert one["difference"]["relative_rms"] < 5e-3
+    assert variants["softmax in half"]["kinds"]["IDENTITY"] < variants["no auxiliary streams"]["kinds"]["IDENTITY"]  # casts
+    assert (tmp_path / "demo" / "onnx" / "denoiser.onnx").read_bytes() == (demo_fp16 / "onnx" / "denoiser.onnx").read_bytes()
+    assert "torch, eager" in done.stdout
+    assert "no auxiliary streams" in done.stdout
+
+
+@pytest.mark.slow
+def test_graphs_that_torch_traces_again_are_profiled_too(demo_fp16, tmp_path):
+    shutil.copytree(demo_fp16, tmp_path / "demo", ignore=shutil.ignore_patterns("plans"))
+    command = [sys.executable, "-m", "benchmarks.gpu", "--profile", "--models", "demo", "--output", str(tmp_path), "--torch-device", "cpu", "--compile-mode",
+               "eager", "--variants", "opset 23,one time projection", "--tensorrt-python", f"{sys.executable} -m tests.fakes 10.16.1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    variants = json.loads((tmp_path / "gpu.json").read_text())["models"]["demo"]["profile"]["variants"]
+    assert not [name for name, one in variants.items() if "failed" in one]
+    assert variants["opset 23"]["kinds"].get("SOFTMAX", 0) == 0
+
+
+@pytest.mark.parametrize(("graph", "kind", "same"), [("plain", "sd1", True), ("norms_in_half", "sd1", True), ("one_time_projection", "sd1", True),
+                                                     ("float_scores", "sd2", True), ("text_keys_once", "sd2", False)])
+def test_a_changed_graph_gives_the_denoisers_output_but_for_the_text(graph, kind, same):
+    inputs = {name: torch.from_numpy(value) for name, value in random_inputs("denoiser", 1, 2, 8, 8, 32).items()}
+    with torch.no_grad():
+        wanted = Denoiser(tiny_modules(kind)["unet"], torch.float16)(**inputs)[:, 0].numpy()
+        unet = tiny_modules(kind)["unet"]
+        with gpu_graphs.GRAPHS[graph](unet):
+            found = Denoiser(unet, torch.float16)(**inputs)[:, 0].numpy()
+    assert (difference(found, wanted).relative_rms < 5e-3) == same
+    assert np.isfinite(found).all()
+
+
+def test_the_profile_of_kernels_is_read_off_ncu():
+    found = gpu_profile.read_ncu(subprocess.run(["sh", "-c", NCU], capture_output=True, text=True).stdout)
+    assert (found["ms"], found["count"], found["fused_attention"], found["fused_attention_ms"]) == (1.24, 3, 2, 0.24)
+    assert list(found["longest"]) == ["sm90_xmma_fprop", "_gemm_mha_v2_0x1"]
+
+
+def test_without_ncu_the_profile_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "ncu is not installed" in gpu_profile.kernels(gpu.Benchmark(options(tmp_path)), tmp_path)["missing"]
+
+
+def test_names_of_weights_are_not_taken_for_fused_attention():
+    layers = [{"Name": "unet.down_blocks.0.attentions.0.to_q + MatMul", "TacticName": "sm90_xmma_gemm_f16f16"},
+              {"Name": "{ForeignNode[softmax]}", "TacticName": "_gemm_mha_v2_0x123"}, {"Name": "__myl_MhaSoft_myl3_7"}]
+    assert gpu_profile.fused_attention(layers) == ["{ForeignNode[softmax]}", "__myl_MhaSoft_myl3_7"]
+
+
+def test_one_time_projection_gives_what_the_single_ones_give():
+    blocks = [SimpleNamespace(time_emb_proj=nn.Linear(8, size)) for size in (4, 6)]
+    embedding = torch.randn(2, 8)
+    wanted = [block.time_emb_proj(embedding) for block in blocks]
+    with gpu_graphs.one_time_projection(SimpleNamespace(modules=lambda: blocks)):
+        for block, value in zip(blocks, wanted):
+            assert torch.allclose(block.time_emb_proj(embedding), value, atol=1e-6)
+
+
+def test_softmax_in_half_takes_the_casts_around_it_away(demo_fp16):
+    model = onnx.load(str(demo_fp16 / "onnx" / "denoiser.onnx"))
+    casts = [node.op_type for node in model.graph.node].count("Cast")
+    softmaxes = [node.op_type for node in model.graph.node].count("Softmax")
+    gpu_graphs.soften(model.graph)
+    assert [node.op_type for node in model.graph.node].count("Cast") == casts - 2 * softmaxes
+    onnx.checker.check_model(model)
+
+
+@pytest.mark.parametrize("model", gpu.MODELS)
+def test_a_bundle_is_called_as_its_model_is(model, tmp_path, monkeypatch):
+    """What build_engines.py writes is where the other parts look for it."""
+    written = []
+    monkeypatch.setattr(build, "build", lambda source, output, *arguments, **options: written.append(output / source.name) or SimpleNamespace(
+        folder=written[0], exported=()))
+    benchmark = gpu.Benchmark(options(tmp_path))
+    assert build_engines.main(benchmark.export_arguments(model)) == 0
+    assert written == [benchmark.bundle(model)]
+
+
+def test_a_build_that_was_stopped_goes_on_and_a_finished_one_starts_anew(demo_fp16, tmp_path):
+    shutil.copytree(demo_fp16, tmp_path / "demo", ignore=shutil.ignore_patterns("plans"))
+    fake = f"{sys.executable} -m tests.fakes 10.16.1"
+    limited = ("--models", "demo", "--parts", "build", "--tensorrt-python", fake, "--components")
+    benchmark = gpu.Benchmark(options(tmp_path, *limited, "denoiser"))
+    assert benchmark.run()
+    plan = next((tmp_path / "demo" / "plans").glob("*/denoiser.plan"))
+    first = plan.stat().st_mtime_ns
+    benchmark.results["models"]["demo"]["build"] = {"failed": "stopped"}
+    benchmark.save()
+    again = gpu.Benchmark(options(tmp_path, *limited, "denoiser,text_encoder"))
+    assert again.run()
+    assert again.results["models"]["demo"]["build"]["continued"]
+    assert plan.stat().st_mtime_ns == first
+    assert set(again.results["models"]["demo"]["build"]["cold"]["components"]) == {"denoiser", "text_encoder"}
+
+
+def test_a_run_in_the_background_can_be_asked_how_far_it_is(tmp_path):
+    def ask(*arguments):
+        return subprocess.run([sys.executable, "-m", "benchmarks.gpu", "--output", str(tmp_path), *arguments], capture_output=True, text=True, cwd=ROOT).stdout
+
+    assert "no run has left a status" in ask("--status")
+    script = f"import pathlib, time; [time.sleep(0.05) for _ in range(600) if not pathlib.Path(\"{tmp_path}/go\").exists()]; print(\"{{}}\")"
+    waiting = f"{sys.executable} -c '{script}'"
+    assert "runs in the background; ask: python -m benchmarks.gpu --status --output" in ask(
+        "--detach", "--models", "demo", "--parts", "layers", "--tensorrt-python", waiting)
+    until(lambda: "running: demo: layers, for " in gpu_background.status(tmp_path))
+    (tmp_path / "go").touch()
+    until(lambda: "the run has ended\nended: demo: layers, " in gpu_background.status(tmp_path))
+    assert "== demo: layers" in ask("--status")
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_the_status_tells_a_run_that_was_killed(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    state = {"pid": gone.pid, "running": "sd15: build", "since": time.time(), "ended": ["sd15: export, 60 s"]}
+    (tmp_path / gpu_background.STATUS).write_text(json.dumps(state))
+    assert gpu_background.status(tmp_path) == (f"process {gone.pid} is gone; it was at sd15: build. Start it again: finished plans are not built again\n"
+                                               "ended: sd15: export, 60 s")
 
 
 def options(tmp_path, *arguments):

@@ -1,9 +1,13 @@
 """Plans: what is built for which version, what is kept, what is said when it fails. On the fake GPU."""
+import gc
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +15,10 @@ import pytest
 
 import build_engines
 from engine import Pipeline
+from engine.backends import tensorrt_versions
+from engine.backends.tensorrt_runtime import TensorRtRuntime
 from engine.contract import COMPONENTS, Range, Shapes
-from engine.errors import BackendError, BundleNotFoundError, CudaMemoryError
+from engine.errors import BackendError, BundleNotFoundError, CudaMemoryError, PlanNotFoundError, TensorRtError
 from export import diagnose, to_tensorrt
 from export.build import build
 from export.checkpoint import resolve
@@ -48,10 +54,10 @@ def plan_folder(bundle):
     return next((bundle / "plans").glob("*/build.json")).parent
 
 
-def said(bundle, profiles=PROFILES, **options):
+def said(bundle, profiles=PROFILES, settings=None, **options):
     """What a build reports."""
     lines = []
-    build_plans(bundle, profiles, **options, report=lines.append)
+    build_plans(bundle, profiles, settings or Settings(), **options, report=lines.append)
     return lines
 
 
@@ -83,18 +89,55 @@ def header(plan: Path) -> dict:
 
 
 def test_precision_comes_from_the_graph(bundle, version):
-    """From 10 on by strong typing; on 8.6 by the FP16 flag and constraints that keep the graph's float32 islands."""
+    """From 10 on by strong typing; on 8.6 by the FP16 flag and constraints on what must stay in float32."""
     with fakes.install(version):
         build_plans(bundle, PROFILES, compare=False, report=lambda message: None)
     told = header(plan_folder(bundle) / "denoiser.plan")
     if version == "8.6.0":
-        assert {"FP16", "OBEY_PRECISION_CONSTRAINTS"} <= set(told["flags"])
+        assert {"FP16", "PREFER_PRECISION_CONSTRAINTS"} <= set(told["flags"])
         assert set(told["precisions"].values()) == {"FLOAT"}
-        assert told["precisions"]
     else:
         assert told["strongly_typed"]
         assert not {"FP16", "BF16", "INT8"} & set(told["flags"])
-    assert "VERSION_COMPATIBLE" not in told["flags"]
+    assert not {"VERSION_COMPATIBLE", "TF32"} & set(told["flags"])
+
+
+def test_8_keeps_the_timestep_and_what_follows_the_last_convolution_in_float32(bundle):
+    """And neither norms nor softmax, which would keep attention from being fused. The fake's types in between read FLOAT, as NVIDIA says."""
+    with fakes.install("8.6.0"):
+        lines = said(bundle, compare=False)
+    pinned = {component: header(plan_folder(bundle) / f"{component}.plan")["precisions"] for component in COMPONENTS}
+    operators = {layer["Name"]: layer["LayerType"] for layer in header(plan_folder(bundle) / "denoiser.plan")["layers"]}
+    kinds = Counter(operators[name] for name in pinned["denoiser"])
+    assert kinds["MATRIX_MULTIPLY"] == 4  # two of the timestep's embedding, guidance, sampler
+    assert not kinds.keys() & {"NORMALIZATION", "SOFTMAX", "CONVOLUTION"}
+    assert len(pinned["denoiser"]) < 20
+    assert pinned["text_encoder"] == {}
+    assert any(re.fullmatch(r".* denoiser: \d+ of \d+ layers pinned to float32", line) for line in lines)
+
+
+def test_8_does_not_build_a_network_that_is_pinned_as_a_whole(bundle, monkeypatch):
+    monkeypatch.setattr(tensorrt_versions, "is_cast", lambda trt, layer: False)
+    with fakes.install("8.6.0"), pytest.raises(PlanBuildError, match=r"\d+ of \d+ layers of the \w+ would be pinned to float32.*at most a quarter"):
+        said(bundle, compare=False)
+
+
+@pytest.mark.parametrize("version", fakes.VERSIONS)
+def test_no_plan_holds_a_plugin(bundle, version):
+    """8.6's parser makes one that needs cuDNN of every GroupNorm; what is put in its place computes the same."""
+    with fakes.install(version):
+        build_plans(bundle, PROFILES, report=lambda message: None)
+    plans = [header(plan_folder(bundle) / f"{component}.plan") for component in COMPONENTS]
+    assert [plan["plugins"] for plan in plans] == [[]] * len(COMPONENTS)
+    norms = [layer for layer in plans[COMPONENTS.index("denoiser")]["layers"] if layer["LayerType"] == "NORMALIZATION"]
+    assert len(norms) == 45
+
+
+def test_a_normalization_that_8_refuses(bundle):
+    with fakes.install("8.6.0") as machine:
+        machine.library.faults.fail("add_normalization")
+        with pytest.raises(TensorRtError, match=r"TensorRT 8.6.0 made no normalization of the layer node_InstanceNormalization"):
+            said(bundle, compare=False)
 
 
 def test_fixed_sizes_are_fixed_in_the_network(bundle, machine):
@@ -158,8 +201,8 @@ def test_a_damaged_plan_is_built_again(bundle, machine):
     said(bundle, compare=False)
     (plan_folder(bundle) / "denoiser.plan").write_bytes(b"")
     lines = said(bundle, compare=False)
-    assert "the old plans are not usable and will be replaced: denoiser.plan is not the file that was built" in lines[0]
-    assert any("denoiser: built in" in line for line in lines)
+    assert re.search(r"the plans in .* do not run and will be replaced: .*denoiser.plan has 0 bytes instead of \d+", lines[0])
+    assert [line for line in lines if "built in" in line] == [line for line in lines if "[1/1] denoiser: built in" in line]
 
 
 def test_the_timing_cache_is_used_and_says_what_it_saved(bundle, machine):
@@ -192,6 +235,78 @@ def test_plans_outlive_a_new_manifest(bundle, machine):
         assert len(pipeline("a star", num_inference_steps=1, seed=0).images) == 1
 
 
+def plans_of(folder):
+    return sorted(file.stem for file in folder.glob("*.plan"))
+
+
+def test_what_is_finished_outlives_a_failure_and_is_not_built_again(bundle, machine):
+    """Where no plans run yet, it is in place at once: here all that a picture needs."""
+    machine.library.faults.fail("build_serialized_network", at=4)
+    with pytest.raises(PlanBuildError, match="built no plan for the vae_encoder"):
+        said(bundle, compare=False)
+    assert plans_of(plan_folder(bundle)) == ["denoiser", "text_encoder", "vae_decoder"]
+    with Pipeline.load(bundle, backend="tensorrt") as pipeline:
+        assert len(pipeline("a star", num_inference_steps=1, seed=0).images) == 1
+    outcome = build_plans(bundle, PROFILES, compare=False, report=lambda message: None)
+    assert outcome.built == ("vae_encoder",)
+    assert plans_of(plan_folder(bundle)) == sorted(COMPONENTS)
+    assert not list((bundle / "plans").glob(".*"))
+
+
+KILLED = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from tests import fakes
+from tests.export.test_to_tensorrt import PROFILES
+from export import to_tensorrt
+from pathlib import Path
+with fakes.install("10.16.1"):
+    def report(message):
+        if "text_encoder: building" in message:
+            os.kill(os.getpid(), 9)
+    to_tensorrt.build_plans(Path(sys.argv[2]), PROFILES, compare=False, report=report)
+"""
+
+
+def test_a_build_that_is_killed_goes_on_where_it_was(bundle, machine):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(ROOT), str(bundle)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert plans_of(plan_folder(bundle)) == ["denoiser"]
+    with pytest.raises(PlanNotFoundError, match="has no plan of the text_encoder; build the plans again"):
+        Pipeline.load(bundle, backend="tensorrt")
+    assert build_plans(bundle, PROFILES, compare=False, report=lambda message: None).built == ("text_encoder", "vae_decoder", "vae_encoder")
+
+
+def test_plans_that_run_stay_until_the_new_ones_do_and_these_are_built_once(bundle, machine):
+    said(bundle, compare=False)
+    old = {file.name: file.read_bytes() for file in plan_folder(bundle).iterdir()}
+    settings = Settings(optimization_level=1)
+    machine.library.faults.fail("build_serialized_network", at=2)
+    with pytest.raises(PlanBuildError, match="for the text_encoder"):
+        said(bundle, settings=settings, compare=False)
+    assert {file.name: file.read_bytes() for file in plan_folder(bundle).iterdir()} == old
+    lines = said(bundle, settings=settings, components=["text_encoder"], compare=False)
+    assert "stays as it was; for these sizes and settings a pipeline needs the plans of vae_decoder too" in lines[-1]
+    assert {file.name: file.read_bytes() for file in plan_folder(bundle).iterdir()} == old
+    lines = said(bundle, settings=settings, compare=False)
+    assert [line.split(": ")[0] for line in lines if "built in" in line] == ["[1/2] vae_decoder", "[2/2] vae_encoder"]
+    assert header(plan_folder(bundle) / "denoiser.plan")["level"] == 1
+    assert not list((bundle / "plans").glob(".*"))
+
+
+def test_some_components_can_be_built(bundle, machine):
+    assert "; a pipeline needs the plans of text_encoder, vae_decoder too" in said(bundle, components=["denoiser"], compare=False)[-1]
+    assert plans_of(plan_folder(bundle)) == ["denoiser"]
+    assert said(bundle, components=["denoiser"], compare=False)[0] == "denoiser: unchanged"
+    assert plans_of(plan_folder(bundle)) == ["denoiser"]
+    assert run("--bundle", bundle, "--rows", "2", "--components", "vae_decoder,text_encoder", "--no-verify", "--quiet") == 0
+    assert plans_of(plan_folder(bundle)) == ["denoiser", "text_encoder", "vae_decoder"]
+    assert said(bundle, components=["denoiser"])[-1].endswith("is up to date")
+    forced = build_plans(bundle, PROFILES, components=["denoiser"], compare=False, force=True, report=lambda message: None)
+    assert forced.built == ("denoiser",)
+    assert plans_of(plan_folder(bundle)) == ["denoiser", "text_encoder", "vae_decoder"]
+
+
 # --- failures
 
 FAILURES = [
@@ -205,7 +320,7 @@ def test_every_refusal_is_an_error_with_the_log_and_the_old_plans_stay(bundle, v
     with fakes.install(version) as machine:
         said(bundle, compare=False)
         old = {file.name: file.read_bytes() for file in plan_folder(bundle).iterdir()}
-        machine.library.faults.fail(call, at=2)
+        machine.library.faults.fail(call)
         with pytest.raises(PlanBuildError, match=rf"TensorRT {version} {words}.* for the denoiser; TensorRT's log ends with: .*The old plans are untouched"):
             said(bundle, compare=False, force=True)
         assert {file.name: file.read_bytes() for file in plan_folder(bundle).iterdir()} == old
@@ -227,7 +342,7 @@ def test_a_graph_that_the_parser_does_not_know(bundle, edit_manifest):
 def test_beyond_the_tolerance_the_build_fails_and_names_component_and_layer(bundle, machine, monkeypatch):
     monkeypatch.setattr(to_tensorrt, "tolerance", lambda component, precision: -1.0)
     monkeypatch.setattr(diagnose, "tolerance", lambda component, precision: -1.0)
-    with pytest.raises(VerificationError, match=r"the plan of the text_encoder differs from ONNX Runtime by .*allowed in fp16. The old plans are untouched. "
+    with pytest.raises(VerificationError, match=r"the plan of the denoiser differs from ONNX Runtime by .*allowed in fp16. The old plans are untouched. "
                                                 r"The first layer that diverges is node_\w+ \(\w+, output .*it is in (half|float) and its values go from "):
         said(bundle)
     assert not (bundle / "plans").exists() or not list((bundle / "plans").glob("*/build.json"))
@@ -253,6 +368,28 @@ def test_diagnose_compares_layer_by_layer(bundle, machine):
     verdicts = [line for line in lines if "layers diverges" in line]
     assert len(verdicts) == len(COMPONENTS)
     assert all("None of " in line for line in verdicts)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_tensorrt_made_goes_while_its_gpu_is_current(bundle, fails):
+    """Its destructors would run on GPU 0 otherwise, or on none."""
+    with fakes.install("10.16.1", devices=[fakes.Device(), fakes.Device()]) as machine:
+        if fails:
+            machine.library.faults.fail("build_serialized_network")
+        with pytest.raises(PlanBuildError) if fails else nullcontext():
+            said(bundle, components=["text_encoder"], compare=False, gpu=1)
+        gc.collect()
+        assert machine.library.died_elsewhere == []
+
+
+def test_a_driver_that_8_would_crash_on_is_refused(bundle):
+    with fakes.install("8.6.0") as machine, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["cuda.bindings.driver"], "cuDriverGetVersion", lambda: (CUresult.CUDA_SUCCESS, 11080))
+        with pytest.raises(BackendError, match=r"TensorRT 8.6.0 needs a driver for CUDA 12.0 or later, and the one here is for CUDA 11.8; update the driver"):
+            said(bundle)
+        with pytest.raises(BackendError, match=r"the one here is for CUDA 11\.8"):
+            TensorRtRuntime()
+        assert machine.cuda.live() == {}
 
 
 def test_too_small_a_gpu_is_found_before_the_build(bundle):
@@ -354,7 +491,7 @@ def test_the_command_builds_plans_of_a_bundle(bundle, machine, capsys):
     assert run("--bundle", bundle, "--height", "64,96", "--width", "64,72", "--rows", "2,1") == 0
     profiles = json.loads((plan_folder(bundle) / "build.json").read_text())["profiles"]
     assert [(p["height"][1], p["width"][1], p["rows"][1]) for p in profiles] == [(64, 64, 2), (64, 64, 1), (96, 72, 2), (96, 72, 1)]
-    assert "[2/4] denoiser: built in" in capsys.readouterr().out
+    assert "[1/4] denoiser: built in" in capsys.readouterr().out
 
 
 def test_with_a_gpu_the_command_builds_graphs_in_fp16_and_plans(demo_fp16, machine, tmp_path, capsys):
@@ -378,7 +515,8 @@ def test_with_a_gpu_the_command_builds_graphs_in_fp16_and_plans(demo_fp16, machi
     (["--bundle", "BUNDLE", "--device", "cuda:7"], "device 'cuda:7' does not exist"),
     (["--bundle", "BUNDLE", "--device", "cpu"], "--device cpu cannot build TensorRT plans"),
     (["--bundle", "BUNDLE", "--workspace", "-1"], "--workspace must be above 0"),
-    (["--backend", "onnxruntime", "--rows", "2"], "--rows, --diagnose, --workspace and --max-aux-streams are for --backend tensorrt"),
+    (["--backend", "onnxruntime", "--rows", "2"], "--rows, --components, --diagnose, --workspace and --max-aux-streams are for"),
+    (["--bundle", "BUNDLE", "--components", "denoiser,unet"], "--components has unet; there are text_encoder, denoiser, vae_decoder, vae_encoder"),
 ])
 def test_mistakes_exit_with_2(bundle, machine, capsys, arguments, words):
     assert run(*[str(bundle) if argument == "BUNDLE" else argument for argument in arguments]) == 2
@@ -423,5 +561,5 @@ def test_plans_need_numpy_tensorrt_and_cuda_alone(bundle, version):
 
 
 def test_a_library_that_is_missing_is_named(bundle):
-    with pytest.raises(BackendError, match=r"TensorRT cannot be imported .*pip install latentrt\[tensorrt\]"):
+    with pytest.raises(BackendError, match=r"TensorRT cannot be imported .*python -m pip install 'tensorrt>="):
         said(bundle)

@@ -93,6 +93,10 @@ class FakeMachine:
 
     # What the fake TensorRT uses, and tests that play a kernel
 
+    def current_ordinal(self) -> int | None:
+        """The GPU that is current in this thread."""
+        return self._stack[-1].ordinal if self._stack else None
+
     def runtime_context(self) -> Context:
         """The current context, or device 0's as the CUDA runtime creates it for a thread that has none."""
         with self.lock:

@@ -19,10 +19,12 @@ from . import tensorrt_api as api
 from . import tensorrt_build, tensorrt_network, tensorrt_run
 from .cuda_driver import FakeCuda
 
-TEMPLATES = (api.ILogger, api.Logger, api.IProgressMonitor, api.IProfiler, api.Dims, tensorrt_build.Builder, tensorrt_network.INetworkDefinition,
-             tensorrt_network.ITensor, tensorrt_network.ILayer, tensorrt_network.ParserError, tensorrt_network.OnnxParser, tensorrt_build.IOptimizationProfile,
-             tensorrt_build.ITimingCache, tensorrt_build.IBuilderConfig, tensorrt_run.Runtime, tensorrt_run.ICudaEngine, tensorrt_run.IExecutionContext,
-             tensorrt_run.EngineInspector)
+TEMPLATES = (
+    api.ILogger, api.Logger, api.IProgressMonitor, api.IProfiler, api.Dims, tensorrt_build.Builder, tensorrt_build.IOptimizationProfile,
+    tensorrt_build.ITimingCache, tensorrt_build.IBuilderConfig, tensorrt_network.INetworkDefinition, tensorrt_network.ITensor, tensorrt_network.ILayer,
+    tensorrt_network.IConstantLayer, tensorrt_network.INormalizationLayer, tensorrt_network.IPluginV2Layer, tensorrt_network.IPluginV2,
+    tensorrt_network.Weights, tensorrt_network.ParserError, tensorrt_network.OnnxParser, tensorrt_run.Runtime, tensorrt_run.ICudaEngine,
+    tensorrt_run.IExecutionContext, tensorrt_run.EngineInspector)
 REPLACED = {"8": {"ICudaEngine": {"create_execution_context": tensorrt_run.create_execution_context_of_8}}}
 """Members whose parameters differ."""
 
@@ -34,7 +36,6 @@ def make_tensorrt(version: str, cuda: FakeCuda) -> ModuleType:
     if version not in api.VERSIONS:
         raise ValueError(f"the fake plays {', '.join(api.VERSIONS)}, not {version}")
     library = api.Library(version, cuda)
-    library.unsupported_operators = api.UNSUPPORTED_OPERATORS[library.major]
     for name, versions in api.ENUMS.items():
         members = api.for_version(versions, library.major)
         if members is not None:
@@ -51,7 +52,7 @@ def make_class(template: type, library: api.Library) -> type:
     """The template as that version has it."""
     base = library.classes["ILogger"] if template is api.Logger else None
     members: dict[str, Any] = {"__slots__": (), "__module__": "tensorrt.tensorrt", "_library": library}
-    members |= {name: api.Missing() for name in api.missing_members(template.__name__, library.major)}
+    members |= {name: api.Missing() for parent in template.__mro__ for name in api.missing_members(parent.__name__, library.major)}
     members |= REPLACED.get(library.major, {}).get(template.__name__, {})
     return type(template)(template.__name__, (template, base) if base else (template,), members)
 
@@ -75,6 +76,7 @@ def make_module(library: api.Library) -> ModuleType:
     module.volume, module.nptype = volume, nptype
 
     def init_libnvinfer_plugins(logger: Any, namespace: str) -> bool:
+        library.plugins_registered = True
         return True
     module.init_libnvinfer_plugins = init_libnvinfer_plugins
     return module

@@ -80,9 +80,6 @@ DATA_TYPE_NAMES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "i
                    "uint8": "UINT8", "fp8": "FP8"}
 """Names that the module itself has for DataType's members, where they exist."""
 
-UNSUPPORTED_OPERATORS = {"8": {"Attention", "Gelu", "RMSNormalization", "RotaryEmbedding", "Swish"}, "10": {"Swish"}, "11": {"Swish"}}
-"""ONNX operators that the parser refuses."""
-
 
 def for_version(table: dict[str, str], major: str) -> str | None:
     """The entry of a table whose key names that major version, or "all"."""
@@ -184,6 +181,25 @@ class Bound(metaclass=PybindType):
         return instance
 
 
+class OfTheDevice(Bound):
+    """Objects of a build, whose destructors want the GPU that they were made on."""
+
+    __slots__ = ("_home",)
+
+    @classmethod
+    def _create(cls, **fields: Any) -> Any:
+        return super()._create(**fields)._settle()
+
+    def _settle(self) -> Any:
+        self._home = self._library.cuda.current_ordinal()
+        return self
+
+    def __del__(self) -> None:
+        home = getattr(self, "_home", None)
+        if home is not None and self._library.cuda.current_ordinal() != home:
+            self._library.died_elsewhere.append(type(self).__name__)
+
+
 def plain_property(field_name: str, kind: type | str | None = None) -> property:
     """A property that keeps what it is given; `kind` is the type, or the name of the enumeration, that it must have."""
     def read(self: Any) -> Any:
@@ -247,6 +263,10 @@ class Library:
         self.faults, self.counts = Faults(), Counts()
         self.messages: list[tuple[str, str]] = []
         """All that was logged, as (severity, text), whatever the logger kept."""
+        self.died_elsewhere: list[str] = []
+        """Builders' objects whose destructor ran while another GPU than the one that they were made on was current, or none."""
+        self.cudnn = self.plugins_registered = False
+        """Whether 8.6 finds cuDNN, and whether this process has registered the plugins, which the parser does too."""
         self.classes: dict[str, Any] = {}
         self.engines: weakref.WeakSet = weakref.WeakSet()
         self.contexts: weakref.WeakSet = weakref.WeakSet()

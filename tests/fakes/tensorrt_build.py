@@ -3,11 +3,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from .tensorrt_api import Bound, fails_with, plain_property
-from .tensorrt_plan import Tensor, uint8_violations, with_outputs, write_plan
+from .tensorrt_api import Bound, OfTheDevice, fails_with, plain_property
+from .tensorrt_operators import attention_without_a_kernel
+from .tensorrt_plan import Tensor, set_instance_norm, uint8_violations, with_outputs, write_plan
 
 TIMING_CACHE_MAGIC = b"FAKE-TIMING"
 MAX_OPTIMIZATION_LEVEL = 5
@@ -15,7 +17,7 @@ DEFAULT_AUX_STREAMS = 2
 """How many the engine uses where the configuration does not say: TensorRT's own choice."""
 
 
-class Builder(Bound):
+class Builder(OfTheDevice):
     __slots__ = ("_logger", "max_threads")
 
     def __init__(self, logger: Any) -> None:
@@ -29,6 +31,7 @@ class Builder(Bound):
         except Exception as error:
             library.log(logger, "WARNING", f"CUDA initialization failure: {error}")
             raise TypeError("pybind11::init(): factory function returned nullptr") from None
+        self._settle()
 
     @property
     def logger(self) -> Any:
@@ -126,7 +129,7 @@ def config_defaults(library: Any) -> dict[str, Any]:
 
 
 
-class IBuilderConfig(Bound):
+class IBuilderConfig(OfTheDevice):
     __slots__ = ("_aux", "_builder", "_cache", "_capability", "_compatibility", "_flags", "_level", "_logger", "_monitor", "_pools", "_previews", "_profiles",
                  "_sources", "_timing_iterations", "_verbosity")
 
@@ -251,6 +254,11 @@ def validate(library: Any, network: Any, config: Any) -> list[dict[str, list[lis
         raise BuildError("Error Code 4: Internal Error (Network must have explicit batch dimension)")
     if graph is None or not network._outputs:
         raise BuildError("Error Code 4: Internal Error (Network must have at least one output)")
+    if "TF32" in flags:
+        raise BuildError("TF32 is set, as it is by default: products of float32 would have 10 bits of mantissa. The fake wants it cleared")
+    if repeated := [name for name, count in Counter(layer.name for layer in network._layers).items() if count > 1]:
+        raise BuildError(f"Error Code 4: Internal Error (Repeated layer name: {repeated[0]} (layers must have distinct names))")
+    settle_normalizations(library, network)
     dtypes = {tensor.dtype for tensor in graph.tensors.values()} | {layer._precision.name for layer in network._layers if layer._precision}
     if network._strongly_typed and flags & {"FP16", "BF16", "INT8", "FP8"}:
         raise BuildError(f"Error Code 4: API Usage Error (a strongly typed network with the precision flags {sorted(flags & {'FP16', 'BF16', 'INT8', 'FP8'})})")
@@ -261,11 +269,34 @@ def validate(library: Any, network: Any, config: Any) -> list[dict[str, list[lis
         library.log(network._logger, "WARNING", text)
     for text in uint8_violations(graph):
         raise BuildError(f"Error Code 4: Internal Error ({text})")
+    for node in graph.nodes:
+        if node.operator == "Attention":
+            query = graph.tensors[node.inputs[0]]
+            if why := attention_without_a_kernel(query.dtype, query.dims[-1] if query.dims else -1):
+                raise BuildError(f"Error Code 10: Internal Error (Could not find any implementation for node {node.name}: {why})")
     dynamic = [tensor for tensor in graph.inputs if any(not isinstance(size, int) or size == -1 for size in tensor.dims)]
     if dynamic and not config._profiles:
         raise BuildError("Error Code 4: Internal Error (Network has dynamic or shape inputs, but no optimization profile has been defined.)")
     profiles = [check_profile(graph.inputs, dynamic, profile._shapes, index) for index, profile in enumerate(config._profiles)]
     return profiles or [{tensor.name: [tensor.dims] * 3 for tensor in graph.inputs}]
+
+
+def settle_normalizations(library: Any, network: Any) -> None:
+    """InstanceNormalization on 8.6: a plugin, which wants cuDNN, or what was put in its place, with which the plan computes."""
+    live = network._live_layers()
+    for layer in live:
+        if layer._node.layer_type == "PLUGIN_V2" and not library.cudnn:
+            raise BuildError(f"Error Code 2: Internal Error (plugin InstanceNormalization_TRT of {layer.name}, initialize: 15)")
+        if layer._node.operator != "Normalization":
+            continue
+        source, scale, bias = layer._node.inputs
+        replaced = next((other for other in network._layers if other._node.layer_type == "PLUGIN_V2" and other._node.inputs == [source]), None)
+        if replaced is None or layer.axes != 0b1100:
+            raise BuildError(f"the fake computes a normalization over the last two axes of what a plugin normalized, not {layer.axes:#b} of {source}")
+        constants = {other._node.outputs[0]: other._settings["weights"]._array() for other in live if other._node.operator == "Constant"}
+        if constants[scale] is None or constants[bias] is None:
+            raise BuildError(f"the constants of {layer.name} were freed before the build")
+        set_instance_norm(network._graph.model, replaced._node.name, layer.epsilon, constants[scale], constants[bias])
 
 
 def check_profile(inputs: list[Tensor], dynamic: list[Tensor], shapes: dict, index: int) -> dict[str, list[list[int]]]:
@@ -288,7 +319,7 @@ class Cancelled(BuildError):
 
 def run_build(library: Any, network: Any, config: Any, profiles: list[dict]) -> bytes:
     """Times the layers that the cache does not know, and writes the plan."""
-    graph, flags = network._graph, sorted(flag.name for flag in config._flags)
+    graph, flags, live = network._graph, sorted(flag.name for flag in config._flags), network._live_layers()
     precisions = {layer.name: layer._precision.name for layer in network._layers if layer._precision}
     monitor = Monitor(library, config._monitor)
     monitor.start("Building engine", None, 2)
@@ -315,7 +346,8 @@ def run_build(library: Any, network: Any, config: Any, profiles: list[dict]) -> 
         "inputs": [[t.name, t._tensor.dtype, list(t.shape)] for t in network._inputs],
         "outputs": [[t.name, t._tensor.dtype, list(t.shape)] for t in network._outputs],
         "layers": [{"Name": layer.name, "LayerType": layer._node.layer_type, "Inputs": layer._node.inputs, "Outputs": layer._node.outputs,
-                    "Metadata": layer.metadata} for layer in network._layers],
+                    "Metadata": layer.metadata} for layer in live],
+        "plugins": sorted({"InstanceNormalization_TRT" for layer in live if layer._node.layer_type == "PLUGIN_V2"}),
     }
     monitor.step("Building engine", 1)
     monitor.finish("Building engine")

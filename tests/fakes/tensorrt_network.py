@@ -1,14 +1,20 @@
 """The fake TensorRT's networks, and the ONNX parser that fills them."""
 from __future__ import annotations
 
+import struct
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .tensorrt_api import Bound
-from .tensorrt_plan import Graph, Node, Tensor, Unparsable, evaluate, read_graph
+import numpy as np
+
+from .tensorrt_api import Bound, OfTheDevice, fails_with
+from .tensorrt_operators import supports
+from .tensorrt_plan import Graph, Node, Tensor, Unparsable, evaluate, instance_norm, read_graph
 
 
-class INetworkDefinition(Bound):
+class INetworkDefinition(OfTheDevice):
     """`_flags` are names of NetworkDefinitionCreationFlag; TensorRT 11 has no other than strongly typed networks."""
 
     __slots__ = ("_builder", "_flags", "_graph", "_inputs", "_layers", "_outputs", "_symbols", "_tensors", "name")
@@ -76,11 +82,78 @@ class INetworkDefinition(Bound):
     def _fill(self, graph: Graph) -> None:
         library = self._library
         self._graph = graph
-        self._tensors = {name: library.ITensor._create(_network=self, _tensor=tensor) for name, tensor in graph.tensors.items()}
+        self._tensors = {name: library.ITensor._create(_network=weakref.proxy(self), _tensor=tensor) for name, tensor in graph.tensors.items()}
         self._inputs = [self._tensors[tensor.name] for tensor in graph.inputs]
         self._outputs = [self._tensors[tensor.name] for tensor in graph.outputs]
-        self._layers = [library.ILayer._create(_network=self, _node=node, _precision=None, _output_types={}, name=node.name,
-                                               metadata=f"[ONNX Layer: {node.name}]") for node in graph.nodes]
+        self._layers = []
+        for node in as_8_imports(graph) if library.major == "8" else graph.nodes:
+            layer = self._append("ILayer", node)
+            layer.metadata = f"[ONNX Layer: {node.name}]"
+            if library.major == "8" and node.operator == "Cast":
+                layer._output_types[0] = library.DataType.__members__[graph.tensors[node.outputs[0]].dtype]
+
+    def _append(self, kind: str, node: Node, **settings: Any) -> Any:
+        """Adds a layer, and tensors for its outputs where they are new."""
+        library, graph = self._library, self._graph
+        for name in {*node.inputs, *node.outputs} - self._tensors.keys():
+            self._tensors[name] = library.ITensor._create(_network=weakref.proxy(self), _tensor=graph.tensors[name])
+        layer = library.classes[kind]._create(_network=weakref.proxy(self), _node=node, _precision=None, _output_types={}, _settings=settings, name=node.name,
+                                              metadata="")
+        self._layers.append(layer)
+        return layer
+
+    def _add(self, kind: str, node: Node, tensor: Tensor, **settings: Any) -> Any:
+        """A layer that Python adds to the parsed ones."""
+        self._graph.tensors[tensor.name] = tensor
+        return self._append(kind, node, **settings)
+
+    def add_constant(self, shape: Any, weights: Any) -> Any:
+        self._library.expect(weights, "Weights")
+        name = f"(Unnamed Layer* {len(self._layers)}) [Constant]"
+        node = Node(name, "Constant", "CONSTANT", [], [f"{name}_output"])
+        return self._add("IConstantLayer", node, Tensor(node.outputs[0], "FLOAT", list(self._library.Dims(shape))), weights=weights)
+
+    @fails_with(None)
+    def add_normalization(self, input: Any, scale: Any, bias: Any, axesMask: int) -> Any:
+        """Scale and bias have the input's rank and go on to its shape."""
+        for tensor in (input, scale, bias):
+            self._library.expect(tensor, "ITensor")
+        name = f"(Unnamed Layer* {len(self._layers)}) [Normalization]"
+        shapes = [tensor._tensor.dims for tensor in (input, scale, bias)]
+        if len({len(shape) for shape in shapes}) != 1 or any(size not in (1, whole) for shape in shapes[1:] for size, whole in zip(shape, shapes[0])):
+            self._library.error(self._logger, f"INetworkDefinition::addNormalization: Error Code 3: API Usage Error ({shapes} do not go together)")
+            return None
+        node = Node(name, "Normalization", "NORMALIZATION", [tensor.name for tensor in (input, scale, bias)], [f"{name}_output"])
+        return self._add("INormalizationLayer", node, Tensor(node.outputs[0], input._tensor.dtype, list(shapes[0])), epsilon=1e-5, axes=int(axesMask))
+
+    def _live_layers(self) -> list[Any]:
+        """Those that outputs depend on, which is what a builder keeps."""
+        makers = {name: layer for layer in self._layers for name in layer._node.outputs}
+        waiting, live = [tensor.name for tensor in self._outputs], set()
+        while waiting:
+            layer = makers.get(waiting.pop())
+            if layer is not None and layer not in live:
+                live.add(layer)
+                waiting += layer._node.inputs
+        return [layer for layer in self._layers if layer in live]
+
+
+def as_8_imports(graph: Graph) -> list[Node]:
+    """The nodes as 8.6 makes layers of them: of a cast an identity with an output type; of InstanceNormalization on [N, C, L] a plugin on [N, C, L, 1]."""
+    made = []
+    for node in graph.nodes:
+        if node.operator == "Cast":
+            made.append(replace(node, layer_type="IDENTITY"))
+        elif node.operator == "InstanceNormalization":
+            x = graph.tensors[node.inputs[0]]
+            before, after = (Tensor(f"{node.name} {side} the plugin", x.dtype, [*x.dims, 1]) for side in ("before", "after"))
+            graph.tensors |= {before.name: before, after.name: after}
+            made += [Node(f"{node.name} unsqueeze", "Unsqueeze", "SHUFFLE", [x.name], [before.name]),
+                     replace(node, layer_type="PLUGIN_V2", inputs=[before.name], outputs=[after.name]),
+                     Node(f"{node.name} squeeze", "Squeeze", "SHUFFLE", [after.name], list(node.outputs))]
+        else:
+            made.append(replace(node, inputs=list(node.inputs)))
+    return made
 
 
 class ITensor(Bound):
@@ -106,7 +179,10 @@ class ITensor(Bound):
 
     @property
     def dtype(self) -> Any:
-        return self._library.DataType.__members__[self._tensor.dtype]
+        """In the weakly typed networks of 8, what is half in between reads as "a floating point" (NVIDIA/TensorRT issue 3435)."""
+        types = self._library.DataType
+        vague = self._library.major == "8" and self._tensor.dtype == "HALF" and not self.is_network_input and not self.is_network_output
+        return types.FLOAT if vague else types.__members__[self._tensor.dtype]
 
     @property
     def is_shape_tensor(self) -> bool:
@@ -126,7 +202,9 @@ class ITensor(Bound):
 
 
 class ILayer(Bound):
-    __slots__ = ("_network", "_node", "_output_types", "_precision", "metadata", "name")
+    """What get_layer gives, whatever the layer is; `layer.__class__ = trt.IPluginV2Layer` opens what only such a layer has."""
+
+    __slots__ = ("_network", "_node", "_output_types", "_precision", "_settings", "metadata", "name")
     _node: Node
 
     @property
@@ -146,6 +224,10 @@ class ILayer(Bound):
 
     def get_output(self, index: int) -> Any:
         return self._network._tensors[self._node.outputs[index]] if 0 <= index < self.num_outputs else None
+
+    def set_input(self, index: int, tensor: Any) -> None:
+        self._library.expect(tensor, "ITensor")
+        self._node.inputs[index] = tensor.name
 
     @property
     def precision(self) -> Any:
@@ -184,6 +266,50 @@ class ILayer(Bound):
         return not self._network._strongly_typed
 
 
+class Weights(Bound):
+    """Reads the array while the network is built; here, the array must have outlived it."""
+
+    __slots__ = ("_array",)
+
+    def __init__(self, a: np.ndarray) -> None:
+        self._library.expect(a, np.ndarray)
+        self._array = weakref.ref(a)
+
+
+class IConstantLayer(ILayer):
+    __slots__ = ()
+
+
+class INormalizationLayer(ILayer):
+    __slots__ = ()
+
+    epsilon = property(lambda self: self._settings["epsilon"], lambda self, value: self._settings.update(epsilon=value))
+    axes = property(lambda self: self._settings["axes"], lambda self, value: self._settings.update(axes=int(value)))
+
+
+class IPluginV2Layer(ILayer):
+    __slots__ = ()
+
+    @property
+    def plugin(self) -> Any:
+        return self._library.IPluginV2._create(_values=instance_norm(self._network._graph.model, self._node.name))
+
+
+class IPluginV2(Bound):
+    """InstanceNormalization_TRT of 8.6, whose bytes were read off the real one."""
+
+    __slots__ = ("_values",)
+
+    @property
+    def plugin_type(self) -> str:
+        return "InstanceNormalization_TRT"
+
+    def serialize(self) -> Any:
+        epsilon, scale, bias = self._values
+        count = len(scale)
+        return memoryview(struct.pack(f"<fiQ{count}fQ{count}fif", epsilon, count, count, *scale, count, *bias, 0, 0.0))
+
+
 class ParserError(Bound):
     __slots__ = ("_error",)
 
@@ -218,13 +344,15 @@ class ParserError(Bound):
         return f"In node {self.node()} with name: {self._error.name} and operator: {self._error.operator} ({self.func()}): {self._error.code}: {self.desc()}"
 
 
-class OnnxParser(Bound):
+class OnnxParser(OfTheDevice):
     __slots__ = ("_errors", "_flags", "_logger", "_network")
 
     def __init__(self, network: Any, logger: Any) -> None:
         self._library.expect(network, "INetworkDefinition")
         self._library.expect(logger, "ILogger")
         self._network, self._logger, self._errors, self._flags = network, logger, [], set()
+        self._library.plugins_registered = True
+        self._settle()
 
     def parse(self, model: Any, path: str | None = None) -> bool:
         return self._parse("parse", None if path is None else Path(path), bytes(memoryview(model)))
@@ -241,7 +369,7 @@ class OnnxParser(Bound):
             if self._network.has_implicit_batch_dimension:
                 raise Unparsable("Assertion failed: !_importer_ctx.network()->hasImplicitBatchDimension() && \"This version of the ONNX parser only supports "
                                  "TensorRT INetworkDefinitions with an explicit batch dimension.\"", "INVALID_VALUE")
-            graph = read_graph(path, content, library.unsupported_operators, narrow_int64=library.major == "8")
+            graph = read_graph(path, content, library.major)
             unknown = sorted({t.dtype for t in graph.tensors.values()} - library.DataType.__members__.keys())
             if unknown:
                 raise Unparsable(f"Unsupported data type: {', '.join(unknown)}", "UNSUPPORTED_NODE")
@@ -266,7 +394,7 @@ class OnnxParser(Bound):
         self._errors.clear()
 
     def supports_operator(self, op_name: str) -> bool:
-        return op_name not in self._library.unsupported_operators
+        return supports(op_name, self._library.major)
 
     @property
     def flags(self) -> int:

@@ -12,7 +12,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.numpy_helper
 import onnxruntime
+
+from .tensorrt_operators import misread, supports
 
 MAGIC = b"FAKE-PLAN"
 DATA_TYPES = {onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.FLOAT16: "HALF", onnx.TensorProto.BFLOAT16: "BF16", onnx.TensorProto.INT32: "INT32",
@@ -76,8 +79,8 @@ def tensor_of(value: onnx.ValueInfoProto, narrow: bool) -> Tensor:
     return Tensor(value.name, "INT32" if narrow and dtype == "INT64" else dtype, dims)
 
 
-def read_graph(path: Path | None, content: bytes | None, unsupported: set[str], narrow_int64: bool) -> Graph:
-    """Parses a file or bytes with the weights beside `path`; Unparsable says why not."""
+def read_graph(path: Path | None, content: bytes | None, major: str) -> Graph:
+    """Parses a file or bytes with the weights beside `path`, as that major version does; Unparsable says why not."""
     try:
         model = onnx.load(str(path)) if content is None else onnx.load_model_from_string(content)  # type: ignore[arg-type]
         if content is not None and path is not None:
@@ -87,10 +90,12 @@ def read_graph(path: Path | None, content: bytes | None, unsupported: set[str], 
     except Exception as error:
         raise Unparsable(f"Failed to parse the ONNX model{f' {path}' if path else ''}: {error}", "MODEL_DESERIALIZE_FAILED") from error
     for index, node in enumerate(model.graph.node):
-        if node.op_type in unsupported or node.domain not in ("", "ai.onnx"):
+        if not supports(node.op_type, major) or node.domain not in ("", "ai.onnx"):
             raise Unparsable(f"No importer registered for op: {node.op_type}. Attempted to import as plugin. Plugin not found, are the plugin name, "
                              f"version, and namespace correct?", "UNSUPPORTED_NODE", index, node.name, node.op_type)
-    types = {t.name: t for t in infer_tensors(model, narrow_int64)}
+        if words := misread(node, major):
+            raise Unparsable(words, "UNSUPPORTED_NODE", index, node.name, node.op_type)
+    types = {t.name: t for t in infer_tensors(model, narrow=major == "8")}
     weights = {w.name for w in model.graph.initializer}
     mark_shape_tensors(model.graph, types, weights)
     nodes, names = [], set()
@@ -108,6 +113,26 @@ def read_graph(path: Path | None, content: bytes | None, unsupported: set[str], 
     return Graph(model, inputs, [types[value.name] for value in model.graph.output], nodes, types)
 
 
+def instance_norm(model: onnx.ModelProto, name: str) -> tuple[float, np.ndarray, np.ndarray]:
+    """Epsilon, scale and bias of an InstanceNormalization node."""
+    node = next(node for node in model.graph.node if node.name == name)
+    constants = {tensor.name: tensor for tensor in model.graph.initializer} | {
+        made.output[0]: made.attribute[0].t for made in model.graph.node if made.op_type == "Constant"}
+    epsilon = next((attribute.f for attribute in node.attribute if attribute.name == "epsilon"), 1e-5)
+    scale, bias = (onnx.numpy_helper.to_array(constants[given]) for given in node.input[1:])
+    return epsilon, scale, bias
+
+
+def set_instance_norm(model: onnx.ModelProto, name: str, epsilon: float, scale: np.ndarray, bias: np.ndarray) -> None:
+    """Makes an InstanceNormalization node compute with these."""
+    node = next(node for node in model.graph.node if node.name == name)
+    del node.attribute[:]
+    node.attribute.append(onnx.helper.make_attribute("epsilon", epsilon))
+    for index, (what, value) in enumerate((("scale", scale), ("bias", bias)), 1):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(value.reshape(-1), f"{name} {what}"))
+        node.input[index] = f"{name} {what}"
+
+
 def with_outputs(graph: Graph, names: list[str]) -> onnx.ModelProto:
     """The model with these tensors as its outputs."""
     kinds = {name: onnx_type for onnx_type, name in reversed(DATA_TYPES.items())}
@@ -119,7 +144,7 @@ def with_outputs(graph: Graph, names: list[str]) -> onnx.ModelProto:
     return model
 
 
-def infer_tensors(model: onnx.ModelProto, narrow_int64: bool) -> list[Tensor]:
+def infer_tensors(model: onnx.ModelProto, narrow: bool) -> list[Tensor]:
     """Every tensor of the graph with its type, as far as ONNX's own inference finds them (it sees no large weights)."""
     light = onnx.ModelProto()
     light.CopyFrom(model)
@@ -131,7 +156,7 @@ def infer_tensors(model: onnx.ModelProto, narrow_int64: bool) -> list[Tensor]:
         light = onnx.shape_inference.infer_shapes(light)
     except Exception:  # types that the file itself declares have to do
         light = model
-    return [tensor_of(value, narrow_int64) for value in (*light.graph.value_info, *light.graph.input, *light.graph.output)]
+    return [tensor_of(value, narrow) for value in (*light.graph.value_info, *light.graph.input, *light.graph.output)]
 
 
 def mark_shape_tensors(graph: onnx.GraphProto, tensors: dict[str, Tensor], weights: set[str]) -> None:

@@ -46,6 +46,8 @@ class Runtime(Bound):
                 raise ValueError("the test wants it so")
             plan = read_plan(bytes(memoryview(serialized_engine)))
             check_plan(library, self._logger, plan.header)
+            if plan.header["plugins"] and not library.plugins_registered:
+                raise ValueError(f"getPluginCreator could not find plugin: {plan.header['plugins'][0]}")
             program = executable(plan.model)
             weights = library.cuda.allocate(max(program.weight_bytes, ALIGNMENT))
         except ValueError as error:

@@ -11,6 +11,7 @@ import pytest
 from engine import Pipeline
 from engine import errors as e
 from engine.backends.tensorrt import Step
+from engine.backends.tensorrt_runtime import TensorRtRuntime
 from tests import fakes
 from tests.conftest import copy_bundle
 from tests.fakes.cuda_types import CUresult
@@ -253,6 +254,16 @@ def test_a_capture_that_something_invalidates(bundle, machine, monkeypatch):
     assert machine.cuda.live() == {}
 
 
+def test_no_garbage_is_collected_during_a_capture(bundle, machine, monkeypatch):
+    """It could free memory of another pipeline, which spoils the capture."""
+    enqueue, collecting = Step._enqueue, []
+    monkeypatch.setattr(Step, "_enqueue", lambda step: collecting.append(gc.isenabled()) or enqueue(step))
+    with Pipeline.load(bundle) as pipeline:
+        pipeline(PROMPT, **FAST)
+    assert collecting == [True, False]  # plainly, then captured
+    assert gc.isenabled()
+
+
 def test_an_engine_that_refuses_to_be_captured(bundle, machine):
     with Pipeline.load(bundle) as pipeline:
         machine.library.faults.fail("execute_async_v3", at=3)  # text encoder, first step, capture
@@ -356,7 +367,7 @@ def test_a_bundle_without_plans(demo_fp16, tmp_path, machine):
     ({"machine": {"gpu": "NVIDIA H100", "compute_capability": "9.0", "tensorrt": VERSION}}, "GPU NVIDIA H100 there, NVIDIA H200 here"),
     ({"machine": {"gpu": "NVIDIA H200", "compute_capability": "9.0", "tensorrt": "10.14.1"}}, "TensorRT 10.14.1 there"),
     ({"precision": "bf16"}, "precision bf16 there, fp16 in the bundle"),
-    ({"format": 0}, "has format 0, not 1"),
+    ({"format": 0}, "has format 0, not 2"),
     ({"settings": {"optimization_level": 5}}, "profiles or builder settings in build.json are not those that text_encoder, denoiser"),
 ])
 def test_build_json_is_compared_field_by_field(own_bundle, machine, change, words):
@@ -397,7 +408,7 @@ def test_a_plan_with_one_other_byte_is_never_executed(own_bundle, machine, verif
     assert machine.library.counts.deserializations == 1  # the text encoder, which is all right
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 1}', "\x00"])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 2}', "\x00"])
 def test_a_garbled_build_json(own_bundle, machine, content):
     (plan_folder(own_bundle) / "build.json").write_text(content)
     with pytest.raises(e.PlanDamagedError, match=r"build.json lacks or garbles .*build the plans again"):
@@ -425,6 +436,13 @@ def test_sizes_are_those_of_the_plans(bundle, machine, options, error, words):
 def test_the_default_size_is_the_first_profiles(bundle, machine):
     with Pipeline.load(bundle) as pipeline:
         assert pipeline(PROMPT, **FAST).images[0].size == (64, 64)
+
+
+@pytest.mark.parametrize("version", fakes.VERSIONS)
+def test_plugins_are_registered_where_a_plan_may_hold_one(version):
+    with fakes.install(version) as machine:
+        TensorRtRuntime().close()
+        assert machine.library.plugins_registered == (version == "8.6.0")
 
 
 def test_versions_that_nobody_wrote_this_for(bundle, machine, monkeypatch):
