@@ -20,7 +20,7 @@ demo: $(VENV)/.installed
 	@echo 'The next one:  $(BIN)/python -m engine picture "a small green star on a white background"'
 
 test: lint
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -156,7 +156,8 @@ def _absent(bundle: Bundle, machine: Machine) -> str:
             continue
         others.append(f"{file.parent.name} ({'; '.join(differences)})")
     known = f"those that it has are for other machines: {', '.join(others)}" if others else "it has none at all"
-    return f"{bundle.folder} has no TensorRT plans for this machine ({here}); {known}. Build them: {rebuild_command(bundle.folder)}, or pass backend='onnxruntime'"
+    return f"{bundle.folder} has no TensorRT plans for this machine ({here}); {known}. "\
+           f"Build them: {rebuild_command(bundle.folder)}, or pass backend='onnxruntime'"
 
 
 def parse_profile(profile: Mapping[str, Any]) -> Shapes:

@@ -1,2 +1,2 @@
 """The version of LatentRT, here and in pyproject.toml."""
-__version__ = "0.1.0"
+__version__ = "0.2.0"

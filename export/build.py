@@ -91,7 +91,7 @@ def _build_locked(source: Source, target: Path, graphs: Graphs, shapes: Shapes, 
     recover(target, unfinished, replaced, own_files().__contains__)
     there = targets.examine(target)
     wanted = _wanted(source, graphs.precision, shapes)
-    targets.require_same_model(target, there, wanted["source"])
+    targets.require_same_model(target, there, wanted["source"], report)
     prints = {component: _fingerprint(source, component, graphs) for component in COMPONENTS}
     old = None if force or there.broken else _usable(target, report)
     kept = {c: old for c in COMPONENTS if old and old["components"][c]["fingerprint"] == prints[c]} if old else {}
@@ -275,7 +275,8 @@ def _require_disk(folder: Path, needed: int) -> None:
 
 def megabytes(count: int) -> str:
     """Bytes for people."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    unit, name = next(((size, name) for size, name in ((1e9, "GB"), (1e6, "MB")) if count >= size), (1e3, "kB"))
+    return f"{count / unit:.1f} {name}"
 
 
 @contextmanager

@@ -47,6 +47,12 @@ class OutputError(ExportError):
     """The bundle could not be written: disk full, folder not writable."""
 
 
+class TargetError(OutputError):
+    """The place for the bundle holds something that is not to be replaced."""
+
+    exit_code = 2
+
+
 class ToOnnxError(ExportError):
     """A component could not be traced, or its graph is not valid."""
 

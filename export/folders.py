@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .errors import OutputError
+from .errors import TargetError
 
 AT_FDCWD, RENAME_EXCHANGE, RENAME_SWAP = -100, 2, 2
 """Linux's and macOS's flags of a rename that exchanges two names at once."""
@@ -42,7 +42,7 @@ def files_of(folder: Path) -> Iterator[str]:
 
 def carry_over(old: Path, new: Path, ours: Callable[[str], bool], done: frozenset[str] = frozenset()) -> frozenset[str]:
     """Takes what is not ours from the old folder into the new one, except for the names in `done`; where the new one has a file of that
-    name, beside it. What was taken. OutputError for a device or a pipe that cannot be linked."""
+    name, beside it. What was taken. TargetError for a device or a pipe that cannot be linked."""
     taken = [name for name in files_of(old) if not ours(name.rstrip("/")) and name not in done]
     for name in taken:
         target = new / name
@@ -62,7 +62,7 @@ def _take(source: Path, target: Path) -> None:
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError as error:
-        raise OutputError(f"{source} is no plain file and cannot be kept in a new bundle ({error.strerror}); move it away") from error
+        raise TargetError(f"{source} is no plain file and cannot be kept in a new bundle ({error.strerror}); move it away") from error
 
 
 def free_name(path: Path, word: str) -> Path:
@@ -72,17 +72,17 @@ def free_name(path: Path, word: str) -> Path:
 
 
 def recover(target: Path, unfinished: Path, replaced: Path, ours: Callable[[str], bool] = lambda name: True) -> None:
-    """Clears up after a builder that was killed. OutputError where a leftover holds a file that is not ours and that the target lacks."""
+    """Clears up after a builder that was killed. TargetError where a leftover holds a file that is not ours and that the target lacks."""
     if replaced.is_dir() and not replaced.is_symlink() and not os.path.lexists(target):
         replaced.rename(target)
     for leftover in (unfinished, replaced):
         if not os.path.lexists(leftover):
             continue
         if leftover.is_symlink() or not leftover.is_dir():
-            raise OutputError(f"{leftover} is in the way: the builder writes a folder there; move it away")
+            raise TargetError(f"{leftover} is in the way: the builder writes a folder there; move it away")
         for name in files_of(leftover):
             if not ours(name.rstrip("/")) and not os.path.lexists(target / name):
-                raise OutputError(f"{leftover} holds {name}, which no builder wrote and {target} does not have; move it away")
+                raise TargetError(f"{leftover} holds {name}, which no builder wrote and {target} does not have; move it away")
         shutil.rmtree(leftover, ignore_errors=True)
 
 

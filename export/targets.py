@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from engine.errors import BundleError, ManifestError
 from engine.manifest import MANIFEST, TOKENIZER, graph_file, is_ours, parse
 
-from .errors import OutputError
+from .errors import OutputError, TargetError
 
 SECONDS_BETWEEN_NOTES = 60
 HOLDER = "process "
@@ -34,7 +34,7 @@ class There:
 
 
 def place(output: Path, name: str, inputs: Sequence[Path]) -> Path:
-    """The folder of the bundle `name` in `output`, which is made. A link that stands there is followed. OutputError where it is or holds
+    """The folder of the bundle `name` in `output`, which is made. A link that stands there is followed. TargetError where it is or holds
     what the model is read from, or lies in it."""
     target = output / name
     try:
@@ -43,7 +43,7 @@ def place(output: Path, name: str, inputs: Sequence[Path]) -> Path:
             _refuse_overlap(target, path)
         target.parent.mkdir(parents=True, exist_ok=True)
         if os.path.lexists(target) and not target.is_dir():
-            raise OutputError(f"{target} is there and is no folder; pass another --name or --output, or move it away")
+            raise TargetError(f"{target} is there and is no folder; pass another --name or --output, or move it away")
     except (OSError, ValueError, RuntimeError) as error:  # no permission; a NUL in the name; links that go round in a circle
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise OutputError(f"{target} cannot be made ({reason}); pass another --output") from error
@@ -55,18 +55,18 @@ def _refuse_overlap(target: Path, read: Path) -> None:
     same = one == other or (one.exists() and other.exists() and os.path.samefile(one, other))
     if same or one in other.parents or other in one.parents:
         how = "is" if same else "holds" if one in other.parents else "lies in"
-        raise OutputError(f"the bundle would be written to {target}, which {how} what the model is read from ({read}); pass another --output, or --name NAME")
+        raise TargetError(f"the bundle would be written to {target}, which {how} what the model is read from ({read}); pass another --output, or --name NAME")
 
 
 def examine(target: Path) -> There:
-    """OutputError unless the target is free, empty or a bundle."""
+    """TargetError unless the target is free, empty or a bundle."""
     if not target.is_dir() or not any(target.iterdir()):
         return There()
     try:
         manifest = parse(target)
     except ManifestError as error:
         if isinstance(error.__cause__, PermissionError):
-            raise OutputError(str(error)) from error
+            raise TargetError(str(error)) from error
         if (target / graph_file("denoiser")).exists() or (target / TOKENIZER).exists():
             return There(broken=str(error))
         raise _not_ours(target) from error
@@ -80,17 +80,19 @@ def examine(target: Path) -> There:
     return There(frozenset([MANIFEST, *manifest["files"]]), source if isinstance(source, dict) else None)
 
 
-def _not_ours(target: Path) -> OutputError:
-    return OutputError(f"{target} is not empty, and no {MANIFEST} there says that it is a bundle, so it stays as it is; pass another --name or --output")
+def _not_ours(target: Path) -> TargetError:
+    return TargetError(f"{target} is not empty, and no {MANIFEST} there says that it is a bundle, so it stays as it is; pass another --name or --output")
 
 
-def require_same_model(target: Path, there: There, source: Mapping[str, Any]) -> None:
-    """OutputError where the bundle at the target is another model's: of another kind, name or place, and with other weights."""
+def require_same_model(target: Path, there: There, source: Mapping[str, Any], report: Callable[[str], None]) -> None:
+    """TargetError where the bundle at the target is another model's: of another kind, name or place, and with other weights."""
     old = there.source
-    if old is None or old.get("weights") == source["weights"]:
+    if old is None or all(old.get(key, source.get(key)) == source.get(key) for key in ("kind", "id", "path")):
         return
-    if any(old.get(key, source.get(key)) != source.get(key) for key in ("kind", "id", "path")):
-        raise OutputError(f"{target} is the bundle of another model ({old.get('kind')} {old.get('path') or old.get('id')}); give this one another name with "
+    if old.get("weights") == source["weights"]:
+        report(f"{target} was built from {old.get('path') or old.get('id')}; {source.get('path') or source['id']} has the same weights and takes its place")
+    else:
+        raise TargetError(f"{target} is the bundle of another model ({old.get('kind')} {old.get('path') or old.get('id')}); give this one another name with "
                           f"--name, or move that one away: mv {shlex.quote(str(target))} {shlex.quote(f'{target}.old')}")
 
 
@@ -99,7 +101,7 @@ def locked(target: Path, report: Callable[[str], None]) -> Iterator[None]:
     """Keeps two builders of one bundle apart. The one that waits says for whom."""
     file = target.with_name(f".{target.name}.lock")
     if os.path.lexists(file) and (file.is_symlink() or not file.is_file() or not _is_lock(file)):
-        raise OutputError(f"{file} is in the way: the builder keeps its lock there; move it away")
+        raise TargetError(f"{file} is in the way: the builder keeps its lock there; move it away")
     lock = FileLock(file)
     while not lock.is_locked:
         try:

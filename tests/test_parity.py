@@ -11,15 +11,16 @@ from .engine.test_samplers import CLASSES
 
 PROMPTS = ["a large red circle on a blue background", "a small green star on the left of a white background"]
 NEGATIVE = ["", "a square"]
+BACKENDS = ["onnxruntime", "openvino"]
 HEIGHT, WIDTH, STEPS, GUIDANCE = 64, 96, 20, 7.5
 
 
 @pytest.fixture(scope="module", params=["demo", "sd1", "sd2"])
 def both(request, demo_bundle, tiny_bundles, tiny_sources):
-    """Our pipeline and diffusers', of the same model."""
+    """Our pipelines, one on each backend of a CPU, and diffusers', of the same model. ONNX Runtime is the one that others are compared with."""
     source = resolve(None) if request.param == "demo" else tiny_sources[request.param]
     bundle = demo_bundle if request.param == "demo" else tiny_bundles[request.param]
-    return Pipeline.load(bundle), source.pipeline(), source.scheduler_config()
+    return [Pipeline.load(bundle, backend=backend) for backend in BACKENDS], source.pipeline(), source.scheduler_config()
 
 
 def diffusers_run(pipeline, config, sampler, generator, prompts=PROMPTS, **options):
@@ -33,6 +34,11 @@ def diffusers_run(pipeline, config, sampler, generator, prompts=PROMPTS, **optio
     return latents.numpy(), pixels.numpy()
 
 
+def our_runs(pipelines, sampler, seed, **options):
+    """What each of our pipelines makes."""
+    return [our_run(pipeline, sampler, seed, **options) for pipeline in pipelines]
+
+
 def our_run(pipeline, sampler, seed, prompts=PROMPTS, **options):
     arguments = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "negative_prompt": NEGATIVE, **options}
     last = {}
@@ -42,54 +48,55 @@ def our_run(pipeline, sampler, seed, prompts=PROMPTS, **options):
 
 def check_same(ours, theirs):
     latents, pixels = theirs
-    assert np.abs(ours[0] - latents).max() < 1e-3
-    assert (np.abs(ours[1].astype(int) - pixels.astype(int)) <= 1).mean() >= 0.999
+    for backend, (our_latents, our_pixels) in zip(BACKENDS, ours, strict=True):
+        assert np.abs(our_latents - latents).max() < 1e-3, backend
+        assert (np.abs(our_pixels.astype(int) - pixels.astype(int)) <= 1).mean() >= 0.999, backend
 
 
 @pytest.mark.parametrize("seed", [0, 1234567])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_same_seed_gives_the_same_pictures_as_diffusers(both, sampler, seed):
     ours, theirs, config = both
-    check_same(our_run(ours, sampler, seed), diffusers_run(theirs, config, sampler, torch.Generator().manual_seed(seed)))
+    check_same(our_runs(ours, sampler, seed), diffusers_run(theirs, config, sampler, torch.Generator().manual_seed(seed)))
 
 
 def test_one_seed_per_picture_is_a_list_of_generators(both):
     ours, theirs, config = both
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    check_same(our_run(ours, "euler_a", [3, 4]), diffusers_run(theirs, config, "euler_a", generators))
+    check_same(our_runs(ours, "euler_a", [3, 4]), diffusers_run(theirs, config, "euler_a", generators))
 
 
 def test_several_images_per_prompt_come_in_diffusers_order(both):
     ours, theirs, config = both
-    check_same(our_run(ours, "ddim", 5, num_images_per_prompt=2),
+    check_same(our_runs(ours, "ddim", 5, num_images_per_prompt=2),
                diffusers_run(theirs, config, "ddim", torch.Generator().manual_seed(5), num_images_per_prompt=2))
 
 
 def test_guidance_scale_1_leaves_the_negative_prompt_out(both):
     ours, theirs, config = both
-    check_same(our_run(ours, "ddim", 5, guidance_scale=1.0), diffusers_run(theirs, config, "ddim", torch.Generator().manual_seed(5), guidance_scale=1.0))
+    check_same(our_runs(ours, "ddim", 5, guidance_scale=1.0), diffusers_run(theirs, config, "ddim", torch.Generator().manual_seed(5), guidance_scale=1.0))
 
 
 def test_eta_is_that_of_diffusers(both):
     ours, theirs, config = both
-    check_same(our_run(ours, "ddim", 5, eta=0.7), diffusers_run(theirs, config, "ddim", torch.Generator().manual_seed(5), eta=0.7))
+    check_same(our_runs(ours, "ddim", 5, eta=0.7), diffusers_run(theirs, config, "ddim", torch.Generator().manual_seed(5), eta=0.7))
 
 
 def test_given_latents_take_the_place_of_noise(both):
     ours, theirs, config = both
     latents = torch.randn((2, 4, HEIGHT // 8, WIDTH // 8), generator=torch.Generator().manual_seed(9))
-    check_same(our_run(ours, "euler", 0, latents=latents.numpy()), diffusers_run(theirs, config, "euler", None, latents=latents))
+    check_same(our_runs(ours, "euler", 0, latents=latents.numpy()), diffusers_run(theirs, config, "euler", None, latents=latents))
 
 
 @pytest.mark.parametrize(("height", "width"), [(72, 40), (64, 64), (104, 128)])
 def test_sizes_that_halving_rounds_equal_diffusers(both, height, width):
     ours, theirs, config = both
-    check_same(our_run(ours, "ddim", 1, height=height, width=width),
+    check_same(our_runs(ours, "ddim", 1, height=height, width=width),
                diffusers_run(theirs, config, "ddim", torch.Generator().manual_seed(1), height=height, width=width))
 
 
 def test_np_output_is_the_picture_in_0_to_1(both):
-    pipeline = both[0]
+    pipeline = both[0][0]
     arguments = {"num_inference_steps": 2, "seed": 0, "height": 32, "width": 32}
     values = pipeline("a ring", output_type="np", **arguments).images
     assert values.shape == (1, 32, 32, 3)

@@ -53,7 +53,7 @@ def test_latency_compares_with_diffusers_and_says_what_is_missing(demo_bundle, r
         assert (side["seconds"]["total"]["n"], side["seconds"]["step"]["n"], side["evaluations"]) == (turns, 2 * turns, 2)
         assert side["peak_bytes"] > 50 * 2**20
     assert not found["interrupted"]
-    assert found["command"].startswith("python -m benchmarks ")
+    assert found["command"].startswith("python -m benchmarks")
     assert {"processor", "clocks", "gpu", "versions", "commit"} <= found.keys()
     assert (results / "bars.png").stat().st_size > 1000
 

@@ -165,7 +165,7 @@ def test_a_schedule_that_is_not_supported_says_which_option(config, message):
 
 @pytest.mark.parametrize(("name", "config", "message"), [
     ("pndm", {"skip_prk_steps": False}, "skip_prk_steps=False"), ("dpmpp_2m", {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type"),
-    ("dpmpp_2m", {"use_lu_lambdas": True}, "use_lu_lambdas"), ("ddim", {"timestep_spacing": "odd"}, "timestep_spacing='odd'"),
+    ("dpmpp_2m", {"use_lu_lambdas": True}, "use_lu_lambdas"), ("ddim", {"timestep_spacing": "odd"}, "timestep_spacing is 'odd'"),
     ("ddpm", {"variance_type": "learned_range"}, "variance_type='learned_range'"), ("euler", {"timestep_type": "continuous"}, "timestep_type"),
 ])
 def test_a_sampler_option_that_is_not_supported_is_named(name, config, message):

@@ -79,7 +79,7 @@ def test_a_model_behind_a_link_is_not_the_target_either(model, source, tmp_path)
 def test_the_command_deletes_no_folder_of_that_name(tmp_path, capsys, arguments):
     (tmp_path / "Documents").mkdir()
     (tmp_path / "Documents" / "thesis.txt").write_text("thesis")
-    assert build_engines.main(["--output", str(tmp_path), "--name", "Documents", *arguments]) == 1
+    assert build_engines.main(["--output", str(tmp_path), "--name", "Documents", *arguments]) == 2
     assert "Documents is not empty, and no manifest.json there says that it is a bundle" in capsys.readouterr().err
     assert (tmp_path / "Documents" / "thesis.txt").read_text() == "thesis"
 
@@ -307,7 +307,9 @@ def test_a_model_that_moved_is_the_same_model(source, engines, tmp_path):
     build(source, engines, "fp32", SHAPES, verify=False)
     moved = Path(shutil.move(source.folder, tmp_path / "elsewhere"))
     again = DiffusersFolder(moved, "sd1", {"kind": "folder", "id": "sd1", "path": str(moved)})
-    assert build(again, engines, "fp32", SHAPES, verify=False).exported == ()
+    said = []
+    assert build(again, engines, "fp32", SHAPES, verify=False, report=said.append).exported == ()
+    assert f"was built from {source.folder}; {moved} has the same weights and takes its place" in said[0]
 
 
 # Two builders.

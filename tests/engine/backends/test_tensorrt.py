@@ -177,7 +177,7 @@ def test_close_frees_everything(planned, version):
             assert machine.cuda.live()
         assert machine.cuda.live() == {}
         pipeline.close()
-        with pytest.raises(e.EngineError, match=r"given back by close\(\); load the pipeline again"):
+        with pytest.raises(e.EngineError, match=r"this pipeline was closed; load it again: Pipeline\.load"):
             pipeline(PROMPT, **FAST)
 
 
