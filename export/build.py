@@ -237,7 +237,7 @@ def _write_manifest(folder: Path, manifest: dict[str, Any], files: dict[str, Any
 
 def _verify_picture(source: Source, folder: Path, precision: str, checks: dict[str, Any], report: Report) -> dict[str, Any]:
     started = perf_counter()
-    report("comparing a whole picture with diffusers")
+    report("comparing the pictures of two prompts with diffusers")
     found, picture = parity.check_picture(source, folder, precision)
     picture.save(folder / VERIFICATION_PICTURE)
     report(f"picture: {found.pixels_within_1:.2%} of the values within 1 of 255, PSNR {found.psnr_db:.1f} dB, latents within "

@@ -247,7 +247,7 @@ def test_a_full_disk_leaves_nothing_half_written(built, tmp_path):
     if ctypes.CDLL(None, use_errno=True).mount(b"tmpfs", str(small).encode(), b"tmpfs", 0, b"size=1200k"):
         pytest.skip("mount is not allowed here")
     try:
-        with pytest.raises(e.OutputError, match=r"the disk of .* is full|[MG]B free"):
+        with pytest.raises(e.OutputError, match=r"the disk of .* is full|B free"):
             build(source, small, "fp32", SHAPES, verify=False)
         assert set(os.listdir(small)) <= {".sd1.lock"}
     finally:
