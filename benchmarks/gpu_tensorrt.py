@@ -115,9 +115,10 @@ def measure(pipeline: Pipeline, steps: int, pictures: int, warmup: int) -> dict[
         times = result.timings
         samples["whole_ms"].append(1000 * whole)
         samples["step_ms"] += [1000 * step for step in times["steps"]]
-        for stage in ("text_encoder", "vae_decoder", "denoise"):
+        for stage in ("text_encoder", "prepare", "denoise", "vae_decoder"):
             samples[f"{stage}_ms"].append(1000 * times[stage])
-        host, device = host + times["host"]["denoise"], device + times["denoise"]
+        host += times["host"]["prepare"] + times["host"]["denoise"]
+        device += times["prepare"] + times["denoise"]
     found: dict[str, Any] = {name: percentiles(values) for name, values in samples.items()}
     found["host_share_of_step"] = round(host / device, 4)
     print(f"{steps} steps: picture {found['whole_ms']['p50']:.2f} ms, step {found['step_ms']['p50']:.3f} ms, VAE {found['vae_decoder_ms']['p50']:.2f} ms, "

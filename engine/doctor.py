@@ -23,7 +23,7 @@ from .bundle import MANIFEST, Bundle
 from .commands import build_anything, builder
 from .errors import EngineError
 from .libraries import import_library, install_command, installed
-from .plans import Machine, Plans
+from .plans import Machine, Plans, rebuild_command
 from .samplers import sampler_name, step_table
 from .schedule import Schedule
 from .version import __version__
@@ -243,7 +243,9 @@ def find_plans(bundle: Bundle, machine: Machine, verify: bool) -> str:
     if verify:
         for component in plans.build["components"]:
             plans.read(component)
-    return f"usable, height x width {'; '.join(str(profile) for profile in plans.profiles)}"
+    unchecked = [component for component, entry in plans.build["components"].items() if not entry.get("check", {}).get("compared")]
+    warning = f"; nobody compared the plans of {', '.join(unchecked)} with ONNX Runtime: {rebuild_command(bundle.folder)} --force" if unchecked else ""
+    return f"usable, height x width {'; '.join(str(profile) for profile in plans.profiles)}{warning}"
 
 
 def reason(error: Exception, folder: Path | None = None) -> str:
