@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 ifeq ($(origin PROMPT),undefined)
 PROMPT := a large red circle on a blue background
 endif
-export LATENTRT_PROMPT := $(value PROMPT)
+override LATENTRT_PROMPT := $(value PROMPT)
+export LATENTRT_PROMPT
 unexport PROMPT
 MAKEOVERRIDES :=
 

@@ -103,7 +103,8 @@ def latency(bundle: Path, steps: list[int], pictures: int, warmup: int) -> dict[
 
 def measure(pipeline: Pipeline, steps: int, pictures: int, warmup: int) -> dict[str, Any]:
     """Percentiles over pictures of a new prompt each, so that the text encoder runs for each; the negative prompt is cached."""
-    samples: dict[str, list[float]] = {"whole_ms": [], "step_ms": [], "text_encoder_ms": [], "vae_decoder_ms": [], "denoise_ms": []}
+    samples: dict[str, list[float]] = {"whole_ms": [], "step_ms": [], "text_encoder_ms": [], "prepare_ms": [], "denoise_ms": [],
+                                       "vae_decoder_ms": []}
     host = device = 0.0
     for i in range(warmup + pictures):
         started = perf_counter()

@@ -68,4 +68,4 @@ def test_make_demo_alone_has_a_text_and_says_what_to_type_next(make):
 
 def test_make_test_runs_the_checks_and_the_tests_and_nothing_else(make):
     calls, _ = make("test", "PROMPT=$(shell touch pwned)")
-    assert calls == [["check", "."], [], ["-m", "pytest", "-q"]]
+    assert calls == [["check", "."], [], ["-m", "pytest", "-q", "-n", "2", "--dist", "loadfile"]]
