@@ -38,8 +38,8 @@ class Result:
     """What a call made.
 
     images: a list of PIL images, or [B, H, W, 3] float32 in 0..1 ("np"), or latents [B, 4, h, w] ("latent");
-    timings: seconds of the device for "text_encoder", "prepare" (buffers and tables, and where a size is new, what is compiled for
-    it), "denoise" (and "steps", a list) and "vae_decoder"; of the host for "tokenize" and "total", and in "host" what it took
+    timings: seconds of the device for "text_encoder", "prepare" (buffers and tables, and where a size is new, the denoiser's
+    compilation), "denoise" (and "steps", a list) and "vae_decoder"; of the host for "tokenize" and "total", and in "host" what it took
     to start each of those stages, without waiting for the device; "path" is how the steps ran: "cuda_graph", or "plain" calls of the inference library;
     seeds: the one seed of the call or one for each picture; evaluations: how often the U-Net ran; interrupted: whether
     a callback stopped the loop.

@@ -23,8 +23,8 @@ def times(results: Sequence[Result]) -> str:
     def milliseconds(stage: str) -> float:
         return 1000 * sum(result.timings[stage] for result in results)
 
-    prepared = max(0.0, milliseconds("denoise") - 1000 * sum(steps))
-    return (f"tokenize {milliseconds('tokenize'):.1f} ms, text encoder {milliseconds('text_encoder'):.1f} ms, preparing the loop {prepared:.1f} ms, "
+    return (f"tokenize {milliseconds('tokenize'):.1f} ms, text encoder {milliseconds('text_encoder'):.1f} ms, "
+            f"preparing the loop {milliseconds('prepare'):.1f} ms, "
             f"{len(steps)} steps of {1000 * sum(steps) / max(1, len(steps)):.1f} ms, VAE decoder {milliseconds('vae_decoder'):.1f} ms, "
             f"total {milliseconds('total'):.1f} ms")
 

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.summary import verification
+from engine.pipeline import Result
+from engine.summary import times, verification
 
 ORT = "ONNX Runtime 1.32.0 on the CPU"
 PICTURE = {"steps": 20, "scheduler": "ddim", "seed": 0, "pixels_within_1": 1.0, "psnr_db": 99.0, "latents_max_abs": 2.742e-06}
@@ -55,3 +56,10 @@ def test_no_manifest_makes_the_summary_fail(entry, picture, openvino):
     for manifest in ({"verification": entry, "openvino": openvino}, {"verification": {**done, "picture": picture}, "openvino": {"picture": openvino}}):
         for description in (ORT, MIXED):
             assert all(isinstance(line, str) for line in verification(manifest, description))
+
+
+def test_preparing_is_told_apart_from_the_steps():
+    timings = {"tokenize": 0.001, "text_encoder": 0.002, "prepare": 0.9, "denoise": 0.2, "steps": [0.1, 0.1], "vae_decoder": 0.05, "total": 1.2}
+    results = [Result(None, timings, [0], 2, False)] * 2
+    assert times(results) == ("tokenize 2.0 ms, text encoder 4.0 ms, preparing the loop 1800.0 ms, 4 steps of 100.0 ms, VAE decoder 100.0 ms, "
+                              "total 2400.0 ms")
