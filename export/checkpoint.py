@@ -19,11 +19,12 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from engine.bundle import sha256
+from engine.errors import shown
 
 from . import checks, compvis, schedulers, weights
 from .errors import NoNetworkError, UnknownModelError, UnreadableModelError, UnsupportedModelError, UsageError
 from .presets import ARCHITECTURES, CLIP_VOCABULARY, Architecture
-from .reading import read_object, reading, shown
+from .reading import read_object, reading
 
 BUILT_IN = Path(__file__).parent / "demo" / "model"
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"

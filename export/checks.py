@@ -12,9 +12,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from engine.contract import LATENT_CHANNELS, PROMPT_TOKENS, VAE_FACTOR
+from engine.errors import shown
 
 from .errors import UnreadableModelError, UnsupportedModelError, UsageError
-from .reading import shown
 
 MODELS = "text-to-image models of Stable Diffusion 1.x and 2.x"
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from engine.errors import shown
+
 from .errors import ExportError, UnreadableModelError, UnsafePickleError
 
 T = TypeVar("T")
@@ -67,12 +69,3 @@ def read_object(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UnreadableModelError(f"{file} holds {shown(value)}, not an object {{...}}; download or save the model again")
     return value
-
-
-def shown(value: Any) -> str:
-    """A value for a message, cut where it is long."""
-    try:
-        text = repr(value)
-    except ValueError:  # an integer of more than 4300 digits
-        return f"a {type(value).__name__} too long to show"
-    return text if len(text) <= 80 else f"{text[:80]}..."

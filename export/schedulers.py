@@ -8,12 +8,12 @@ from typing import Any
 import diffusers
 import numpy as np
 
-from engine.errors import EngineError
+from engine.errors import EngineError, shown
 from engine.samplers import SAMPLERS, sampler_name, step_table
 from engine.schedule import Schedule
 
 from .errors import UnreadableModelError, UnsupportedModelError, UsageError
-from .reading import cause, shown
+from .reading import cause
 
 CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}), "ddpm": ("DDPMScheduler", {}), "euler": ("EulerDiscreteScheduler", {}),
