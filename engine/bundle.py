@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from .commands import build_again, build_anything
 from .contract import COMPONENTS, Range, Shapes
@@ -27,6 +27,9 @@ __all__ = ["FORMAT", "MANIFEST", "Bundle", "SpecialTokens", "sha256", "while_rep
 
 SECONDS_OF_SWAPPING = 10.0
 """How long a bundle that is being replaced is looked at again. Replacing takes milliseconds."""
+
+GRAPHS = "onnx/"
+"""Where the files lie that libraries map."""
 
 T = TypeVar("T")
 
@@ -40,8 +43,7 @@ class SpecialTokens:
     pad: int
 
 
-@dataclass(frozen=True)
-class Seal:
+class Seal(NamedTuple):
     """What changes when a file is replaced or written to."""
 
     device: int
@@ -118,22 +120,28 @@ class Bundle:
             if name in self.seals:
                 self._recheck(name, replaced_too=True)
 
+    def recheck_tokenizer(self) -> None:
+        """The same for the tokenizer's file."""
+        self._recheck(TOKENIZER, replaced_too=True)
+
     def recheck_in_place(self) -> None:
         """BundleChangedError if a file that a library has mapped was written to. Files that were replaced or deleted do not matter: what
         is mapped stays as it was."""
         for name in self.seals:
-            self._recheck(name, replaced_too=False)
+            if name.startswith(GRAPHS):
+                self._recheck(name, replaced_too=False)
 
     def _recheck(self, name: str, replaced_too: bool) -> None:
-        file, sealed = self.folder / name, self.seals[name]
+        sealed = self.seals[name]
         try:
-            found = Seal.of(file.stat())
+            found = Seal.of(os.stat(f"{self.folder}/{name}"))  # a string: it is done for every file of every call
         except OSError as error:
             if not replaced_too:
                 return
-            raise self._changed(file) from error
+            raise self._changed(self.folder / name) from error
         if found == sealed or (not replaced_too and (found.device, found.inode) != (sealed.device, sealed.inode)):
             return
+        file = self.folder / name
         if sha256(file) != self.manifest["files"][name]["sha256"]:
             raise self._changed(file)
         self.seals[name] = found

@@ -63,7 +63,7 @@ class Pipeline:
             self._tokenizer = ClipTokenizer(bundle.tokenizer_file, bundle.special_tokens)
         except (SchedulerConfigError, ManifestError) as error:
             raise type(error)(f"{error}. Build the bundle again: {bundle.command()}") from error
-        bundle.recheck_in_place()
+        bundle.recheck_tokenizer()
         self._contexts: OrderedDict[str, Any] = OrderedDict()
         self._lock = threading.RLock()
         self._busy = self._closed = self._interrupt = False
