@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.errors import BenchmarkUsageError
+from engine.arguments import shorten
 from engine.libraries import install_command, installed
 
 PLOTS = (".png", ".svg", ".pdf")
@@ -22,7 +23,7 @@ def integer_from(smallest: int) -> Callable[[str], int]:
         except ValueError:
             number = smallest - 1
         if number < smallest:
-            raise argparse.ArgumentTypeError(f"{shortened(text)} must be an integer from {smallest} up")
+            raise argparse.ArgumentTypeError(f"{shorten(text)} must be an integer from {smallest} up")
         return number
 
     return integer
@@ -41,13 +42,8 @@ def seconds(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{shortened(text)} must be a number of seconds above 0")
+        raise argparse.ArgumentTypeError(f"{shorten(text)} must be a number of seconds above 0")
     return value
-
-
-def shortened(text: str) -> str:
-    """What the user typed, quoted; of a long text the beginning."""
-    return repr(text if len(text) <= 50 else f"{text[:50]}...")
 
 
 def check_files(options: argparse.Namespace) -> None:
