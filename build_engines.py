@@ -19,7 +19,7 @@ from pathlib import Path
 
 from engine import __version__
 from engine.backends import BACKENDS, default_backend, gpu_number, tensorrt_is_usable
-from engine.backends.openvino import OpenVinoBackend
+from engine.backends.openvino.backend import OpenVinoBackend
 from engine.commands import show_what_cannot_be_printed
 from engine.contract import COMPONENTS, VAE_FACTOR, Range, Shapes
 from engine.errors import EngineError, shown
@@ -98,7 +98,7 @@ def parse_ranges(options: argparse.Namespace) -> dict[str, list[Range]]:
 
 def profiles(asked: dict[str, list[Range]], defaults: Shapes) -> list[Shapes]:
     """One profile for each set of height, width and batch (a single one goes with all), and in each for every number of rows."""
-    from export.to_tensorrt import with_rows
+    from export.tensorrt.build import with_rows
     sides = {name: asked.get(name, [getattr(defaults, name)]) for name in ("height", "width", "batch")}
     count = max(len(values) for values in sides.values())
     for name, values in sides.items():
@@ -157,8 +157,8 @@ def check_bundle_options(options: argparse.Namespace) -> None:
 
 def check_tensorrt_options(options: argparse.Namespace, gpu: int | None) -> None:
     """The errors of a machine or an option that plans cannot be built with, before anything is exported."""
-    from engine.backends.cuda import Device
-    from engine.backends.tensorrt_versions import load_tensorrt
+    from engine.backends.tensorrt.cuda import Device
+    from engine.backends.tensorrt.versions import load_tensorrt
     if gpu is None:
         raise UsageError("--device cpu cannot build TensorRT plans; leave it out, or pass --backend onnxruntime")
     if options.workspace is not None and not 0 < options.workspace < 2**20:
@@ -177,8 +177,8 @@ def build_bundle(options: argparse.Namespace, asked: dict[str, list[Range]], pre
     from export.libraries import quiet_libraries
     quiet_libraries()
     from export.build import build, default_shapes
-    from export.checkpoint import resolve
-    from export.to_onnx import OPSET
+    from export.graphs.tracing import OPSET
+    from export.sources.checkpoint import resolve
 
     source = resolve(options.model, options.random_weights, options.tokenizer, options.prediction_type, options.scheduler)
     if options.name is not None:
@@ -195,7 +195,7 @@ def build_bundle(options: argparse.Namespace, asked: dict[str, list[Range]], pre
 def build_plans(options: argparse.Namespace, folder: Path, asked: dict[str, list[Range]], gpu: int, report: Callable[[str], None]) -> None:
     """The plans of the bundle in `folder`."""
     from engine.bundle import Bundle
-    from export import to_tensorrt
+    from export.tensorrt import build as to_tensorrt
 
     shapes, one = Bundle.open(folder, verify=False).shapes, Range(1, 1, 1)
     sides = {name: Range(best, best, best) for name, best in (("height", shapes.height.opt), ("width", shapes.width.opt))}
@@ -240,7 +240,7 @@ def install_hint() -> str:
 
 def end_at_once_if_building(code: int) -> None:
     """Ends the process where TensorRT 8.6, which cannot be asked to stop, is still building in a thread."""
-    progress = sys.modules.get("export.progress")
+    progress = sys.modules.get("export.tensorrt.progress")
     if progress is not None and progress.left_behind():
         sys.stdout.flush()
         sys.stderr.flush()

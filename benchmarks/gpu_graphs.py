@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from engine.bundle import MANIFEST, sha256
 from engine.contract import PROMPT_TOKENS
-from export import graphs
 from export.build import modules
-from export.checkpoint import Source, resolve
+from export.graphs import modules as graphs
+from export.graphs.tracing import example, export_onnx, fuses_attention
 from export.libraries import quiet_libraries
-from export.to_onnx import example, export_onnx, fuses_attention
+from export.sources.checkpoint import Source, resolve
 
 
 def write_denoiser(source: Source, bundle: Path, graph: str, opset: int) -> None:

@@ -17,14 +17,14 @@ import numpy as np
 from benchmarks.gpu_profile import fused_attention
 from benchmarks.statistics import summarize
 from engine import Pipeline
-from engine.backends.cuda import Device
-from engine.backends.tensorrt_runtime import TensorRtRuntime
+from engine.backends.tensorrt.cuda import Device
+from engine.backends.tensorrt.runtime import TensorRtRuntime
 from engine.bundle import Bundle
 from engine.contract import INPUTS, OUTPUTS
 from engine.picture import psnr
 from engine.plans import Plans
 from export.compare import as_json, compared, difference, tolerance
-from export.to_tensorrt import profile_inputs
+from export.tensorrt.build import profile_inputs
 
 PROMPT = "a large red circle on a blue background"
 GUIDANCE = 7.5

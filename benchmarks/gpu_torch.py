@@ -15,9 +15,9 @@ import torch
 from benchmarks.gpu_tensorrt import GUIDANCE, PICTURE_STEPS, PROMPT, percentiles
 from engine.contract import OUTPUTS, VAE_FACTOR
 from export.build import modules
-from export.checkpoint import Source, resolve
 from export.compare import random_inputs
 from export.libraries import quiet_libraries
+from export.sources.checkpoint import Source, resolve
 
 
 def reference(source: Source, side: int, file: Path, device: str) -> dict[str, Any]:

@@ -28,8 +28,8 @@ from benchmarks.report import conditions, print_table, write_json
 from benchmarks.sides import OURS, SCHEDULERS, THEIRS, Request, Setup, Side
 from engine.backends import default_backend
 from engine.bundle import Bundle
-from engine.checks import check_shapes
 from engine.picture import psnr
+from engine.request import check_shapes
 
 PICTURES = 20
 WARM_UPS, WARM_UP = 5, 5.0

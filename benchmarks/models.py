@@ -11,8 +11,8 @@ from benchmarks.options import check_room
 from benchmarks.sides import SCHEDULERS
 from engine.bundle import Bundle
 from engine.errors import UnknownSchedulerError
-from engine.samplers import sampler_name
-from engine.schedule import Schedule
+from engine.sampling.samplers import sampler_name
+from engine.sampling.schedule import Schedule
 
 
 def model_folder(bundle: Bundle, given: Path | None, cache: Path | None) -> Path:
@@ -29,7 +29,7 @@ def model_folder(bundle: Bundle, given: Path | None, cache: Path | None) -> Path
                                   f"diffusers layout with --model, or --against '' to measure without others")
     from export.libraries import quiet_libraries
     quiet_libraries()
-    from export.checkpoint import BUILT_IN, DiffusersFolder, resolve
+    from export.sources.checkpoint import BUILT_IN, DiffusersFolder, resolve
     if origin["kind"] == "built-in":
         return BUILT_IN
     source = resolve(origin["id"], random_weights=origin["kind"] == "random")

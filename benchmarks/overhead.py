@@ -72,7 +72,7 @@ def diffusers(scheduler_class: str) -> list[float]:
     import diffusers as library
     import torch
 
-    from export.checkpoint import resolve
+    from export.sources.checkpoint import resolve
 
     pipeline = resolve(None).pipeline()
     pipeline.scheduler = getattr(library, scheduler_class).from_config(pipeline.scheduler.config)
@@ -125,7 +125,7 @@ def steps_outside_unet() -> tuple[list[dict[str, Any]], float]:
     """Microseconds a step of both loops for some samplers, and of guidance and sampler in the graph."""
     from engine.contract import Range, Shapes
     from export.build import build
-    from export.checkpoint import resolve
+    from export.sources.checkpoint import resolve
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -2,8 +2,8 @@
 
 Operations and bytes are counted from the bundle's ONNX graphs; the rates of matrix products and copying are measured, through the
 fastest library that is installed; the floor is the sum over the matrix operations of what takes longer, arithmetic or memory, so nothing
-that runs them one by one is below it. Our OpenVINO backend leaves a few per cent of them out (engine/backends/openvino_rewrites.py and
-openvino_parts.py); they are counted all the same, as the work that the model asks for.
+that runs them one by one is below it. Our OpenVINO backend leaves a few per cent of them out (engine/backends/openvino/rewrites.py and
+openvino/parts.py); they are counted all the same, as the work that the model asks for.
 """
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from benchmarks.report import conditions, print_table, write_json
 from benchmarks.sides import Request
 from engine.backends import default_backend
 from engine.bundle import Bundle
-from engine.checks import check_shapes
+from engine.request import check_shapes
 
 COMPONENTS = ("text_encoder", "denoiser", "vae_decoder")
 

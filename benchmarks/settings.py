@@ -81,7 +81,7 @@ def _groups() -> tuple[dict[tuple[str, str], dict[str, dict[str, Any]]], dict[st
     groups = {("onnxruntime", "fp32"): ONNXRUNTIME, ("openvino", "fp32"): OPENVINO, ("openvino", "bf16"): OPENVINO}
     skipped = {library: f"{library}: {library} is not installed" for library, _ in groups if not installed(library)}
     if "openvino" not in skipped:
-        from engine.backends.openvino import OpenVinoBackend
+        from engine.backends.openvino.backend import OpenVinoBackend
         if not OpenVinoBackend({}).has_bf16():
             skipped["openvino bf16"] = "openvino in bf16: this CPU has no instructions for it"
             del groups["openvino", "bf16"]
@@ -196,8 +196,8 @@ def _onnxruntime(job: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Call
 
 
 def _openvino(job: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Callable[[], Any]]]:
-    from engine.backends.openvino import OpenVinoBackend
-    from engine.backends.openvino_parts import fix_shapes
+    from engine.backends.openvino.backend import OpenVinoBackend
+    from engine.backends.openvino.parts import fix_shapes
     backend = OpenVinoBackend({"denoiser": Path(job["graph"])}, threads=job.get("threads"), precision={"denoiser": job["precision"]})
     if not job.get("rewrites", True):
         backend.rewrites = ()

@@ -95,7 +95,7 @@ class Ours:
             raise SkippedSide(f"{name} is not installed")
         threads = setup.threads or None
         if setup.side == "openvino-fp32":
-            from engine.backends.openvino import OpenVinoBackend
+            from engine.backends.openvino.backend import OpenVinoBackend
             from engine.bundle import Bundle
             bundle = Bundle.open(setup.bundle)
             backend = OpenVinoBackend(bundle.graphs, bundle.shapes, threads)

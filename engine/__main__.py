@@ -91,9 +91,9 @@ def choose_seeds(first: int | None, count: int) -> list[int]:
 def check_call(options: argparse.Namespace, texts: list[str]) -> Bundle:
     """The bundle, if it and the arguments look right as far as that can be seen without loading a graph; the pipeline checks the rest."""
     from .bundle import Bundle
-    from .checks import check_prompts
-    from .samplers import sampler_name, step_table
-    from .schedule import Schedule
+    from .request import check_prompts
+    from .sampling.samplers import sampler_name, step_table
+    from .sampling.schedule import Schedule
     check_prompts(texts, options.negative_prompt)
     bundle = Bundle.open(options.bundle, verify=False)
     schedule = Schedule.from_config(bundle.scheduler)

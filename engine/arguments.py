@@ -17,7 +17,7 @@ from .version import __version__
 
 BACKENDS = ("tensorrt", "openvino", "onnxruntime")
 SCHEDULERS = ("ddim", "ddpm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "pndm")
-"""Of engine.backends and engine.samplers, which need NumPy."""
+"""Of engine.backends and engine.sampling.samplers, which need NumPy."""
 
 MAX_PICTURES = 10_000
 MAX_PROMPTS_BYTES = 16 << 20

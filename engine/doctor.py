@@ -24,8 +24,8 @@ from .commands import build_anything, builder
 from .errors import EngineError
 from .libraries import import_library, install_command, installed
 from .plans import Machine, Plans, rebuild_command
-from .samplers import sampler_name, step_table
-from .schedule import Schedule
+from .sampling.samplers import sampler_name, step_table
+from .sampling.schedule import Schedule
 from .version import __version__
 
 NVIDIA_SMI = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total,memory.free,driver_version", "--format=csv,noheader,nounits"]
@@ -87,7 +87,7 @@ def find_gpus() -> tuple[list[Machine], list[str]]:
     listed = list_gpus()
     lines = [f"GPU {i}: {line}" for i, line in enumerate(listed)] or ["GPU: none that nvidia-smi knows of"]
     try:
-        from .backends.cuda import count_devices, load_driver
+        from .backends.tensorrt.cuda import count_devices, load_driver
         load_driver()
         count = count_devices()
     except Exception as error:
@@ -106,8 +106,8 @@ def find_gpus() -> tuple[list[Machine], list[str]]:
 
 def look_at_gpu(number: int) -> tuple[Machine | None, str]:
     """A GPU as plans know it, where TensorRT is, and a line about it. CudaError if it does not answer."""
-    from .backends.cuda import Device
-    from .backends.tensorrt_versions import load_tensorrt
+    from .backends.tensorrt.cuda import Device
+    from .backends.tensorrt.versions import load_tensorrt
     device = Device(number)
     with device.closing():
         free, total = device.memory()
@@ -134,7 +134,7 @@ def list_gpus() -> list[str]:
 def find_libraries() -> Generator[str, None, dict[str, str]]:
     """Lines about the inference libraries, without loading a graph; in the end, for each module that is not usable, why."""
     def tensorrt() -> str:
-        from .backends.tensorrt_versions import load_tensorrt
+        from .backends.tensorrt.versions import load_tensorrt
         return str(load_tensorrt().__version__)
 
     def onnxruntime() -> str:
@@ -223,7 +223,7 @@ def find_tokenizer(bundle: Bundle) -> str:
     missing = [package for module, package in RUNTIME.items() if not installed(module)]
     if missing:
         raise NotUsable(f"no picture without {', '.join(missing)}; {install_command('runtime')}")
-    from .tokenizer import ClipTokenizer
+    from .text.tokenizer import ClipTokenizer
     ClipTokenizer(bundle.tokenizer_file, bundle.special_tokens)(["a text"])
     return "usable"
 

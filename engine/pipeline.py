@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from . import checks
+from . import request
 from .backends import open_backend
 from .backends.interface import Backend, Denoising, HostStopwatch, Session, Stopwatch
 from .bundle import Bundle, as_path, while_replaced
 from .contract import LATENT_CHANNELS, VAE_FACTOR, Range, Shapes
 from .errors import BusyPipelineError, ClosedPipelineError, ManifestError, NumericalError, PicklingError, SchedulerConfigError
-from .noise import TorchGenerator, draw
 from .picture import Picture, format_parameters
-from .samplers import LABELS, StepTable, sampler_name, step_table
-from .schedule import Schedule
-from .tokenizer import ClipTokenizer
+from .sampling.noise import TorchGenerator, draw
+from .sampling.samplers import LABELS, StepTable, sampler_name, step_table
+from .sampling.schedule import Schedule
+from .text.tokenizer import ClipTokenizer
 from .version import __version__
 
 CACHED_PROMPTS = 64
@@ -80,7 +80,7 @@ class Pipeline:
         core. verify: False skips the SHA-256 of the ONNX files; that of a TensorRT plan is never skipped.
         Raises the errors of `Bundle.open`, PlanErrors, and BackendError where a library or device is missing.
         """
-        checks.check_threads(threads)
+        request.check_threads(threads)
         path = as_path(folder)
 
         def load() -> Pipeline:
@@ -164,7 +164,7 @@ class Pipeline:
         prompt: one text or several; height, width: pixels, multiples of 8 (default: what the bundle is best at);
         guidance_scale: above 1 the negative prompt takes part; eta: DDIM's; seed: where diffusers takes a generator on
         the CPU: an int for all pictures, one int for each, or None for a random one; latents: [B, 4, height/8, width/8]
-        standard normal float32 instead of noise; scheduler: a name of `engine.samplers.SAMPLERS`, None for the model's own;
+        standard normal float32 instead of noise; scheduler: a name of `engine.sampling.samplers.SAMPLERS`, None for the model's own;
         callback_on_step_end(pipeline, evaluation, timestep, {"latents": [B, 4, h, w]}) sees the latents that diffusers' has, may write
         to them or return others in such a dictionary; progress: a bar on a terminal.
 
@@ -172,19 +172,19 @@ class Pipeline:
         where the bundle's files were written to, ClosedPipelineError, and BusyPipelineError in a callback.
         """
         started = perf_counter()
-        prompts, negatives = checks.check_prompts(prompt, negative_prompt)
-        guidance_scale = checks.check_guidance_scale(guidance_scale)
-        batch = checks.check_batch(len(prompts), num_images_per_prompt)
+        prompts, negatives = request.check_prompts(prompt, negative_prompt)
+        guidance_scale = request.check_guidance_scale(guidance_scale)
+        batch = request.check_batch(len(prompts), num_images_per_prompt)
         rows = 2 * batch if guidance_scale > 1 else batch
-        height, width = checks.check_shapes(height, width, batch, rows, self._backend.profiles, self._build_command)
-        steps = checks.check_steps(num_inference_steps, self._schedule.train_timesteps)
-        eta = checks.check_eta(eta)
-        seeds = checks.check_seeds(secrets.randbits(32) if seed is None else seed, batch)
-        output_type = checks.check_output_type(output_type)
-        checks.check_callback(callback_on_step_end)
+        height, width = request.check_shapes(height, width, batch, rows, self._backend.profiles, self._build_command)
+        steps = request.check_steps(num_inference_steps, self._schedule.train_timesteps)
+        eta = request.check_eta(eta)
+        seeds = request.check_seeds(secrets.randbits(32) if seed is None else seed, batch)
+        output_type = request.check_output_type(output_type)
+        request.check_callback(callback_on_step_end)
         shape = (batch, LATENT_CHANNELS, height // VAE_FACTOR, width // VAE_FACTOR)
         if latents is not None:
-            latents = checks.check_latents(latents, shape)
+            latents = request.check_latents(latents, shape)
         sampler = sampler_name(scheduler, self._schedule)
         table = step_table(sampler, self._schedule, steps, eta)
 
@@ -252,7 +252,7 @@ class Pipeline:
         scale = np.float32(table.scales[index])
         shown = session.latents * scale
         before = shown.copy()
-        returned = checks.check_returned(callback(self, index, float(table.timesteps[index]), {"latents": shown}), shown)
+        returned = request.check_returned(callback(self, index, float(table.timesteps[index]), {"latents": shown}), shown)
         if not np.array_equal(returned, before):
             session.latents = returned / scale
 

@@ -21,21 +21,23 @@ from torch import nn
 
 from engine import __version__
 from engine.backends.onnxruntime import OnnxRuntimeBackend
-from engine.backends.openvino import OpenVinoBackend
+from engine.backends.openvino.backend import OpenVinoBackend
 from engine.bundle import FORMAT, MANIFEST, Bundle, sha256
 from engine.contract import COMPONENTS, Range, Shapes
 from engine.errors import BundleError, SchedulerConfigError
 from engine.manifest import own_files
-from engine.schedule import Schedule
-from engine.tokenizer import ClipTokenizer
+from engine.sampling.schedule import Schedule
+from engine.text.tokenizer import ClipTokenizer
 
-from . import parity, targets
-from .checkpoint import Source
+from . import targets
 from .compare import as_json
 from .errors import OutputError, UsageError
 from .folders import free_name, link, recover, swap
-from .graphs import DTYPES, Denoiser, Float32Norm, TextEncoder, VaeDecoder, VaeEncoder
-from .to_onnx import OPSET, example, export_onnx, fuses_attention
+from .graphs.modules import DTYPES, Denoiser, Float32Norm, TextEncoder, VaeDecoder, VaeEncoder
+from .graphs.tracing import OPSET, example, export_onnx, fuses_attention
+from .sources.checkpoint import Source
+from .verify import SEED, SMALL, Reference, check_component, check_picture
+from .verify import reference as torch_reference
 
 PART_OF = {"text_encoder": "text_encoder", "denoiser": "unet", "vae_decoder": "vae", "vae_encoder": "vae"}
 VERIFICATION_PICTURE = "verification.png"
@@ -143,7 +145,7 @@ def _wanted(source: Source, precision: str, shapes: Shapes) -> dict[str, Any]:
 
 def _fingerprint(source: Source, component: str, graphs: Graphs) -> str:
     """A hash of all that determines a component's graph: weights, precision, our tracing code, the libraries."""
-    code = [sha256(Path(__file__).with_name(name)) for name in ("graphs.py", "to_onnx.py")]
+    code = [sha256(Path(__file__).with_name("graphs") / name) for name in ("modules.py", "tracing.py")]
     libraries = [f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "onnx", "onnxscript")]
     parts = [source.fingerprint(PART_OF[component]), component, graphs.precision, str(graphs.opset), *code, *libraries]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -182,7 +184,7 @@ def _export(source: Source, component: str, graphs: Graphs, folder: Path, verify
     expected = None
     if verify:
         _round_weights(model, DTYPES[precision])
-        expected = parity.reference(component, kind(model, torch.float32), context_size)
+        expected = torch_reference(component, kind(model, torch.float32), context_size)
     name = f"onnx/{component}.onnx"
     module = kind(model, DTYPES[precision], fuses_attention(component, precision, graphs.opset))
     export_onnx(component, module, example(component, context_size), folder / name, graphs.opset)
@@ -192,7 +194,7 @@ def _export(source: Source, component: str, graphs: Graphs, folder: Path, verify
     exported = perf_counter()
     found = None
     if expected is not None:
-        found = parity.check_component(component, OnnxRuntimeBackend({component: folder / name}), expected, precision)
+        found = check_component(component, OnnxRuntimeBackend({component: folder / name}), expected, precision)
     seconds = {"export": round(exported - started, 2), "check": round(perf_counter() - exported, 2)}
     verdict = "not verified" if found is None else f"{found.relative_rms:.1e} from torch"
     report(f"{label}: exported in {seconds['export']:.1f} s, {verdict}")
@@ -238,7 +240,7 @@ def _write_manifest(folder: Path, manifest: dict[str, Any], files: dict[str, Any
 def _verify_picture(source: Source, folder: Path, precision: str, checks: dict[str, Any], report: Report) -> dict[str, Any]:
     started = perf_counter()
     report("comparing the pictures of two prompts with diffusers")
-    found, picture = parity.check_picture(source, folder, precision)
+    found, picture = check_picture(source, folder, precision)
     picture.save(folder / VERIFICATION_PICTURE)
     report(f"picture: {found.pixels_within_1:.2%} of the values within 1 of 255, PSNR {found.psnr_db:.1f} dB, latents within "
            f"{found.latents_max_abs:.1e} ({perf_counter() - started:.1f} s)")
@@ -246,16 +248,16 @@ def _verify_picture(source: Source, folder: Path, precision: str, checks: dict[s
 
 
 def _measure_openvino(source: Source, folder: Path, precision: str, report: Report) -> dict[str, Any]:
-    from .to_openvino import choose_precision
+    from .openvino import choose_precision
 
-    def reference(component: str) -> parity.Reference:
+    def reference(component: str) -> Reference:
         kind, model, context_size = modules(source, component)
         _round_weights(model, DTYPES[precision])
-        return parity.reference(component, kind(model, torch.float32), context_size)
+        return torch_reference(component, kind(model, torch.float32), context_size)
 
     parameters = sum(file.stat().st_size for file in folder.glob("onnx/denoiser.onnx*")) // DTYPES[precision].itemsize
-    small = parameters <= parity.SMALL
-    return choose_precision(folder, reference, 20 if small else 2, range(4) if small else [parity.SEED], report)
+    small = parameters <= SMALL
+    return choose_precision(folder, reference, 20 if small else 2, range(4) if small else [SEED], report)
 
 
 def _link(old: Path, new: Path, manifest: dict[str, Any], component: str, files: dict[str, Any]) -> dict[str, Any]:

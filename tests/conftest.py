@@ -20,9 +20,9 @@ with suppress(ImportError):
 
 from engine import Pipeline
 from engine.contract import Range, Shapes
-from export import to_tensorrt
 from export.build import build, default_shapes
-from export.checkpoint import DiffusersFolder, resolve
+from export.sources.checkpoint import DiffusersFolder, resolve
+from export.tensorrt import build as to_tensorrt
 
 from . import fakes
 from .models import write_tiny_model

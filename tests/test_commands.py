@@ -237,7 +237,7 @@ def test_a_picture_from_a_shell_takes_the_backend_that_starts_fastest(tmp_path, 
 
 def test_what_the_help_names_is_what_there_is(capsys):
     from engine.backends import BACKENDS
-    from engine.samplers import SAMPLERS
+    from engine.sampling.samplers import SAMPLERS
     assert tuple(SAMPLERS) == arguments.SCHEDULERS
     assert arguments.BACKENDS == BACKENDS
     with pytest.raises(SystemExit, match="0"):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from export.checkpoint import BUILT_IN, resolve
 from export.demo.contact_sheet import make
 from export.demo.judge import judge, scenes_to_ask_for
 from export.demo.pictures import COLOURS, POSITIONS, SHAPES, SIZES, Scene, caption, held_out, picture, triples
 from export.demo.train import peak_signal_to_noise
+from export.sources.checkpoint import BUILT_IN, resolve
 
 SCENES = list(scenes_to_ask_for())
 
@@ -115,5 +115,5 @@ def test_training_starts_and_resumes(tmp_path):
     assert (latents.shape, len(scenes)) == ((64, 8, 8, 8), 64)
     half = train.train_denoiser(dataclasses.replace(recipe, steps=3), again, tokenizer, latents, scenes, tmp_path)
     train.write_model(tmp_path / "model", tmp_path / "tokenizer", again, *half)
-    from export.checkpoint import DiffusersFolder
+    from export.sources.checkpoint import DiffusersFolder
     assert DiffusersFolder(Path(tmp_path / "model"), "model", {}).unet().config.cross_attention_dim == 128

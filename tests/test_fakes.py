@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from engine.backends import tensorrt_versions
+from engine.backends.tensorrt import versions as tensorrt_versions
 
 from .fakes import VERSIONS, Device, Machine, install
 from .fakes.tensorrt_plan import Executable, read_plan

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from engine import Pipeline
-from engine.samplers import SAMPLERS
-from export.checkpoint import resolve
+from engine.sampling.samplers import SAMPLERS
+from export.sources.checkpoint import resolve
 
-from .engine.test_samplers import CLASSES
+from .engine.sampling.test_samplers import CLASSES
 
 PROMPTS = ["a large red circle on a blue background", "a small green star on the left of a white background"]
 NEGATIVE = ["", "a square"]

@@ -22,14 +22,14 @@ from .fakes.tensorrt_api import Bound, Enumeration, IHostMemory
 ROOT = Path(__file__).parent.parent
 REAL_OF = {"8.6.0": "8.6.0", "10.16.1": "10.16.1.11", "11.4.0": "11.4.0.106"}
 
-SWITCH = "engine/backends/tensorrt_versions.py"
+SWITCH = "engine/backends/tensorrt/versions.py"
 """The file with the differences between versions: what it uses must be in one of them."""
 
 BEHIND_A_SWITCH = {
-    "export/progress.py": {"IProgressMonitor"},
-    "export/to_tensorrt.py": {"progress_monitor"},
+    "export/tensorrt/progress.py": {"IProgressMonitor"},
+    "export/tensorrt/build.py": {"progress_monitor"},
 }
-"""Elsewhere, what is used only where tensorrt_versions.has_progress says that it is there."""
+"""Elsewhere, what is used only where versions.has_progress says that it is there."""
 
 Api = dict[str, Any]
 
@@ -250,7 +250,7 @@ def test_the_scan_finds_what_a_version_lacks(code, words):
 def test_the_scan_reads_the_files_that_use_tensorrt():
     files = our_files()
     assert scan(files[SWITCH]).chains
-    assert scan(files["engine/backends/tensorrt_runtime.py"]).chains
+    assert scan(files["engine/backends/tensorrt/runtime.py"]).chains
 
 
 # CUDA

@@ -20,12 +20,12 @@ def open_backend(bundle: Bundle, name: str | None, device: str | None, threads: 
     if name == "tensorrt":
         if device == "cpu":
             raise DeviceError("device is 'cpu', and TensorRT runs on NVIDIA GPUs only; pass device='cuda' or backend='onnxruntime'")
-        from .tensorrt import TensorRtBackend
+        from .tensorrt.backend import TensorRtBackend
         return TensorRtBackend(bundle, gpu or 0, cuda_graphs)
     if name == "openvino":
         if gpu is not None:
             raise DeviceError(f"device is {device!r}, and the OpenVINO backend runs on the CPU only; pass device='cpu', or another backend")
-        from .openvino import OpenVinoBackend
+        from .openvino.backend import OpenVinoBackend
         openvino = OpenVinoBackend(bundle.graphs, bundle.shapes, threads, openvino_precision(bundle), bundle.recheck)
         openvino.load()
         return openvino
@@ -62,5 +62,5 @@ def tensorrt_is_usable() -> bool:
     """Whether TensorRT, CUDA's Python bindings and a GPU are here."""
     if not (installed("tensorrt") and installed("cuda")):
         return False
-    from .cuda import count_devices
+    from .tensorrt.cuda import count_devices
     return count_devices() > 0

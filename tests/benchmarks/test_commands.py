@@ -21,7 +21,7 @@ from benchmarks.report import write_json
 from benchmarks.sides import Request, Setup, Side
 from benchmarks.weight import measure_import
 from engine.bundle import Bundle
-from export.checkpoint import BUILT_IN
+from export.sources.checkpoint import BUILT_IN
 
 pytest.importorskip("openvino")
 ROOT = Path(__file__).parents[2]
@@ -249,7 +249,7 @@ def test_a_random_model_is_written_to_a_temporary_folder_or_the_one_that_was_nam
     source, bundle = tiny_sources["sd1"], Bundle.open(tiny_bundles["sd1"], verify=False)
     bundle.manifest["source"] = {"kind": "random", "id": "sd15"}
     random = SimpleNamespace(name="tiny", fingerprint=source.fingerprint, pipeline=source.pipeline)
-    monkeypatch.setattr("export.checkpoint.resolve", lambda *arguments, **options: random)
+    monkeypatch.setattr("export.sources.checkpoint.resolve", lambda *arguments, **options: random)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     folder = model_folder(bundle, None, None)
     assert (folder / "unet").is_dir()

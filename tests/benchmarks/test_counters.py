@@ -12,9 +12,9 @@ from benchmarks.counters import count, sizes_of
 from benchmarks.errors import CountError
 from engine.bundle import Bundle
 from engine.contract import INPUTS, OUTPUTS
-from export.graphs import Denoiser, TextEncoder, VaeDecoder
-from export.presets import ARCHITECTURES
-from export.to_onnx import example
+from export.graphs.modules import Denoiser, TextEncoder, VaeDecoder
+from export.graphs.tracing import example
+from export.sources.presets import ARCHITECTURES
 
 SIZES = sizes_of(64, 48, 1, 2)
 
@@ -102,7 +102,7 @@ def real_sizes(component, inputs, sizes):
 
 @pytest.mark.parametrize("component", ["text_encoder", "denoiser", "vae_decoder"])
 def test_the_built_in_models_graphs_count_as_torch_does(demo_bundle, component):
-    from export.checkpoint import resolve
+    from export.sources.checkpoint import resolve
     source, sizes = resolve(None), sizes_of(64, 96, 2, 4)
     model = {"text_encoder": source.text_encoder, "denoiser": source.unet, "vae_decoder": source.vae}[component]()
     module = {"text_encoder": TextEncoder, "denoiser": Denoiser, "vae_decoder": VaeDecoder}[component](model, torch.float32)

@@ -19,7 +19,7 @@ from benchmarks import gpu, gpu_background, gpu_graphs, gpu_profile, page
 from benchmarks.report import conditions
 from export import build
 from export.compare import difference, random_inputs
-from export.graphs import Denoiser
+from export.graphs.modules import Denoiser
 from tests.models import tiny_modules
 
 ROOT = Path(__file__).parents[2]

@@ -232,7 +232,7 @@ def test_a_gpu_that_does_not_answer_is_a_line(planned, monkeypatch):
         raise CudaError("reading the memory: CUDA_ERROR_UNKNOWN")
     bundle = planned("10.16.1")
     with fakes.install("10.16.1"):
-        monkeypatch.setattr("engine.backends.cuda.Device.memory", fail)
+        monkeypatch.setattr("engine.backends.tensorrt.cuda.Device.memory", fail)
         told = report(bundle)
     assert "CUDA: GPU 0 does not answer: reading the memory: CUDA_ERROR_UNKNOWN" in told
     assert "  onnxruntime: usable" in told

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from engine import Bundle, EngineError, Pipeline
 from engine.errors import BackendError, BundleError, SchedulerConfigError
 from engine.manifest import OPENVINO_PRECISIONS, PRECISIONS
-from engine.samplers import SAMPLERS, sampler_name, step_table
-from engine.schedule import Schedule
-from engine.tokenizer import ClipTokenizer
+from engine.sampling.samplers import SAMPLERS, sampler_name, step_table
+from engine.sampling.schedule import Schedule
+from engine.text.tokenizer import ClipTokenizer
 
 QUICK = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 HUGE = 10**5000

@@ -16,8 +16,8 @@ from PIL import Image
 
 from engine import Bundle, BundleError, Pipeline
 from engine.errors import BundleChangedError, BusyPipelineError, CallbackError, ClosedPipelineError, LatentsError, NumericalError, PicklingError
-from export.checkpoint import resolve
 from export.folders import swap
+from export.sources.checkpoint import resolve
 
 PROMPT = "a large red circle on a blue background"
 FAST = {"num_inference_steps": 3, "seed": 0, "guidance_scale": 5.0}

@@ -80,7 +80,7 @@ from engine.contract import Range, Shapes
 bundle = Path(sys.argv[1])
 with Pipeline.load(bundle, backend="onnxruntime") as pipeline:
     wanted = np.asarray(pipeline("a star", num_inference_steps=2, seed=0).images[0])
-from export.to_tensorrt import build_plans
+from export.tensorrt.build import build_plans
 side, one = Range(64, 64, 64), Range(1, 1, 1)
 with fakes.install("8.6.0"):
     build_plans(bundle, [Shapes(side, side, one, Range(2, 2, 2))])

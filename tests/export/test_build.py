@@ -23,8 +23,8 @@ from engine.picture import psnr
 from export import compare
 from export import errors as e
 from export.build import build, default_shapes
-from export.checkpoint import DiffusersFolder
-from export.to_onnx import OPSET
+from export.graphs.tracing import OPSET
+from export.sources.checkpoint import DiffusersFolder
 
 SHAPES = default_shapes(64)
 ROOT = Path(__file__).parents[2]

@@ -18,9 +18,9 @@ from engine.contract import Range
 from export import build as build_module
 from export import folders, targets
 from export.build import build, default_shapes
-from export.checkpoint import DiffusersFolder
 from export.errors import OutputError
 from export.folders import carry_over, exchange, files_of, recover, swap
+from export.sources.checkpoint import DiffusersFolder
 
 SHAPES = default_shapes(64)
 OTHER = replace(SHAPES, height=Range(64, 64, 64))

@@ -12,13 +12,13 @@ from engine import Pipeline
 from engine.backends import open_backend
 from engine.backends.interface import Denoising
 from engine.backends.onnxruntime import OnnxRuntimeBackend
-from engine.backends.openvino import COMPILED_SHAPES, OpenVinoBackend
+from engine.backends.openvino.backend import COMPILED_SHAPES, OpenVinoBackend
 from engine.bundle import Bundle
 from engine.contract import SLOTS
 from engine.errors import BackendError, DeviceError, ManifestError, NumericalError
-from export import parity
+from export import verify
 from export.compare import random_inputs
-from export.to_onnx import example
+from export.graphs.tracing import example
 
 PROMPT = "a large red circle on a blue background"
 FAST = {"num_inference_steps": 3, "seed": 0, "guidance_scale": 5.0, "progress": False}
@@ -198,7 +198,7 @@ def test_a_bundle_that_was_measured_runs_as_its_manifest_says(demo_bundle, tmp_p
     with Pipeline.load(bundle, backend="openvino") as pipeline, Pipeline.load(demo_bundle, backend="openvino") as exact:
         assert pipeline._backend.precision == {"text_encoder": "fp32", "denoiser": "bf16", "vae_decoder": "fp32", "vae_encoder": "fp32"}
         picture, expected = (np.asarray(p(PROMPT, **{**FAST, "num_inference_steps": 20}).images[0]) for p in (pipeline, exact))
-    assert 35 <= parity.psnr(picture, expected) < 99
+    assert 35 <= verify.psnr(picture, expected) < 99
 
 
 def test_a_garbled_precision_is_an_error(demo_bundle, tmp_path, edit_manifest):
@@ -214,7 +214,7 @@ def test_float16_graphs_run(tiny_fp16):
         with Pipeline.load(tiny_fp16, backend=name) as pipeline:
             latents.append(pipeline("a ring", **FAST, output_type="latent").images)
             assert np.asarray(pipeline("a ring", **FAST).images[0]).std() > 0
-    assert parity.difference(*latents).relative_rms < 5e-3
+    assert verify.difference(*latents).relative_rms < 5e-3
 
 
 def test_a_cpu_without_bf16_runs_in_float32_and_says_so(demo_bundle, monkeypatch):
@@ -258,16 +258,16 @@ def test_a_large_graph_stays_compiled_for_one_size_and_a_small_one_for_some(demo
     for height in range(4, 4 + COMPILED_SHAPES + 2):
         backend.vae_decoder(1, height, 8)
     assert len(backend._compiled) == COMPILED_SHAPES
-    monkeypatch.setattr("engine.backends.openvino.LARGE_GRAPH", 1)
+    monkeypatch.setattr("engine.backends.openvino.backend.LARGE_GRAPH", 1)
     backend.vae_decoder(1, 4, 16)
     assert list(backend._compiled) == [("vae_decoder", 1, 4, 4, 16)]
 
 
 def test_a_large_model_rests_between_its_components_and_makes_the_same_pictures(demo_bundle, monkeypatch):
-    monkeypatch.setattr("engine.backends.pages.Scratch.least", 1)  # as large weights do, these come back from files
+    monkeypatch.setattr("engine.backends.openvino.pages.Scratch.least", 1)  # as large weights do, these come back from files
     with Pipeline.load(demo_bundle, backend="openvino") as pipeline:
         expected = [np.asarray(pipeline(prompt, **FAST).images[0]) for prompt in (PROMPT, "a ring")]
-        monkeypatch.setattr("engine.backends.openvino.LARGE_GRAPH", 1)
+        monkeypatch.setattr("engine.backends.openvino.backend.LARGE_GRAPH", 1)
         for prompt, picture in zip((PROMPT, "a ring") * 2, expected * 2):
             np.testing.assert_array_equal(np.asarray(pipeline(prompt, **FAST).images[0]), picture)
 

@@ -7,7 +7,7 @@ import numpy as np
 import psutil
 import pytest
 
-from engine.backends.pages import Scratch, drop_pages, pages_given_back
+from engine.backends.openvino.pages import Scratch, drop_pages, pages_given_back
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what is mapped is read from /proc")
 SIZE = 64 * 2**20

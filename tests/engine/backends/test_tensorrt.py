@@ -10,8 +10,8 @@ import pytest
 
 from engine import Pipeline
 from engine import errors as e
-from engine.backends.tensorrt import Step
-from engine.backends.tensorrt_runtime import TensorRtRuntime
+from engine.backends.tensorrt.backend import Step
+from engine.backends.tensorrt.runtime import TensorRtRuntime
 from tests import fakes
 from tests.conftest import copy_bundle
 from tests.fakes.cuda_types import CUresult

@@ -1,0 +1,60 @@
+"""CLIP tokens: a text becomes 77 token ids."""
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer as Encoder
+
+from ..bundle import SpecialTokens
+from ..contract import PROMPT_TOKENS
+from ..errors import ManifestError
+
+END_OF_WORD = "</w>"
+"""What CLIP's byte pairs end a word with."""
+
+SHOWN_CHARACTERS = 300
+"""Of what is cut off a text."""
+
+logger = logging.getLogger(__name__)
+
+
+class ClipTokenizer:
+    """What `transformers.CLIPTokenizer` of the model gives, from the bundle's tokenizer.json."""
+
+    def __init__(self, file: Path, special: SpecialTokens) -> None:
+        try:
+            self._encoder = Encoder.from_file(str(file))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ManifestError(f"{file} is not a tokenizer: {error}") from error
+        self._check_marks(special, file)
+        self._encoder.no_padding()
+        self._encoder.no_truncation()
+        self._special = special
+
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        """Token ids, [len(texts), 77] int32: start, text, end, padding. Text beyond 75 tokens is cut off, with diffusers' warning."""
+        ids = np.full((len(texts), PROMPT_TOKENS), self._special.pad, np.int32)
+        for row, text in zip(ids, texts):
+            tokens = self._encoder.encode(text, add_special_tokens=False).ids
+            kept, removed = tokens[:PROMPT_TOKENS - 2], tokens[PROMPT_TOKENS - 2:]
+            if removed:
+                cut = self._text(removed)
+                logger.warning("The following part of your input was truncated because CLIP can only handle sequences up to %d tokens: %s",
+                               PROMPT_TOKENS, [cut if len(cut) <= SHOWN_CHARACTERS else f"{cut[:SHOWN_CHARACTERS]}..."])
+            row[0] = self._special.start
+            row[1:len(kept) + 1] = kept
+            row[len(kept) + 1] = self._special.end
+        return ids
+
+    def _check_marks(self, special: SpecialTokens, file: Path) -> None:
+        """ManifestError unless start and end are two marks of the vocabulary, and the padding is a token of it."""
+        start, end, pad = (self._encoder.id_to_token(number) for number in (special.start, special.end, special.pad))
+        if start == end or pad is None or not all(mark and re.fullmatch("<.+>", mark) for mark in (start, end)):
+            raise ManifestError(f"the manifest has the tokens start={special.start}, end={special.end} and pad={special.pad}, which are {start!r}, {end!r} and "
+                                f"{pad!r} in {file}; start and end must be two marks like '<|startoftext|>'")
+
+    def _text(self, tokens: list[int]) -> str:
+        return self._encoder.decode(tokens, skip_special_tokens=False).replace(END_OF_WORD, " ").strip()

@@ -1,0 +1,167 @@
+"""What every backend does: the same functions for ONNX Runtime, OpenVINO, TensorRT on the fake GPU in three versions, and the real one.
+
+The oracle is ONNX Runtime's plain run of the same graphs, which the parity tests compare with diffusers.
+"""
+import threading
+
+import numpy as np
+import pytest
+
+from engine import Pipeline
+from engine.backends import tensorrt_is_usable
+from engine.errors import NumericalError
+from tests import fakes
+from tests.conftest import PROFILES, copy_bundle
+
+PROMPT = "a large red circle on a blue background"
+FAST = {"num_inference_steps": 4, "seed": 0, "guidance_scale": 5.0, "progress": False}
+FAKES = [f"fake {version}" for version in fakes.VERSIONS]
+
+
+@pytest.fixture(scope="module")
+def expected(demo_fp16):
+    """The oracle."""
+    with Pipeline.load(demo_fp16, backend="onnxruntime") as pipeline:
+        yield pipeline
+
+
+@pytest.fixture(scope="module", params=["onnxruntime", "openvino", *FAKES, "tensorrt"])
+def backend(request, demo_fp16, planned, tmp_path_factory):
+    """A pipeline of the built-in model on each backend, and how far its latents may be from the oracle's."""
+    if request.param == "onnxruntime":
+        with Pipeline.load(demo_fp16, backend="onnxruntime", threads=1) as pipeline:
+            yield pipeline, 1e-5
+    elif request.param == "openvino":
+        pytest.importorskip("openvino")
+        with Pipeline.load(demo_fp16, backend="openvino") as pipeline:
+            yield pipeline, 3e-2
+    elif request.param == "tensorrt":
+        if not tensorrt_is_usable():
+            pytest.skip("there is no GPU with TensorRT here")
+        from export.tensorrt.build import build_plans
+        bundle = copy_bundle(demo_fp16, tmp_path_factory.mktemp("tensorrt"))
+        build_plans(bundle, PROFILES)
+        with Pipeline.load(bundle, backend="tensorrt") as pipeline:
+            yield pipeline, 3e-2
+    else:
+        version = request.param.split()[1]
+        bundle = planned(version)
+        with fakes.install(version), Pipeline.load(bundle, backend="tensorrt") as pipeline:
+            yield pipeline, 1e-5
+
+
+def latents(pipeline, *arguments, **options):
+    return pipeline(*arguments, **{**FAST, "output_type": "latent", **options}).images
+
+
+@pytest.mark.parametrize("options", [
+    {},
+    {"guidance_scale": 1.0},
+    {"scheduler": "euler_a"},
+    {"scheduler": "pndm"},
+    {"scheduler": "dpmpp_2m_karras", "num_inference_steps": 7},
+    {"scheduler": "ddim", "eta": 0.7},
+    {"height": 96, "width": 72},
+    {"num_images_per_prompt": 3},
+    {"negative_prompt": "a star"},
+    {"num_inference_steps": 1},
+], ids=str)
+def test_latents_are_the_oracles(backend, expected, options):
+    pipeline, tolerance = backend
+    wanted = latents(expected, PROMPT, **options)
+    np.testing.assert_allclose(latents(pipeline, PROMPT, **options), wanted, atol=tolerance * np.abs(wanted).max())
+
+
+def test_pixels_are_the_oracles(backend, expected):
+    pipeline, _ = backend
+    for options in ({}, {"num_images_per_prompt": 4}, {"num_images_per_prompt": 3, "height": 96}):
+        pictures = [np.stack([np.asarray(image).astype(int) for image in one(PROMPT, **FAST, **options).images]) for one in (pipeline, expected)]
+        assert (np.abs(pictures[0] - pictures[1]) <= 1).mean() > 0.995
+
+
+def test_the_same_call_gives_the_same_picture_whatever_came_between(backend):
+    pipeline, _ = backend
+    first = latents(pipeline, PROMPT)
+    latents(pipeline, "a star", scheduler="euler_a", guidance_scale=1.0)
+    latents(pipeline, [PROMPT, "a ring"], negative_prompt="a star", height=72)
+    latents(pipeline, PROMPT, guidance_scale=3.0, num_inference_steps=9)
+    np.testing.assert_array_equal(latents(pipeline, PROMPT), first)
+
+
+def test_more_prompts_than_are_cached_do_not_mix(backend, expected):
+    pipeline, tolerance = backend
+    for i in range(70):
+        latents(pipeline, f"a ring number {i}", num_inference_steps=1)
+    for prompt in ("a ring number 69", "a ring number 3"):
+        wanted = latents(expected, prompt)
+        np.testing.assert_allclose(latents(pipeline, prompt), wanted, atol=tolerance * np.abs(wanted).max())
+
+
+def test_a_callback_sees_and_changes_the_latents(backend, expected):
+    pipeline, tolerance = backend
+
+    def seen(one):
+        given = []
+
+        def callback(_, index, timestep, tensors):
+            given.append(tensors["latents"].copy())
+            return {"latents": 0.5 * tensors["latents"]} if index == 1 else None
+
+        final = latents(one, PROMPT, callback_on_step_end=callback)
+        np.testing.assert_allclose(given[-1], final)
+        return np.stack(given)
+
+    wanted = seen(expected)
+    np.testing.assert_allclose(seen(pipeline), wanted, atol=tolerance * np.abs(wanted).max())
+
+
+def test_interrupt_ends_the_loop(backend):
+    pipeline, _ = backend
+
+    def callback(one, index, timestep, tensors):
+        one.interrupt = index == 1
+
+    result = pipeline(PROMPT, **FAST, callback_on_step_end=callback)
+    assert (result.evaluations, result.interrupted, len(result.images)) == (2, True, 1)
+
+
+def test_an_error_in_a_callback_leaves_the_pipeline_usable(backend):
+    pipeline, _ = backend
+    wanted = latents(pipeline, PROMPT)
+
+    def callback(*_):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        pipeline(PROMPT, **FAST, callback_on_step_end=callback)
+    np.testing.assert_array_equal(latents(pipeline, PROMPT), wanted)
+
+
+@pytest.mark.parametrize("output_type", ["pil", "latent"])
+def test_overflow_is_an_error_and_not_a_black_picture(backend, output_type):
+    pipeline, _ = backend
+    with pytest.raises(NumericalError, match="the latents hold values that are not finite after 4 evaluations at guidance_scale 5"):
+        pipeline(PROMPT, **FAST, latents=np.full((1, 4, 8, 8), 1e6, np.float32), output_type=output_type)
+    assert len(pipeline(PROMPT, **FAST).images) == 1
+
+
+def test_timings_name_every_stage(backend):
+    pipeline, _ = backend
+    times = pipeline(PROMPT, **FAST).timings
+    assert set(times) == {"tokenize", "text_encoder", "prepare", "denoise", "steps", "vae_decoder", "total", "host", "path"}
+    assert len(times["steps"]) == 4
+    assert 0 < sum(times["steps"]) <= times["denoise"] * 1.001
+    assert times["path"] in ("plain", "cuda_graph")
+
+
+def test_calls_from_several_threads_wait_for_each_other(backend):
+    pipeline, _ = backend
+    wanted = [latents(pipeline, PROMPT, seed=seed) for seed in range(4)]
+    made = {}
+    threads = [threading.Thread(target=lambda seed=seed: made.update({seed: latents(pipeline, PROMPT, seed=seed)})) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in range(4):
+        np.testing.assert_array_equal(made[seed], wanted[seed])
