@@ -25,6 +25,7 @@ test: lint
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 
 train: $(VENV)/.installed

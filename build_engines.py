@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Build a bundle: the graphs of a Stable Diffusion model, ready for the runtime, and TensorRT plans of them.
 
-    python build_engines.py                                       the built-in model
-    python build_engines.py path/to/diffusers-folder --precision fp16
-    python build_engines.py sd15 --random-weights --height 512 --width 512 --batch 1
-    python build_engines.py --bundle engines/sd15                 plans of a bundle for this machine's GPU; needs no torch
+python build_engines.py                                       the built-in model
+python build_engines.py path/to/diffusers-folder --precision fp16
+python build_engines.py sd15 --random-weights --height 512 --width 512 --batch 1
+python build_engines.py --bundle engines/sd15                 plans of a bundle for this machine's GPU; needs no torch
 """
+
 from __future__ import annotations
 
 import argparse
@@ -41,8 +42,10 @@ def parse_range(text: str, what: str, multiple: int, smallest: int, largest: int
     """N or MIN:OPT:MAX as a Range; UsageError says what is wrong with it."""
     parts = text.split(":")
     if len(parts) not in (1, 3) or not all(re.fullmatch(r"[0-9]{1,9}", part) for part in parts):
-        raise UsageError(f"--{what} is {shown(text)}; it must be N or MIN:OPT:MAX, for example {64 * multiple} or "
-                         f"{8 * multiple}:{64 * multiple}:{128 * multiple}")
+        raise UsageError(
+            f"--{what} is {shown(text)}; it must be N or MIN:OPT:MAX, for example {64 * multiple} or "
+            f"{8 * multiple}:{64 * multiple}:{128 * multiple}"
+        )
     low, best, high = (int(part) for part in (parts * 3 if len(parts) == 1 else parts))
     for value in (low, best, high):
         if value % multiple or not smallest <= value <= largest:
@@ -54,33 +57,94 @@ def parse_range(text: str, what: str, multiple: int, smallest: int, largest: int
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="build_engines.py", description="Build a bundle: the graphs of a Stable Diffusion model, ready for the runtime.")
-    p.add_argument("model", nargs="?", metavar="MODEL", help="a diffusers folder, a hub id, a .safetensors or .ckpt file in the CompVis layout, or a "
-                   "known architecture (sd15, sd21, sd21-base) with --random-weights; default: the built-in model")
+    p = argparse.ArgumentParser(
+        prog="build_engines.py",
+        description="Build a bundle: the graphs of a Stable Diffusion model, ready for the runtime.",
+    )
+    p.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a diffusers folder, a hub id, a .safetensors or .ckpt file in the CompVis layout, or a "
+        "known architecture (sd15, sd21, sd21-base) with --random-weights; default: the built-in model",
+    )
     p.add_argument("--output", type=Path, help="the folder that bundles go to (default: engines/)")
     p.add_argument("--name", help="what the bundle is called (default: what the model is called)")
-    p.add_argument("--bundle", type=Path, metavar="FOLDER", help="build TensorRT plans of this bundle instead of a bundle of MODEL")
-    p.add_argument("--backend", choices=BACKENDS, help="default: tensorrt where TensorRT and a GPU are found, else onnxruntime; openvino "
-                   "also measures which components may run in bf16 there")
+    p.add_argument(
+        "--bundle", type=Path, metavar="FOLDER", help="build TensorRT plans of this bundle instead of a bundle of MODEL"
+    )
+    p.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        help="default: tensorrt where TensorRT and a GPU are found, else onnxruntime; openvino "
+        "also measures which components may run in bf16 there",
+    )
     p.add_argument("--precision", choices=["fp32", "fp16", "bf16"], help="default: fp16 for tensorrt, else fp32")
-    p.add_argument("--height", metavar="N", help="pixels: N, or MIN:OPT:MAX; several separated by commas (default: the size that the model was trained "
-                   "at for tensorrt, else sizes around it)")
+    p.add_argument(
+        "--height",
+        metavar="N",
+        help="pixels: N, or MIN:OPT:MAX; several separated by commas (default: the size that the model was trained "
+        "at for tensorrt, else sizes around it)",
+    )
     p.add_argument("--width", metavar="N", help="the same")
     p.add_argument("--batch", metavar="N", help="pictures per call, the same (default: 1 for tensorrt, else 1:1:8)")
-    p.add_argument("--rows", metavar="N", help="rows of the U-Net in one call, the same (default: twice the pictures, with guidance, and once)")
-    p.add_argument("--components", metavar="NAME,...", help="build the plans of these only: denoiser, text_encoder, vae_decoder, vae_encoder (default: all)")
-    p.add_argument("--opset", type=int, choices=[18, 23], help="23 has attention as one operator, for TensorRT 10.14 and later (default: 18)")
+    p.add_argument(
+        "--rows",
+        metavar="N",
+        help="rows of the U-Net in one call, the same (default: twice the pictures, with guidance, and once)",
+    )
+    p.add_argument(
+        "--components",
+        metavar="NAME,...",
+        help="build the plans of these only: denoiser, text_encoder, vae_decoder, vae_encoder (default: all)",
+    )
+    p.add_argument(
+        "--opset",
+        type=int,
+        choices=[18, 23],
+        help="23 has attention as one operator, for TensorRT 10.14 and later (default: 18)",
+    )
     p.add_argument("--device", metavar="cuda:N", help="the GPU that plans are built on and for (default: cuda:0)")
-    p.add_argument("--optimization-level", type=int, choices=range(6), help="how long TensorRT searches; 5 takes hours (default: 3)")
+    p.add_argument(
+        "--optimization-level",
+        type=int,
+        choices=range(6),
+        help="how long TensorRT searches; 5 takes hours (default: 3)",
+    )
     p.add_argument("--workspace", type=float, metavar="GIB", help="memory that TensorRT may try out (default: all)")
-    p.add_argument("--max-aux-streams", type=int, metavar="N", help="streams that a plan may use besides its own (default: TensorRT decides)")
-    p.add_argument("--diagnose", action="store_true", help="build the plans again and compare them with ONNX Runtime layer by layer")
-    p.add_argument("--random-weights", action="store_true", help="MODEL is an architecture; its weights are seeded random numbers")
-    p.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="CLIP's tokenizer for a single file (default: from the hub)")
-    p.add_argument("--prediction-type", metavar="TYPE", help="epsilon or v_prediction, for a single file of an SD 2.x model that does not say")
-    p.add_argument("--scheduler", metavar="NAME", help="the sampler that the bundle has as its own, for a model whose own is not known here (default: the "
-                   "model's)")
-    p.add_argument("--no-verify", action="store_true", help="do not compare with torch, diffusers and ONNX Runtime; the manifest says so")
+    p.add_argument(
+        "--max-aux-streams",
+        type=int,
+        metavar="N",
+        help="streams that a plan may use besides its own (default: TensorRT decides)",
+    )
+    p.add_argument(
+        "--diagnose",
+        action="store_true",
+        help="build the plans again and compare them with ONNX Runtime layer by layer",
+    )
+    p.add_argument(
+        "--random-weights", action="store_true", help="MODEL is an architecture; its weights are seeded random numbers"
+    )
+    p.add_argument(
+        "--tokenizer", type=Path, metavar="FOLDER", help="CLIP's tokenizer for a single file (default: from the hub)"
+    )
+    p.add_argument(
+        "--prediction-type",
+        metavar="TYPE",
+        help="epsilon or v_prediction, for a single file of an SD 2.x model that does not say",
+    )
+    p.add_argument(
+        "--scheduler",
+        metavar="NAME",
+        help="the sampler that the bundle has as its own, for a model whose own is not known here (default: the "
+        "model's)",
+    )
+    p.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="do not compare with torch, diffusers and ONNX Runtime; the manifest says so",
+    )
     p.add_argument("--force", action="store_true", help="build even if nothing changed")
     p.add_argument("--quiet", action="store_true", help="print errors only")
     p.add_argument("--version", action="version", version=f"LatentRT {__version__}")
@@ -97,20 +161,27 @@ def parse_ranges(options: argparse.Namespace) -> dict[str, list[Range]]:
 
 
 def profiles(asked: dict[str, list[Range]], defaults: Shapes) -> list[Shapes]:
-    """One profile for each set of height, width and batch (a single one goes with all), and in each for every number of rows."""
+    """One profile for each set of height, width and batch (a single one goes with all), and in each for every number of
+    rows."""
     from export.tensorrt.build import with_rows
+
     sides = {name: asked.get(name, [getattr(defaults, name)]) for name in ("height", "width", "batch")}
     count = max(len(values) for values in sides.values())
     for name, values in sides.items():
         if len(values) not in (1, count):
-            raise UsageError(f"--{name} has {len(values)} values and another option {count}; give one for all, or as many everywhere")
+            raise UsageError(
+                f"--{name} has {len(values)} values and another option {count}; give one for all, or as many everywhere"
+            )
     shapes = [Shapes(*(values[i % len(values)] for values in sides.values())) for i in range(count)]
     if "rows" not in asked:
         return [profile for one in shapes for profile in with_rows(one)]
     for one in shapes:
         for rows in asked["rows"]:
             if rows.min < one.batch.min or rows.max < one.batch.max:
-                raise UsageError(f"--rows {rows} is fewer than --batch {one.batch}; each picture has a row of the U-Net, and two with guidance")
+                raise UsageError(
+                    f"--rows {rows} is fewer than --batch {one.batch}; each picture has a row of the U-Net, and two "
+                    "with guidance"
+                )
     return [replace(one, rows=rows) for one in shapes for rows in asked["rows"]]
 
 
@@ -124,15 +195,23 @@ def run(options: argparse.Namespace) -> None:
     asked = parse_ranges(options)
     report = (lambda message: None) if options.quiet else (lambda message: print(message, flush=True))
     check_bundle_options(options)
-    tensorrt = options.bundle is not None or (options.backend or ("tensorrt" if tensorrt_is_usable() else "onnxruntime")) == "tensorrt"
+    tensorrt = (
+        options.bundle is not None
+        or (options.backend or ("tensorrt" if tensorrt_is_usable() else "onnxruntime")) == "tensorrt"
+    )
     gpu = gpu_number(options.device or "cuda")
     if tensorrt:
         check_tensorrt_options(options, gpu)
     else:
         refuse(options, FOR_TENSORRT, "is for --backend tensorrt")
         if options.device not in (None, "cpu"):
-            raise UsageError(f"--device {options.device} is for --backend tensorrt; graphs for OpenVINO and ONNX Runtime are built on the CPU. Leave it out")
-    folder = options.bundle or build_bundle(options, asked, options.precision or ("fp16" if tensorrt else "fp32"), report)
+            raise UsageError(
+                f"--device {options.device} is for --backend tensorrt; graphs for OpenVINO and ONNX Runtime are built "
+                "on the CPU. Leave it out"
+            )
+    folder = options.bundle or build_bundle(
+        options, asked, options.precision or ("fp16" if tensorrt else "fp32"), report
+    )
     if tensorrt:
         build_plans(options, folder, asked, gpu or 0, report)
 
@@ -148,17 +227,26 @@ def check_bundle_options(options: argparse.Namespace) -> None:
     """UsageError for options that do not go together, and for names that no folder can have."""
     if options.bundle is not None:
         if options.model is not None or options.backend not in (None, "tensorrt"):
-            raise UsageError("--bundle builds TensorRT plans of a bundle that is there; leave MODEL and other backends than tensorrt out")
+            raise UsageError(
+                "--bundle builds TensorRT plans of a bundle that is there; leave MODEL and other backends than "
+                "tensorrt out"
+            )
         refuse(options, FOR_A_MODEL, "is for building a bundle from a model, and --bundle takes one that is there")
-    if options.name is not None and (not NAME.fullmatch(options.name) or len(options.name.encode(errors="replace")) > LONGEST_NAME):
-        raise UsageError(f"--name {shown(options.name)} cannot be a folder's name; it begins with a letter or digit, holds no / \\ or :, and has at most "
-                         f"{LONGEST_NAME} bytes")
+    if options.name is not None and (
+        not NAME.fullmatch(options.name) or len(options.name.encode(errors="replace")) > LONGEST_NAME
+    ):
+        raise UsageError(
+            f"--name {shown(options.name)} cannot be a folder's name; it begins with a letter or digit, holds no / \\ "
+            "or :, and has at most "
+            f"{LONGEST_NAME} bytes"
+        )
 
 
 def check_tensorrt_options(options: argparse.Namespace, gpu: int | None) -> None:
     """The errors of a machine or an option that plans cannot be built with, before anything is exported."""
     from engine.backends.tensorrt.cuda import Device
     from engine.backends.tensorrt.versions import load_tensorrt
+
     if gpu is None:
         raise UsageError("--device cpu cannot build TensorRT plans; leave it out, or pass --backend onnxruntime")
     if options.workspace is not None and not 0 < options.workspace < 2**20:
@@ -172,38 +260,77 @@ def check_tensorrt_options(options: argparse.Namespace, gpu: int | None) -> None
         pass
 
 
-def build_bundle(options: argparse.Namespace, asked: dict[str, list[Range]], precision: str, report: Callable[[str], None]) -> Path:
+def build_bundle(
+    options: argparse.Namespace, asked: dict[str, list[Range]], precision: str, report: Callable[[str], None]
+) -> Path:
     """The ONNX bundle of MODEL: its folder."""
     from export.libraries import quiet_libraries
+
     quiet_libraries()
     from export.build import build, default_shapes
     from export.graphs.tracing import OPSET
     from export.sources.checkpoint import resolve
 
-    source = resolve(options.model, options.random_weights, options.tokenizer, options.prediction_type, options.scheduler)
+    source = resolve(
+        options.model, options.random_weights, options.tokenizer, options.prediction_type, options.scheduler
+    )
     if options.name is not None:
         source.name = options.name
     defaults = default_shapes(source.sample_size())
-    shapes = Shapes(**{side: envelope(asked.get(side, [getattr(defaults, side)])) for side in ("height", "width", "batch")})
-    made = build(source, options.output or Path("engines"), precision, shapes, opset=options.opset or OPSET, openvino=options.backend == "openvino",
-                 verify=not options.no_verify, force=options.force, report=report)
-    if made.exported and options.backend is None and precision != "bf16" and default_backend() == "openvino" and OpenVinoBackend({}).has_bf16():
-        report("on this CPU it runs in fp32; --backend openvino measures which components may run in bf16, which is faster")
+    shapes = Shapes(
+        **{side: envelope(asked.get(side, [getattr(defaults, side)])) for side in ("height", "width", "batch")}
+    )
+    made = build(
+        source,
+        options.output or Path("engines"),
+        precision,
+        shapes,
+        opset=options.opset or OPSET,
+        openvino=options.backend == "openvino",
+        verify=not options.no_verify,
+        force=options.force,
+        report=report,
+    )
+    if (
+        made.exported
+        and options.backend is None
+        and precision != "bf16"
+        and default_backend() == "openvino"
+        and OpenVinoBackend({}).has_bf16()
+    ):
+        report(
+            "on this CPU it runs in fp32; --backend openvino measures which components may run in bf16, which is faster"
+        )
     return made.folder
 
 
-def build_plans(options: argparse.Namespace, folder: Path, asked: dict[str, list[Range]], gpu: int, report: Callable[[str], None]) -> None:
+def build_plans(
+    options: argparse.Namespace, folder: Path, asked: dict[str, list[Range]], gpu: int, report: Callable[[str], None]
+) -> None:
     """The plans of the bundle in `folder`."""
     from engine.bundle import Bundle
     from export.tensorrt import build as to_tensorrt
 
     shapes, one = Bundle.open(folder, verify=False).shapes, Range(1, 1, 1)
-    sides = {name: Range(best, best, best) for name, best in (("height", shapes.height.opt), ("width", shapes.width.opt))}
+    sides = {
+        name: Range(best, best, best) for name, best in (("height", shapes.height.opt), ("width", shapes.width.opt))
+    }
     level = 3 if options.optimization_level is None else options.optimization_level
-    settings = to_tensorrt.Settings(level, options.workspace and int(options.workspace * 2**30), options.max_aux_streams)
+    settings = to_tensorrt.Settings(
+        level, options.workspace and int(options.workspace * 2**30), options.max_aux_streams
+    )
     components = options.components.split(",") if options.components is not None else COMPONENTS
-    to_tensorrt.build_plans(folder, profiles(asked, Shapes(**sides, batch=one)), settings, components=components, gpu=gpu, compare=not options.no_verify,
-                            diagnose=options.diagnose, force=options.force, report=report)
+    to_tensorrt.build_plans(
+        folder,
+        profiles(asked, Shapes(**sides, batch=one)),
+        settings,
+        components=components,
+        gpu=gpu,
+        compare=not options.no_verify,
+        diagnose=options.diagnose,
+        force=options.force,
+        report=report,
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,4 +1,5 @@
 """Benchmarks:  python -m benchmarks latency --bundle engines/demo --against diffusers,diffusers-bf16"""
+
 from __future__ import annotations
 
 import argparse
@@ -27,7 +28,9 @@ COMMANDS = {
 
 def parser(chosen: str) -> argparse.ArgumentParser:
     """With the options of the chosen command only: the others may need packages that are not installed."""
-    p = argparse.ArgumentParser(prog="python -m benchmarks", description="Measurements that say what they were made on.")
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Measurements that say what they were made on."
+    )
     commands = p.add_subparsers(dest="command", required=True)
     for name, purpose in COMMANDS.items():
         command = commands.add_parser(name, help=purpose, description=purpose)
@@ -57,9 +60,17 @@ def main(arguments: list[str] | None = None) -> int:
     except BenchmarkError as error:
         failure, message, code = error, str(error), error.exit_code
     except ImportError as error:
-        failure, message, code = error, f"{error}; install what benchmarks need: {install_command('export', 'cpu', 'benchmarks')}", 1
+        failure, message, code = (
+            error,
+            f"{error}; install what benchmarks need: {install_command('export', 'cpu', 'benchmarks')}",
+            1,
+        )
     except Exception as error:
-        failure, message, code = error, f"{type(error).__name__}: {error} (run again with --debug for the traceback)", getattr(error, "exit_code", 1)
+        failure, message, code = (
+            error,
+            f"{type(error).__name__}: {error} (run again with --debug for the traceback)",
+            getattr(error, "exit_code", 1),
+        )
         if hasattr(error, "exit_code"):
             message = str(error)
     if "--debug" in words:

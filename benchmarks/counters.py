@@ -1,8 +1,11 @@
-"""Floating-point operations and bytes of an ONNX graph at given sizes, counted from the graph itself; weights are not read.
+"""Floating-point operations and bytes of an ONNX graph at given sizes, counted from the graph itself; weights are not
+read.
 
-One multiplication and one addition are two operations (FLOP = 2 x MAC). Only matrix products and convolutions are counted, as
-torch's FlopCounterMode does: everything else can be fused into them, so a floor on the time must not have it.
+One multiplication and one addition are two operations (FLOP = 2 x MAC). Only matrix products and convolutions are
+counted, as torch's FlopCounterMode does: everything else can be fused into them, so a floor on the time must not have
+it.
 """
+
 from __future__ import annotations
 
 import math
@@ -57,14 +60,22 @@ class Count:
         return sum(operation.bytes for operation in self.operations)
 
     def floor(self, flop_per_second: float, bytes_per_second: float) -> float:
-        """Seconds below which no implementation comes that runs the operations one by one: the sum over them of what takes
-        longer, arithmetic or memory."""
-        return sum(max(operation.flop / flop_per_second, operation.bytes / bytes_per_second) for operation in self.operations)
+        """Seconds below which no implementation comes that runs the operations one by one: the sum over them of what
+        takes longer, arithmetic or memory."""
+        return sum(
+            max(operation.flop / flop_per_second, operation.bytes / bytes_per_second) for operation in self.operations
+        )
 
 
 def sizes_of(height: int, width: int, batch: int, rows: int, tokens: int = PROMPT_TOKENS) -> dict[str, int]:
     """The graphs' dimensions for a picture of so many pixels."""
-    return {"batch": batch, "rows": rows, "tokens": tokens, "height": height // VAE_FACTOR, "width": width // VAE_FACTOR}
+    return {
+        "batch": batch,
+        "rows": rows,
+        "tokens": tokens,
+        "height": height // VAE_FACTOR,
+        "width": width // VAE_FACTOR,
+    }
 
 
 def count(file: Path, sizes: Mapping[str, int], element_bytes: int = 4) -> Count:
@@ -77,12 +88,19 @@ def count(file: Path, sizes: Mapping[str, int], element_bytes: int = 4) -> Count
     for node in graph.node:
         if node.op_type in COSTS:
             if any(shapes.get(name) is None for name in (*node.input, node.output[0]) if name):
-                raise CountError(f"{node.op_type} {node.name} in {file} has a shape that cannot be found at {dict(sizes)}")
+                raise CountError(
+                    f"{node.op_type} {node.name} in {file} has a shape that cannot be found at {dict(sizes)}"
+                )
             touched = [shapes[name] for name in (*node.input, node.output[0]) if name]
             flop = COSTS[node.op_type](node, shapes)
-            operations.append(Operation(node.op_type, node.name, flop, element_bytes * sum(math.prod(shape) for shape in touched)))
+            operations.append(
+                Operation(node.op_type, node.name, flop, element_bytes * sum(math.prod(shape) for shape in touched))
+            )
         elif node.op_type in UNKNOWN:
-            raise CountError(f"{file} holds {node.op_type}, whose operations are not counted here; add it to COSTS in benchmarks/counters.py")
+            raise CountError(
+                f"{file} holds {node.op_type}, whose operations are not counted here; add it to COSTS in "
+                "benchmarks/counters.py"
+            )
     outside = [*graph.input, *graph.output]
     weights = element_bytes * sum(math.prod(tensor.dims) for tensor in graph.initializer if len(tensor.dims) > 1)
     return Count(tuple(operations), weights, 4 * sum(math.prod(shapes[value.name] or ()) for value in outside))
@@ -108,14 +126,27 @@ def _gemm(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int:
 
 
 COSTS = {"Conv": _conv, "ConvTranspose": _conv_transpose, "MatMul": _matmul, "Gemm": _gemm}
-UNKNOWN = frozenset({"Attention", "ConvInteger", "DeformConv", "Einsum", "GRU", "LSTM", "MatMulInteger", "QLinearConv", "QLinearMatMul", "RNN"})
+UNKNOWN = frozenset(
+    {
+        "Attention",
+        "ConvInteger",
+        "DeformConv",
+        "Einsum",
+        "GRU",
+        "LSTM",
+        "MatMulInteger",
+        "QLinearConv",
+        "QLinearMatMul",
+        "RNN",
+    }
+)
 
 
 def _with_shapes(file: Path, sizes: Mapping[str, int]) -> tuple[onnx.GraphProto, dict[str, Any]]:
     """The graph with its inputs' sizes put in, and the shape of every value (None where it is not known).
 
-    Shapes that the graph computes (the product of a height and a width) are beyond ONNX's inference: it and the evaluation of
-    small values take turns until neither finds anything new.
+    Shapes that the graph computes (the product of a height and a width) are beyond ONNX's inference: it and the
+    evaluation of small values take turns until neither finds anything new.
     """
     model = onnx.load(str(file), load_external_data=False)
     graph = model.graph
@@ -131,7 +162,9 @@ def _with_shapes(file: Path, sizes: Mapping[str, int]) -> tuple[onnx.GraphProto,
     while True:
         del graph.value_info[:]
         inferred = shape_inference.infer_shapes(model, data_prop=True).graph
-        shapes: dict[str, Any] = {value.name: _shape(value) for value in (*inferred.input, *inferred.value_info, *inferred.output)}
+        shapes: dict[str, Any] = {
+            value.name: _shape(value) for value in (*inferred.input, *inferred.value_info, *inferred.output)
+        }
         shapes |= {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
         found = _evaluate(graph, shapes, known)
         if not found:
@@ -153,7 +186,9 @@ def _size(text: str, sizes: Mapping[str, int]) -> int:
 
 def _shape(value: onnx.ValueInfoProto) -> Shape | None:
     dimensions = value.type.tensor_type.shape.dim
-    known = value.type.tensor_type.HasField("shape") and all(dimension.HasField("dim_value") for dimension in dimensions)
+    known = value.type.tensor_type.HasField("shape") and all(
+        dimension.HasField("dim_value") for dimension in dimensions
+    )
     return tuple(dimension.dim_value for dimension in dimensions) if known else None
 
 
@@ -168,7 +203,9 @@ def _constants(graph: onnx.GraphProto, folder: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def _evaluate(graph: onnx.GraphProto, shapes: Mapping[str, Any], known: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _evaluate(
+    graph: onnx.GraphProto, shapes: Mapping[str, Any], known: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """Values of the operations that have just become computable from shapes and small constants."""
     found: dict[str, np.ndarray] = {}
     for node in graph.node:
@@ -179,7 +216,7 @@ def _evaluate(graph: onnx.GraphProto, shapes: Mapping[str, Any], known: Mapping[
                 if shape is None:
                     continue
                 ends = {attribute.name: attribute.i for attribute in node.attribute}
-                value = np.array(shape[ends.get("start", 0):ends.get("end", len(shape))], np.int64)
+                value = np.array(shape[ends.get("start", 0) : ends.get("end", len(shape))], np.int64)
             else:
                 outputs: Any = ReferenceEvaluator(node).run(None, inputs)
                 value = np.asarray(outputs[0])

@@ -1,9 +1,11 @@
 """Every error that a benchmark raises on purpose."""
+
 from __future__ import annotations
 
 
 class BenchmarkError(Exception):
-    """Base class. `exit_code` is what the command exits with: 2 where the user's input is at fault, 1 where something failed."""
+    """Base class. `exit_code` is what the command exits with: 2 where the user's input is at fault, 1 where something
+    failed."""
 
     exit_code = 1
 

@@ -1,4 +1,5 @@
 """A run of benchmarks.gpu that outlives the shell that started it, and can be asked how far it is."""
+
 from __future__ import annotations
 
 import json
@@ -21,8 +22,14 @@ def detach(folder: Path, arguments: Sequence[str]) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / STATUS).unlink(missing_ok=True)
     with open(folder / LOG, "ab") as log:
-        process = subprocess.Popen([sys.executable, "-u", "-m", "benchmarks.gpu", *arguments], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log,
-                                   stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "benchmarks.gpu", *arguments],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     if not (folder / STATUS).exists():  # it tells of itself once it has imported everything
         _write(folder, {"pid": process.pid, "running": "starting", "since": time.time(), "ended": []})
     return f"process {process.pid} runs in the background; ask: python -m benchmarks.gpu --status --output {folder}"
@@ -61,7 +68,10 @@ def status(folder: Path) -> str:
     elif alive(state["pid"]):
         lines = [f"running: {state['running']}, for {time.time() - state['since']:.0f} s (process {state['pid']})"]
     else:
-        lines = [f"process {state['pid']} is gone; it was at {state['running']}. Start it again: finished plans are not built again"]
+        lines = [
+            f"process {state['pid']} is gone; it was at {state['running']}. Start it again: finished plans are not "
+            "built again"
+        ]
     lines += [f"ended: {part}" for part in state["ended"]]
     if (folder / LOG).is_file():
         lines += ["", *(folder / LOG).read_text(errors="replace").splitlines()[-LOG_LINES:]]

@@ -1,4 +1,6 @@
-"""The denoiser's graph with one change, in place of the one in a bundle: what benchmarks.gpu --profile measures. Needs torch."""
+"""The denoiser's graph with one change, in place of the one in a bundle: what benchmarks.gpu --profile measures. Needs
+torch."""
+
 from __future__ import annotations
 
 import argparse
@@ -58,8 +60,10 @@ def norms_in_half(unet: Any) -> Iterator[None]:
 @contextmanager
 def float_scores(unet: Any) -> Iterator[None]:
     """Of models with upcast_attention: a product in float32."""
-    with patch.object(graphs, "centred", lambda tokens: tokens), \
-            patch.object(graphs, "bounded_scores", lambda query, key: query.float() @ key.float().transpose(-1, -2)):
+    with (
+        patch.object(graphs, "centred", lambda tokens: tokens),
+        patch.object(graphs, "bounded_scores", lambda query, key: query.float() @ key.float().transpose(-1, -2)),
+    ):
         yield
 
 
@@ -79,7 +83,9 @@ class FixedText(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.value = nn.Parameter(torch.randn(1, PROMPT_TOKENS, linear.out_features, generator=torch.Generator().manual_seed(0)))
+        self.value = nn.Parameter(
+            torch.randn(1, PROMPT_TOKENS, linear.out_features, generator=torch.Generator().manual_seed(0))
+        )
 
     def forward(self, text: Tensor) -> Tensor:
         return self.value + text[:, :1, :1] * 0.0
@@ -126,13 +132,20 @@ def soften(graph: onnx.GraphProto) -> None:
 
 
 GRAPHS: dict[str, Callable[[Any], Any]] = {
-    "plain": plain, "softmax_in_half": plain, "norms_in_half": norms_in_half, "float_scores": float_scores, "text_keys_once": text_keys_once,
-    "one_time_projection": one_time_projection}
+    "plain": plain,
+    "softmax_in_half": plain,
+    "norms_in_half": norms_in_half,
+    "float_scores": float_scores,
+    "text_keys_once": text_keys_once,
+    "one_time_projection": one_time_projection,
+}
 
 
 def main() -> None:
     p = argparse.ArgumentParser(prog="python -m benchmarks.gpu_graphs")
-    p.add_argument("--model", default="", help="a known architecture, with random weights; nothing is the built-in model")
+    p.add_argument(
+        "--model", default="", help="a known architecture, with random weights; nothing is the built-in model"
+    )
     p.add_argument("--bundle", type=Path, required=True)
     p.add_argument("--graph", choices=GRAPHS, default="plain")
     p.add_argument("--opset", type=int, default=18)

@@ -1,10 +1,13 @@
-"""What settings of TensorRT, and what changes of the graph, do to one step of the denoiser: `python -m benchmarks.gpu --profile`.
+"""What settings of TensorRT, and what changes of the graph, do to one step of the denoiser: `python -m benchmarks.gpu
+--profile`.
 
-Each variant is a copy of the model's bundle in FOLDER/profile/, removed when it is measured, with a plan of the denoiser alone, checked as every
-build is. Its step is timed by CUDA events, as a captured graph and as a plain enqueue, beside diffusers' U-Net under torch.compile. Fused attention is
-counted by the names of kernels: those that the engine inspector tells, and, where `ncu` is installed, those that one plain step runs (TensorRT 8.6 tells
-a whole region as one node).
+Each variant is a copy of the model's bundle in FOLDER/profile/, removed when it is measured, with a plan of the
+denoiser alone, checked as every build is. Its step is timed by CUDA events, as a captured graph and as a plain enqueue,
+beside diffusers' U-Net under torch.compile. Fused attention is counted by the names of kernels: those that the engine
+inspector tells, and, where `ncu` is installed, those that one plain step runs (TensorRT 8.6 tells a whole region as one
+node).
 """
+
 from __future__ import annotations
 
 import csv
@@ -23,7 +26,8 @@ if TYPE_CHECKING:
 
 HEADER = ["variant", "step ms", "plain enqueue ms", "fused attention", "by ncu", "against torch", "build s"]
 ATTENTION = re.compile(r"mha|flash", re.IGNORECASE)
-"""In names of fused attention kernels: `_gemm_mha_v2`, `fmha`, `flash`. A model's own names hold `attentions`, which means nothing."""
+"""In names of fused attention kernels: `_gemm_mha_v2`, `fmha`, `flash`. A model's own names hold `attentions`, which
+means nothing."""
 
 NCU = ("ncu", "--metrics", "gpu__time_duration.sum", "--csv", "--target-processes", "all")
 
@@ -34,7 +38,8 @@ class PartFailed(Exception):
 
 @dataclass(frozen=True)
 class Variant:
-    """What differs from the default: the graph (one of gpu_graphs.GRAPHS), its opset, options of build_engines.py; `model` where it is for one alone."""
+    """What differs from the default: the graph (one of gpu_graphs.GRAPHS), its opset, options of build_engines.py;
+    `model` where it is for one alone."""
 
     graph: str = "plain"
     opset: int = 18
@@ -53,8 +58,8 @@ VARIANTS = {
     "text keys once": Variant("text_keys_once"),
     "one time projection": Variant("one_time_projection"),
 }
-"""In the order of what they promise. "text keys once" holds keys and values of a text as constants: the time that a second plan for them would save, not the
-picture. "opset 23" needs TensorRT 10.14 or later."""
+"""In the order of what they promise. "text keys once" holds keys and values of a text as constants: the time that a
+second plan for them would save, not the picture. "opset 23" needs TensorRT 10.14 or later."""
 
 
 def profile(benchmark: Benchmark, model: str) -> dict[str, Any]:
@@ -83,8 +88,16 @@ def attempt(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, A
 
 def baseline(benchmark: Benchmark, model: str) -> dict[str, Any]:
     """The U-Net under torch.compile."""
-    return benchmark.run_torch("-m", "benchmarks.gpu_torch", "step", *benchmark.model_arguments(model), "--mode", benchmark.options.compile_mode,
-                               "--device", benchmark.options.torch_device)
+    return benchmark.run_torch(
+        "-m",
+        "benchmarks.gpu_torch",
+        "step",
+        *benchmark.model_arguments(model),
+        "--mode",
+        benchmark.options.compile_mode,
+        "--device",
+        benchmark.options.torch_device,
+    )
 
 
 def measure(benchmark: Benchmark, model: str, name: str, variant: Variant) -> dict[str, Any]:
@@ -95,18 +108,34 @@ def measure(benchmark: Benchmark, model: str, name: str, variant: Variant) -> di
     shutil.rmtree(bundle, ignore_errors=True)
     shutil.copytree(benchmark.bundle(model), bundle, ignore=shutil.ignore_patterns("plans"))
     if variant.graph != "plain" or variant.opset != 18:
-        benchmark.run_torch("-m", "benchmarks.gpu_graphs", *benchmark.model_arguments(model)[:2], "--bundle", str(bundle), "--graph", variant.graph,
-                            "--opset", str(variant.opset))
+        benchmark.run_torch(
+            "-m",
+            "benchmarks.gpu_graphs",
+            *benchmark.model_arguments(model)[:2],
+            "--bundle",
+            str(bundle),
+            "--graph",
+            variant.graph,
+            "--opset",
+            str(variant.opset),
+        )
     plans.mkdir()
     for cache in folder.glob("*.timing.cache"):  # what is the same in all variants is measured once
         shutil.copy2(cache, plans)
-    benchmark.run_tensorrt("build_engines.py", "--bundle", str(bundle), "--components", "denoiser", "--rows", "2", *variant.build)
+    benchmark.run_tensorrt(
+        "build_engines.py", "--bundle", str(bundle), "--components", "denoiser", "--rows", "2", *variant.build
+    )
     for cache in plans.glob("*.timing.cache"):
         shutil.copy2(cache, folder)
     entry = json.loads(next(plans.glob("[!.]*/build.json")).read_text())["components"]["denoiser"]
     step = benchmark.run_tensorrt("-m", "benchmarks.gpu_tensorrt", "step", "--bundle", str(bundle))
-    found = {**step, "build_seconds": entry["seconds"]["build"], "bytes": entry["bytes"], "difference": entry["check"]["difference"],
-             "kernels": kernels(benchmark, bundle)}
+    found = {
+        **step,
+        "build_seconds": entry["seconds"]["build"],
+        "bytes": entry["bytes"],
+        "difference": entry["check"]["difference"],
+        "kernels": kernels(benchmark, bundle),
+    }
     shutil.rmtree(bundle)
     return found
 
@@ -115,7 +144,15 @@ def kernels(benchmark: Benchmark, bundle: Path) -> dict[str, Any]:
     """The kernels of one plain step and their time, as ncu measures them, each alone; or why there are none."""
     if shutil.which(NCU[0]) is None:
         return {"missing": "ncu is not installed, so what a region of TensorRT 8.6 runs inside is unknown"}
-    command = [*NCU, *shlex.split(benchmark.options.tensorrt_python), "-m", "benchmarks.gpu_tensorrt", "once", "--bundle", str(bundle)]
+    command = [
+        *NCU,
+        *shlex.split(benchmark.options.tensorrt_python),
+        "-m",
+        "benchmarks.gpu_tensorrt",
+        "once",
+        "--bundle",
+        str(bundle),
+    ]
     try:
         return read_ncu(benchmark.printed(command))
     except PartFailed as error:
@@ -134,14 +171,22 @@ def read_ncu(printed: str) -> dict[str, Any]:
         counts[row["Kernel Name"]] += 1
     fused = [name for name in times if ATTENTION.search(name)]
     longest = sorted(times, key=lambda name: -times[name])[:25]
-    return {"ms": round(sum(times.values()), 4), "count": sum(counts.values()), "fused_attention": sum(counts[name] for name in fused),
-            "fused_attention_ms": round(sum(times[name] for name in fused), 4),
-            "longest": {name[:120]: {"count": counts[name], "ms": round(times[name], 4)} for name in longest}}
+    return {
+        "ms": round(sum(times.values()), 4),
+        "count": sum(counts.values()),
+        "fused_attention": sum(counts[name] for name in fused),
+        "fused_attention_ms": round(sum(times[name] for name in fused), 4),
+        "longest": {name[:120]: {"count": counts[name], "ms": round(times[name], 4)} for name in longest},
+    }
 
 
 def fused_attention(layers: Sequence[dict[str, Any]]) -> list[str]:
     """Names of an engine's layers that are fused attention, by tactic or by their own name."""
-    return [str(layer["Name"])[:200] for layer in layers if ATTENTION.search(f"{layer.get('TacticName', '')} {layer.get('Name', '')}")]
+    return [
+        str(layer["Name"])[:200]
+        for layer in layers
+        if ATTENTION.search(f"{layer.get('TacticName', '')} {layer.get('Name', '')}")
+    ]
 
 
 def table(found: dict[str, Any]) -> list[list[str]]:
@@ -153,6 +198,15 @@ def table(found: dict[str, Any]) -> list[list[str]]:
             rows.append([name, "failed: " + one["failed"].strip().splitlines()[-1][:60], "", "", "", "", ""])
             continue
         by_ncu = one["kernels"].get("fused_attention")
-        rows.append([name, f"{one['step_ms']:.3f}", f"{one['plain_ms']:.3f}", str(one["fused_attention"]), "no ncu" if by_ncu is None else str(by_ncu),
-                     f"{torch_ms / one['step_ms']:.2f}x" if torch_ms else "", f"{one['build_seconds']:.0f}"])
+        rows.append(
+            [
+                name,
+                f"{one['step_ms']:.3f}",
+                f"{one['plain_ms']:.3f}",
+                str(one["fused_attention"]),
+                "no ncu" if by_ncu is None else str(by_ncu),
+                f"{torch_ms / one['step_ms']:.2f}x" if torch_ms else "",
+                f"{one['build_seconds']:.0f}",
+            ]
+        )
     return rows

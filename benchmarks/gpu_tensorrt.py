@@ -1,4 +1,5 @@
 """The parts of benchmarks.gpu that run TensorRT. Needs the runtime's packages only; the last line printed is JSON."""
+
 from __future__ import annotations
 
 import argparse
@@ -53,10 +54,18 @@ def check(bundle: Path, file: Path) -> dict[str, Any]:
         outputs = dict(zip(OUTPUTS[component], runtime.run(component, inputs)))
         runtime.close()
         wanted = {name: compared(component, name, reference[f"{component}/{name}"]) for name in outputs}
-        worst = max((difference(compared(component, name, value), wanted[name]) for name, value in outputs.items()), key=lambda one: one.relative_rms)
+        worst = max(
+            (difference(compared(component, name, value), wanted[name]) for name, value in outputs.items()),
+            key=lambda one: one.relative_rms,
+        )
         finite = all(np.isfinite(value.astype(np.float32)).all() for value in outputs.values())
         allowed = tolerance(component, opened.precision)
-        found[component] = {**as_json(worst), "finite": bool(finite), "allowed": allowed, "good": bool(finite and worst.relative_rms <= allowed)}
+        found[component] = {
+            **as_json(worst),
+            "finite": bool(finite),
+            "allowed": allowed,
+            "good": bool(finite and worst.relative_rms <= allowed),
+        }
         print(f"{component}: {worst.relative_rms:.2e} from torch in float32, {allowed:.0e} is allowed")
     return found
 
@@ -67,13 +76,24 @@ def picture(bundle: Path, file: Path, png: Path) -> dict[str, Any]:
     made: dict[str, np.ndarray] = {}
     for graphs in (True, False):
         with Pipeline.load(bundle, backend="tensorrt", cuda_graphs=graphs) as pipeline:
-            result = pipeline(PROMPT, num_inference_steps=PICTURE_STEPS, guidance_scale=GUIDANCE, seed=0, scheduler="ddim", progress=False)
+            result = pipeline(
+                PROMPT,
+                num_inference_steps=PICTURE_STEPS,
+                guidance_scale=GUIDANCE,
+                seed=0,
+                scheduler="ddim",
+                progress=False,
+            )
             made[result.timings["path"]] = np.asarray(result.images[0])
             if graphs:
                 result.images[0].save(png)
                 path = result.timings["path"]
-    found = {"psnr_db": round(psnr(made[path], expected), 2), "path": path, "steps": PICTURE_STEPS,
-             "graph_equals_plain": len(made) == 2 and np.array_equal(made["cuda_graph"], made["plain"])}
+    found = {
+        "psnr_db": round(psnr(made[path], expected), 2),
+        "path": path,
+        "steps": PICTURE_STEPS,
+        "graph_equals_plain": len(made) == 2 and np.array_equal(made["cuda_graph"], made["plain"]),
+    }
     print(f"PSNR {found['psnr_db']} dB against diffusers in float32")
     return found
 
@@ -88,28 +108,55 @@ def latency(bundle: Path, steps: list[int], pictures: int, warmup: int) -> dict[
         started = perf_counter()
         pipeline = Pipeline.load(bundle, backend="tensorrt", cuda_graphs=graphs)
         loaded = perf_counter()
-        first = pipeline(PROMPT, num_inference_steps=steps[0], guidance_scale=GUIDANCE, seed=0, scheduler="ddim", progress=False, output_type="np")
+        first = pipeline(
+            PROMPT,
+            num_inference_steps=steps[0],
+            guidance_scale=GUIDANCE,
+            seed=0,
+            scheduler="ddim",
+            progress=False,
+            output_type="np",
+        )
         first_seconds = perf_counter() - loaded
         numbers = {str(count): measure(pipeline, count, pictures, warmup) for count in steps}
         with device:
             used = free - device.memory()[0]
         found["cuda_graph" if graphs else "plain"] = {
-            "path": first.timings["path"], "description": pipeline.description, "load_s": round(loaded - started, 3),
-            "first_picture_s": round(first_seconds, 3), "device_mib": round(used / 2**20, 1), "steps": numbers}
+            "path": first.timings["path"],
+            "description": pipeline.description,
+            "load_s": round(loaded - started, 3),
+            "first_picture_s": round(first_seconds, 3),
+            "device_mib": round(used / 2**20, 1),
+            "steps": numbers,
+        }
         pipeline.close()
     with device.closing():
         return found
 
 
 def measure(pipeline: Pipeline, steps: int, pictures: int, warmup: int) -> dict[str, Any]:
-    """Percentiles over pictures of a new prompt each, so that the text encoder runs for each; the negative prompt is cached."""
-    samples: dict[str, list[float]] = {"whole_ms": [], "step_ms": [], "text_encoder_ms": [], "prepare_ms": [], "denoise_ms": [],
-                                       "vae_decoder_ms": []}
+    """Percentiles over pictures of a new prompt each, so that the text encoder runs for each; the negative prompt is
+    cached."""
+    samples: dict[str, list[float]] = {
+        "whole_ms": [],
+        "step_ms": [],
+        "text_encoder_ms": [],
+        "prepare_ms": [],
+        "denoise_ms": [],
+        "vae_decoder_ms": [],
+    }
     host = device = 0.0
     for i in range(warmup + pictures):
         started = perf_counter()
-        result = pipeline(f"{PROMPT}, number {i}", num_inference_steps=steps, guidance_scale=GUIDANCE, seed=i, scheduler="ddim", progress=False,
-                          output_type="np")
+        result = pipeline(
+            f"{PROMPT}, number {i}",
+            num_inference_steps=steps,
+            guidance_scale=GUIDANCE,
+            seed=i,
+            scheduler="ddim",
+            progress=False,
+            output_type="np",
+        )
         whole = perf_counter() - started
         if i < warmup:
             continue
@@ -122,8 +169,11 @@ def measure(pipeline: Pipeline, steps: int, pictures: int, warmup: int) -> dict[
         device += times["prepare"] + times["denoise"]
     found: dict[str, Any] = {name: percentiles(values) for name, values in samples.items()}
     found["host_share_of_step"] = round(host / device, 4)
-    print(f"{steps} steps: picture {found['whole_ms']['p50']:.2f} ms, step {found['step_ms']['p50']:.3f} ms, VAE {found['vae_decoder_ms']['p50']:.2f} ms, "
-          f"host {found['host_share_of_step']:.1%} of the loop")
+    print(
+        f"{steps} steps: picture {found['whole_ms']['p50']:.2f} ms, step {found['step_ms']['p50']:.3f} ms, VAE "
+        f"{found['vae_decoder_ms']['p50']:.2f} ms, "
+        f"host {found['host_share_of_step']:.1%} of the loop"
+    )
     return found
 
 
@@ -141,15 +191,21 @@ def denoiser(bundle: Path) -> Iterator[tuple[TensorRtRuntime, dict[str, np.ndarr
 
 
 def described(runtime: TensorRtRuntime) -> dict[str, Any]:
-    """The denoiser's layers as the engine inspector tells them: how many of each kind, and those that are fused attention."""
+    """The denoiser's layers as the engine inspector tells them: how many of each kind, and those that are fused
+    attention."""
     with runtime.device:
         told = json.loads(runtime.engines["denoiser"].inspect())
     known = [layer if isinstance(layer, dict) else {"Name": layer} for layer in told["Layers"]]
     kinds, fused = Counter(str(layer.get("LayerType", "unknown")) for layer in known), fused_attention(known)
     tactics = Counter(str(layer.get("TacticName", ""))[:80] for layer in known)
     print(f"{len(known)} layers: {dict(kinds.most_common(8))}; {len(fused)} of fused attention")
-    return {"layers": len(known), "kinds": dict(kinds.most_common()), "fused_attention": len(fused), "fused_attention_names": fused[:40],
-            "tactics": dict(tactics.most_common(25))}
+    return {
+        "layers": len(known),
+        "kinds": dict(kinds.most_common()),
+        "fused_attention": len(fused),
+        "fused_attention_names": fused[:40],
+        "tactics": dict(tactics.most_common(25)),
+    }
 
 
 def layers(bundle: Path) -> dict[str, Any]:
@@ -163,7 +219,10 @@ def step(bundle: Path) -> dict[str, Any]:
     with denoiser(bundle) as (runtime, inputs):
         plain = runtime.seconds("denoiser", inputs, STEPS_TIMED + 3)[3:]
         with runtime.device:
-            execution, watch = runtime.engines["denoiser"].at({name: value.shape for name, value in inputs.items()}), runtime.stopwatch()
+            execution, watch = (
+                runtime.engines["denoiser"].at({name: value.shape for name, value in inputs.items()}),
+                runtime.stopwatch(),
+            )
             with runtime.stream.capture() as made:
                 execution.enqueue()
             for _ in range(STEPS_TIMED + 3):
@@ -173,8 +232,11 @@ def step(bundle: Path) -> dict[str, Any]:
             runtime.synchronize("timing captured steps")
             captured = watch.seconds()[3:]
             made[0].close()
-        found = {"step_ms": round(1000 * median(captured), 4), "plain_ms": round(1000 * median(plain), 4),
-                 "step": percentiles([1000 * seconds for seconds in captured])}
+        found = {
+            "step_ms": round(1000 * median(captured), 4),
+            "plain_ms": round(1000 * median(plain), 4),
+            "step": percentiles([1000 * seconds for seconds in captured]),
+        }
         print(f"step {found['step_ms']:.3f} ms, plain enqueue {found['plain_ms']:.3f} ms")
         return {**found, **described(runtime)}
 
@@ -196,8 +258,15 @@ def main() -> None:
     p.add_argument("--pictures", type=int, default=20)
     p.add_argument("--warmup", type=int, default=3)
     o = p.parse_args()
-    found = check(o.bundle, o.file) if o.part == "check" else picture(o.bundle, o.file, o.png) if o.part == "picture" else \
-        latency(o.bundle, o.steps, o.pictures, o.warmup) if o.part == "latency" else {"layers": layers, "step": step, "once": once}[o.part](o.bundle)
+    found = (
+        check(o.bundle, o.file)
+        if o.part == "check"
+        else picture(o.bundle, o.file, o.png)
+        if o.part == "picture"
+        else latency(o.bundle, o.steps, o.pictures, o.warmup)
+        if o.part == "latency"
+        else {"layers": layers, "step": step, "once": once}[o.part](o.bundle)
+    )
     print(json.dumps(found))
 
 

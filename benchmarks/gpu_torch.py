@@ -1,4 +1,6 @@
-"""The parts of benchmarks.gpu that run torch: references in float32, and diffusers' latency. The last line printed is JSON."""
+"""The parts of benchmarks.gpu that run torch: references in float32, and diffusers' latency. The last line printed is
+JSON."""
+
 from __future__ import annotations
 
 import argparse
@@ -29,7 +31,9 @@ def reference(source: Source, side: int, file: Path, device: str) -> dict[str, A
         inputs = random_inputs(component, 1, 2, side // VAE_FACTOR, side // VAE_FACTOR, channels)
         module: Any = kind
         with torch.no_grad():
-            made = module(model, torch.float32).to(device)(**{name: torch.from_numpy(value).to(device) for name, value in inputs.items()})
+            made = module(model, torch.float32).to(device)(
+                **{name: torch.from_numpy(value).to(device) for name, value in inputs.items()}
+            )
         outputs = made if isinstance(made, tuple) else (made,)
         arrays |= {f"{component}/{name}": value for name, value in inputs.items()}
         arrays |= {f"{component}/{name}": value.cpu().numpy() for name, value in zip(OUTPUTS[component], outputs)}
@@ -49,13 +53,21 @@ def prepared(source: Source, device: str, dtype: torch.dtype) -> Any:
 def picture(source: Source, side: int, file: Path, device: str) -> dict[str, Any]:
     """diffusers' picture in float32, from noise that is drawn on the CPU."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    made = prepared(source, device, torch.float32)(PROMPT, height=side, width=side, num_inference_steps=PICTURE_STEPS, guidance_scale=GUIDANCE,
-                                                   generator=torch.Generator().manual_seed(0))
+    made = prepared(source, device, torch.float32)(
+        PROMPT,
+        height=side,
+        width=side,
+        num_inference_steps=PICTURE_STEPS,
+        guidance_scale=GUIDANCE,
+        generator=torch.Generator().manual_seed(0),
+    )
     np.save(file, np.asarray(made.images[0]))
     return {"file": str(file)}
 
 
-def latency(source: Source, side: int, mode: str, device: str, steps: list[int], pictures: int, warmup: int) -> dict[str, Any]:
+def latency(
+    source: Source, side: int, mode: str, device: str, steps: list[int], pictures: int, warmup: int
+) -> dict[str, Any]:
     """Whole pictures in fp16 with channels_last, eager or compiled; a step is the slope over two numbers of steps."""
     gpu = device != "cpu"
     pipeline = prepared(source, device, torch.float16 if gpu else torch.float32)
@@ -67,8 +79,15 @@ def latency(source: Source, side: int, mode: str, device: str, steps: list[int],
 
     def make(index: int, count: int) -> float:
         started = perf_counter()
-        pipeline(f"{PROMPT}, number {index}", height=side, width=side, num_inference_steps=count, guidance_scale=GUIDANCE,
-                 generator=torch.Generator().manual_seed(index), output_type="np")
+        pipeline(
+            f"{PROMPT}, number {index}",
+            height=side,
+            width=side,
+            num_inference_steps=count,
+            guidance_scale=GUIDANCE,
+            generator=torch.Generator().manual_seed(index),
+            output_type="np",
+        )
         if gpu:
             torch.cuda.synchronize()
         return 1000 * (perf_counter() - started)
@@ -79,8 +98,14 @@ def latency(source: Source, side: int, mode: str, device: str, steps: list[int],
         samples = [make(i, count) for i in range(warmup + pictures)][warmup:]
         found[str(count)] = {"whole_ms": percentiles(samples)}
         print(f"{mode}, {count} steps: picture {found[str(count)]['whole_ms']['p50']:.2f} ms", flush=True)
-    result = {"mode": mode, "first_picture_s": round(first / 1000, 2), "steps": found, "torch": torch.__version__, "diffusers": diffusers.__version__,
-              "device_mib": round(torch.cuda.max_memory_allocated() / 2**20, 1) if gpu else None}
+    result = {
+        "mode": mode,
+        "first_picture_s": round(first / 1000, 2),
+        "steps": found,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "device_mib": round(torch.cuda.max_memory_allocated() / 2**20, 1) if gpu else None,
+    }
     if len(steps) > 1:
         medians = [found[str(count)]["whole_ms"]["p50"] for count in steps]
         result["step_ms_by_slope"] = round(statistics.linear_regression(steps, medians).slope, 4)
@@ -93,7 +118,10 @@ def step(source: Source, side: int, mode: str, device: str, repeats: int = 50) -
     dtype = torch.float16 if gpu else torch.float32
     unet = source.unet().to(device, dtype, memory_format=torch.channels_last).eval()
     channels, latents = unet.config.cross_attention_dim, side // VAE_FACTOR
-    sample, text = torch.randn(2, 4, latents, latents, device=device, dtype=dtype), torch.randn(2, 77, channels, device=device, dtype=dtype)
+    sample, text = (
+        torch.randn(2, 4, latents, latents, device=device, dtype=dtype),
+        torch.randn(2, 77, channels, device=device, dtype=dtype),
+    )
     timestep = torch.tensor([500, 500], device=device)
     run = unet if mode == "eager" else torch.compile(unet, mode=mode, fullgraph=True)
     samples = []
@@ -106,7 +134,12 @@ def step(source: Source, side: int, mode: str, device: str, repeats: int = 50) -
             if gpu:
                 torch.cuda.synchronize()
             samples.append(1000 * (perf_counter() - started))
-    found = {"mode": mode, "step_ms": round(statistics.median(samples[5:]), 4), "torch": torch.__version__, "diffusers": diffusers.__version__}
+    found = {
+        "mode": mode,
+        "step_ms": round(statistics.median(samples[5:]), 4),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
     print(f"{mode}: U-Net {found['step_ms']:.3f} ms", flush=True)
     return found
 
@@ -114,7 +147,9 @@ def step(source: Source, side: int, mode: str, device: str, repeats: int = 50) -
 def main() -> None:
     p = argparse.ArgumentParser(prog="python -m benchmarks.gpu_torch")
     p.add_argument("part", choices=["reference", "picture", "latency", "step"])
-    p.add_argument("--model", default="", help="a known architecture, with random weights; nothing is the built-in model")
+    p.add_argument(
+        "--model", default="", help="a known architecture, with random weights; nothing is the built-in model"
+    )
     p.add_argument("--side", type=int, required=True)
     p.add_argument("--device", default="cuda")
     p.add_argument("--file", type=Path)
@@ -124,12 +159,21 @@ def main() -> None:
     p.add_argument("--warmup", type=int, default=3)
     o = p.parse_args()
     if o.device != "cpu" and not torch.cuda.is_available():
-        raise SystemExit(f"torch {torch.__version__} has no CUDA here; install a build that has, or try the command out with --torch-device cpu")
+        raise SystemExit(
+            f"torch {torch.__version__} has no CUDA here; install a build that has, or try the command out with "
+            "--torch-device cpu"
+        )
     quiet_libraries()
     source = resolve(o.model or None, bool(o.model))
-    found = step(source, o.side, o.mode, o.device) if o.part == "step" else \
-        reference(source, o.side, o.file, o.device) if o.part == "reference" else picture(source, o.side, o.file, o.device) if o.part == "picture" else \
-        latency(source, o.side, o.mode, o.device, o.steps, o.pictures, o.warmup)
+    found = (
+        step(source, o.side, o.mode, o.device)
+        if o.part == "step"
+        else reference(source, o.side, o.file, o.device)
+        if o.part == "reference"
+        else picture(source, o.side, o.file, o.device)
+        if o.part == "picture"
+        else latency(source, o.side, o.mode, o.device, o.steps, o.pictures, o.warmup)
+    )
     print(json.dumps(found))
 
 

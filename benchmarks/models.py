@@ -1,4 +1,6 @@
-"""What a bundle was made of, for the sides that are not ours: the same weights as a diffusers folder, and the same sampler."""
+"""What a bundle was made of, for the sides that are not ours: the same weights as a diffusers folder, and the same
+sampler."""
+
 from __future__ import annotations
 
 import atexit
@@ -16,8 +18,8 @@ from engine.sampling.schedule import Schedule
 
 
 def model_folder(bundle: Bundle, given: Path | None, cache: Path | None) -> Path:
-    """The diffusers folder of the bundle's model: `given`, the built-in one, or one that is written first: to `cache`, or without one to a
-    temporary folder that is removed at the end of the process.
+    """The diffusers folder of the bundle's model: `given`, the built-in one, or one that is written first: to `cache`,
+    or without one to a temporary folder that is removed at the end of the process.
 
     Raises BenchmarkUsageError where only the user knows it, and the errors of export/errors.py.
     """
@@ -25,11 +27,16 @@ def model_folder(bundle: Bundle, given: Path | None, cache: Path | None) -> Path
         return given
     origin = bundle.manifest["source"]
     if origin["kind"] not in ("built-in", "random", "hub"):
-        raise BenchmarkUsageError(f"the bundle {bundle.folder} was made of the {origin['kind']} {origin['id']!r}; pass where the same model lies in the "
-                                  f"diffusers layout with --model, or --against '' to measure without others")
+        raise BenchmarkUsageError(
+            f"the bundle {bundle.folder} was made of the {origin['kind']} {origin['id']!r}; pass where the same model "
+            "lies in the "
+            f"diffusers layout with --model, or --against '' to measure without others"
+        )
     from export.libraries import quiet_libraries
+
     quiet_libraries()
     from export.sources.checkpoint import BUILT_IN, DiffusersFolder, resolve
+
     if origin["kind"] == "built-in":
         return BUILT_IN
     source = resolve(origin["id"], random_weights=origin["kind"] == "random")
@@ -39,8 +46,12 @@ def model_folder(bundle: Bundle, given: Path | None, cache: Path | None) -> Path
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         width = 2 if bundle.precision == "fp32" else 4
-        check_room(folder.parent, width * sum(file.stat().st_size for file in bundle.folder.glob("onnx/*")) // 2, f"the model {source.name} in float32",
-                   "name a folder with --cache")
+        check_room(
+            folder.parent,
+            width * sum(file.stat().st_size for file in bundle.folder.glob("onnx/*")) // 2,
+            f"the model {source.name} in float32",
+            "name a folder with --cache",
+        )
         unfinished = folder.with_name(f".{folder.name}.tmp")
         source.pipeline().save_pretrained(unfinished)
         unfinished.rename(folder)

@@ -1,4 +1,5 @@
 """What the commands ask of their options before anything is measured."""
+
 from __future__ import annotations
 
 import argparse
@@ -17,6 +18,7 @@ PLOTS = (".png", ".svg", ".pdf")
 
 def integer_from(smallest: int) -> Callable[[str], int]:
     """A type for argparse: integers that are not less."""
+
     def integer(text: str) -> int:
         try:
             number = int(text)
@@ -50,7 +52,9 @@ def check_files(options: argparse.Namespace) -> None:
     """BenchmarkUsageError if a file that will be written cannot be, or if a plot cannot be drawn."""
     for file in filter(None, (getattr(options, name, None) for name in ("json", "plot", "output"))):
         if not file.parent.is_dir():
-            raise BenchmarkUsageError(f"{file} cannot be written: {file.parent} is not a folder; make it, or pass another file")
+            raise BenchmarkUsageError(
+                f"{file} cannot be written: {file.parent} is not a folder; make it, or pass another file"
+            )
         if file.exists() and not file.is_file():
             raise BenchmarkUsageError(f"{file} cannot be written: it is not a plain file; pass another file")
         if not os.access(file if file.exists() else file.parent, os.W_OK):
@@ -59,11 +63,15 @@ def check_files(options: argparse.Namespace) -> None:
     if plot and plot.suffix.lower() not in PLOTS:
         raise BenchmarkUsageError(f"--plot is {str(plot)!r}; its name must end with {', '.join(PLOTS)}")
     if plot and not installed("matplotlib"):
-        raise BenchmarkUsageError(f"plots need matplotlib; install it: {install_command('benchmarks')}; or leave out --plot")
+        raise BenchmarkUsageError(
+            f"plots need matplotlib; install it: {install_command('benchmarks')}; or leave out --plot"
+        )
 
 
 def check_room(folder: Path, needed: int, what: str, remedy: str) -> None:
     """BenchmarkUsageError if the disk of `folder` has fewer free bytes than `what` needs."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise BenchmarkUsageError(f"{folder} has {free / 1e9:.1f} GB free, and {what} needs {needed / 1e9:.1f} GB; make room, or {remedy}")
+        raise BenchmarkUsageError(
+            f"{folder} has {free / 1e9:.1f} GB free, and {what} needs {needed / 1e9:.1f} GB; make room, or {remedy}"
+        )

@@ -1,10 +1,11 @@
 """What surrounds the U-Net: host time of a step, import, process start to picture, installed size; ours and diffusers'.
 
 The host time of a step is that outside the U-Net call, at 64 x 64 latents and batch 1. Both loops run for real,
-through their public pipelines, with a U-Net call that takes no time: ours with a session that returns at once, diffusers with a
-module that returns a tensor made beforehand. diffusers' guidance and sampler run on the host and so count; ours are part of the
-graph, and what they cost there is measured apart, on one graph of nothing else.
+through their public pipelines, with a U-Net call that takes no time: ours with a session that returns at once,
+diffusers with a module that returns a tensor made beforehand. diffusers' guidance and sampler run on the host and so
+count; ours are part of the graph, and what they cost there is measured apart, on one graph of nothing else.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -44,7 +45,9 @@ class InstantSession:
 
 
 def seconds_per_step(run: Callable[[int], None]) -> list[float]:
-    """What one more step costs a whole call, with the tables and the noise that are made before the loop; one number a repeat."""
+    """What one more step costs a whole call, with the tables and the noise that are made before the loop; one number a
+    repeat."""
+
     def seconds(steps: int) -> float:
         started = perf_counter()
         run(steps)
@@ -57,6 +60,7 @@ def seconds_per_step(run: Callable[[int], None]) -> list[float]:
 def ours(bundle: Path, scheduler: str) -> list[float]:
     """Seconds per step of our loop, one number for each repeat."""
     from engine import Pipeline
+
     with Pipeline.load(bundle, backend="onnxruntime") as pipeline:
         backend: Any = pipeline._backend
         backend._sessions["denoiser"] = InstantSession(backend.load("denoiser"))
@@ -80,7 +84,14 @@ def diffusers(scheduler_class: str) -> list[float]:
     pipeline.unet.forward = lambda *arguments, **options: (output,)
 
     def run(steps: int) -> None:
-        pipeline(PROMPT, height=SIZE, width=SIZE, num_inference_steps=steps, generator=torch.Generator().manual_seed(0), output_type="latent")
+        pipeline(
+            PROMPT,
+            height=SIZE,
+            width=SIZE,
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        )
 
     return seconds_per_step(run)
 
@@ -98,7 +109,12 @@ def sampler_graph_seconds() -> float:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--bundle", type=Path, default=Path("engines/demo"), help="a bundle of the built-in model (default: engines/demo)")
+    parser.add_argument(
+        "--bundle",
+        type=Path,
+        default=Path("engines/demo"),
+        help="a bundle of the built-in model (default: engines/demo)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file")
 
 
@@ -106,8 +122,11 @@ def run(options: argparse.Namespace) -> None:
     """Measures all of it, prints tables and writes the numbers."""
     Bundle.open(options.bundle, verify=False)
     if not installed("psutil"):
-        raise BenchmarkUsageError(f"the memory of a process is measured with psutil; install it: {install_command('benchmarks')}")
+        raise BenchmarkUsageError(
+            f"the memory of a process is measured with psutil; install it: {install_command('benchmarks')}"
+        )
     from export.libraries import quiet_libraries
+
     quiet_libraries()
     rows, in_graph = steps_outside_unet()
     print_table(["scheduler", "ours, µs a step", "diffusers, µs a step", "ratio"], [list(row.values()) for row in rows])
@@ -117,8 +136,22 @@ def run(options: argparse.Namespace) -> None:
     print(f"a bare Python process with psutil takes {bare} MiB")
     sizes = weight.installed_sizes()
     print_table(["installed", "packages", "MiB"], [list(row.values()) for row in sizes])
-    write_json(options.json, {"benchmark": "overhead", "latents": f"{SIZE // 8}x{SIZE // 8}", "batch": 1, "steps": STEPS, "repeats": REPEATS, "rows": rows,
-                              "sampler_in_graph_us": in_graph, "processes": processes, "bare_process_mib": bare, "installed": sizes, **conditions()})
+    write_json(
+        options.json,
+        {
+            "benchmark": "overhead",
+            "latents": f"{SIZE // 8}x{SIZE // 8}",
+            "batch": 1,
+            "steps": STEPS,
+            "repeats": REPEATS,
+            "rows": rows,
+            "sampler_in_graph_us": in_graph,
+            "processes": processes,
+            "bare_process_mib": bare,
+            "installed": sizes,
+            **conditions(),
+        },
+    )
 
 
 def steps_outside_unet() -> tuple[list[dict[str, Any]], float]:
@@ -130,9 +163,27 @@ def steps_outside_unet() -> tuple[list[dict[str, Any]], float]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         side = Range(64, 64, SIZE)
-        bundle = build(resolve(None), Path(folder), "fp32", Shapes(side, side, Range(1, 1, 1)), verify=False, report=lambda message: None).folder
-        for name, scheduler_class in (("ddim", "DDIMScheduler"), ("euler_a", "EulerAncestralDiscreteScheduler"), ("dpmpp_2m", "DPMSolverMultistepScheduler"),
-                                      ("pndm", "PNDMScheduler")):
+        bundle = build(
+            resolve(None),
+            Path(folder),
+            "fp32",
+            Shapes(side, side, Range(1, 1, 1)),
+            verify=False,
+            report=lambda message: None,
+        ).folder
+        for name, scheduler_class in (
+            ("ddim", "DDIMScheduler"),
+            ("euler_a", "EulerAncestralDiscreteScheduler"),
+            ("dpmpp_2m", "DPMSolverMultistepScheduler"),
+            ("pndm", "PNDMScheduler"),
+        ):
             a, b = statistics.median(ours(bundle, name)), statistics.median(diffusers(scheduler_class))
-            rows.append({"scheduler": name, "ours_us": round(1e6 * a, 1), "diffusers_us": round(1e6 * b, 1), "ratio": round(b / a, 1)})
+            rows.append(
+                {
+                    "scheduler": name,
+                    "ours_us": round(1e6 * a, 1),
+                    "diffusers_us": round(1e6 * b, 1),
+                    "ratio": round(b / a, 1),
+                }
+            )
     return rows, round(1e6 * sampler_graph_seconds(), 1)

@@ -1,4 +1,5 @@
 """The pictures of the results, from their JSON; needs matplotlib."""
+
 from __future__ import annotations
 
 import os
@@ -19,7 +20,9 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     try:
         pyplot = _pyplot()
     except ImportError as error:
-        raise BenchmarkUsageError(f"plots need matplotlib ({error}); install it: {install_command('benchmarks')}; or leave out --plot") from error
+        raise BenchmarkUsageError(
+            f"plots need matplotlib ({error}); install it: {install_command('benchmarks')}; or leave out --plot"
+        ) from error
     return pyplot.subplots(figsize=(width, height), layout="constrained")
 
 
@@ -30,6 +33,7 @@ def _pyplot() -> Any:
         os.environ[FOLDER] = given or folder
         try:
             import matplotlib
+
             matplotlib.use("Agg")
             from matplotlib import pyplot
         finally:
@@ -40,14 +44,20 @@ def _pyplot() -> Any:
 
 def _save(figure: Any, file: Path) -> None:
     from matplotlib import pyplot
+
     figure.savefig(file, dpi=110, metadata={"Software": None} if file.suffix.lower() == ".png" else None)
     pyplot.close(figure)
 
 
 def latency(content: dict[str, Any], file: Path) -> None:
-    """A bar for each side and configuration: the median picture, cut into its stages, with a line from the fastest to p90."""
-    bars = [(f"{found['width']} x {found['height']}, batch {found['batch']}\n{name}", side) for found in content["configurations"]
-            for name, side in found["sides"].items() if "seconds" in side]
+    """A bar for each side and configuration: the median picture, cut into its stages, with a line from the fastest to
+    p90."""
+    bars = [
+        (f"{found['width']} x {found['height']}, batch {found['batch']}\n{name}", side)
+        for found in content["configurations"]
+        for name, side in found["sides"].items()
+        if "seconds" in side
+    ]
     figure, axes = _figure(9, 1 + 0.5 * len(bars))
     for row, (_, side) in enumerate(bars):
         seconds, left = side["seconds"], 0.0
@@ -61,7 +71,10 @@ def latency(content: dict[str, Any], file: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("seconds per call; the line goes from the fastest to p90")
     axes.set_title(f"{content['bundle']}, {content['steps']} steps")
-    axes.legend(handles=[axes.barh(0, 0, color=f"C{number}", label=label) for number, (_, label) in enumerate(STAGES)], fontsize=8)
+    axes.legend(
+        handles=[axes.barh(0, 0, color=f"C{number}", label=label) for number, (_, label) in enumerate(STAGES)],
+        fontsize=8,
+    )
     _save(figure, file)
 
 
@@ -72,13 +85,29 @@ def roofline(content: dict[str, Any], file: Path) -> None:
         bandwidth = found["bytes_per_second"]
         for precision, rate in found["flop_per_second"].items():
             ridge, ends = rate / bandwidth, (1, 3000)
-            axes.plot([ends[0], ridge, ends[1]], [ends[0] * bandwidth, rate, rate], color=f"C{number}", linestyle="-" if precision == "fp32" else "--",
-                      label=f"{name}: {precision} products and copying, measured")
+            axes.plot(
+                [ends[0], ridge, ends[1]],
+                [ends[0] * bandwidth, rate, rate],
+                color=f"C{number}",
+                linestyle="-" if precision == "fp32" else "--",
+                label=f"{name}: {precision} products and copying, measured",
+            )
         for marker, (component, c) in zip("os^", found["components"].items()):
             axes.plot(c["flop_per_byte"], c["flop_per_second"], marker, color=f"C{number}")
-            axes.annotate(f"{component} ({c['precision']}) {c['reached']:.0%}", (c["flop_per_byte"], c["flop_per_second"]), fontsize=8,
-                          xytext=(5, -10), textcoords="offset points")
-    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="FLOP/s", title=f"{content['bundle']}, {content['width']} x {content['height']}")
+            axes.annotate(
+                f"{component} ({c['precision']}) {c['reached']:.0%}",
+                (c["flop_per_byte"], c["flop_per_second"]),
+                fontsize=8,
+                xytext=(5, -10),
+                textcoords="offset points",
+            )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="FLOP per byte",
+        ylabel="FLOP/s",
+        title=f"{content['bundle']}, {content['width']} x {content['height']}",
+    )
     axes.legend(fontsize=8)
     _save(figure, file)
 
@@ -92,5 +121,11 @@ def scaling(content: dict[str, Any], file: Path) -> None:
         points = found["points"]
         axes.plot([point[axis] for point in points], [point["seconds"]["p50"] for point in points], "o-")
         exponent = found["time_exponent"]
-        axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="seconds", title="" if exponent is None else f"exponent {exponent:.2f}")
+        axes.set(
+            xscale="log",
+            yscale="log",
+            xlabel=axis,
+            ylabel="seconds",
+            title="" if exponent is None else f"exponent {exponent:.2f}",
+        )
     _save(figure, file)

@@ -1,4 +1,5 @@
 """Whether the machine is ours: the share of its processors that other programs, and other guests of its host, take."""
+
 from __future__ import annotations
 
 import os
@@ -26,7 +27,9 @@ def load(pids: Sequence[int]) -> Load | None:
     if sys.platform != "linux":
         return None
     tick = os.sysconf("SC_CLK_TCK")
-    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9])
+    user, nice, system, _, _, irq, softirq, steal = map(
+        int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    )
     ours = sum(_ticks(pid) for pid in pids)
     return Load(perf_counter(), (user + nice + system + irq + softirq + steal) / tick, ours / tick)
 

@@ -1,4 +1,5 @@
 """What every benchmark prints and stores: a table, and a JSON file with the conditions of the run."""
+
 from __future__ import annotations
 
 import json
@@ -12,7 +13,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "diffusers", "transformers", "onnxruntime", "openvino", "tensorrt", "optimum-onnx", "numpy", "pillow", "tokenizers")
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+    "optimum-onnx",
+    "numpy",
+    "pillow",
+    "tokenizers",
+)
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
 
@@ -26,9 +38,16 @@ def conditions(module: str = "benchmarks") -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {
-        "processor": _processor(), "cores": os.cpu_count(), "clocks": _clocks(), "gpu": gpu(), "load_average": os.getloadavg()[0],
-        "system": platform.platform(), "python": platform.python_version(),
-        "versions": versions, "command": " ".join(["python", "-m", module, *sys.argv[1:]]), "commit": _commit(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "clocks": _clocks(),
+        "gpu": gpu(),
+        "load_average": os.getloadavg()[0],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
+        "commit": _commit(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -41,22 +60,40 @@ def _processor() -> str:
     if "model name" not in fields:
         return platform.processor() or platform.machine()
     has = set(fields.get("flags", "").split())
-    return f"{fields['model name']} ({', '.join(name for name in INSTRUCTIONS if name in has) or 'none of ' + ', '.join(INSTRUCTIONS)})"
+    found = [name for name in INSTRUCTIONS if name in has]
+    return f"{fields['model name']} ({', '.join(found) or 'none of ' + ', '.join(INSTRUCTIONS)})"
 
 
 def _clocks() -> dict[str, Any]:
     """MHz of the cores now, and the governor that sets them, as far as the system tells."""
     info, governor = Path("/proc/cpuinfo"), Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     lines = info.read_text().splitlines() if info.is_file() else []
-    return {"cpu_mhz": [round(float(line.split(":")[1])) for line in lines if line.startswith("cpu MHz")],
-            "governor": governor.read_text().strip() if governor.is_file() else "unknown (not exposed)"}
+    return {
+        "cpu_mhz": [round(float(line.split(":")[1])) for line in lines if line.startswith("cpu MHz")],
+        "governor": governor.read_text().strip() if governor.is_file() else "unknown (not exposed)",
+    }
 
 
 def gpu() -> dict[str, str] | None:
-    """Name, driver, clocks, power limit and temperature of the first GPU at this moment, by nvidia-smi; None without one."""
-    fields = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu", "memory.total")
+    """Name, driver, clocks, power limit and temperature of the first GPU at this moment, by nvidia-smi; None without
+    one."""
+    fields = (
+        "name",
+        "driver_version",
+        "clocks.sm",
+        "clocks.mem",
+        "clocks.max.sm",
+        "power.limit",
+        "temperature.gpu",
+        "memory.total",
+    )
     try:
-        done = subprocess.run(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return dict(zip(fields, (value.strip() for value in done.stdout.splitlines()[0].split(","))))
@@ -65,7 +102,13 @@ def gpu() -> dict[str, str] | None:
 def _commit() -> str | None:
     if not shutil.which("git"):
         return None
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
+    )
     return done.stdout.strip() or None
 
 

@@ -1,11 +1,13 @@
-"""What the settings of the libraries give, and what the exact savings do: one change at a time, beside the library's first setting.
+"""What the settings of the libraries give, and what the exact savings do: one change at a time, beside the library's
+first setting.
 
-The denoiser runs at the bundle's best size with guidance. Both settings have a process of their own and take turns, so that a drift
-of the machine hits both, and the ratio is taken turn by turn. The exact savings are those of the OpenVINO backend: the graph is cut in
-parts, so that what follows from the text alone runs once a loop instead of once a step, and what does not depend on the text once
-for both rows of a sample; and it is rewritten to need fewer operations. What follows from the timestep alone could run for all
-steps together: its time is a column.
+The denoiser runs at the bundle's best size with guidance. Both settings have a process of their own and take turns, so
+that a drift of the machine hits both, and the ratio is taken turn by turn. The exact savings are those of the OpenVINO
+backend: the graph is cut in parts, so that what follows from the text alone runs once a loop instead of once a step,
+and what does not depend on the text once for both rows of a sample; and it is rewritten to need fewer operations. What
+follows from the timestep alone could run for all steps together: its time is a column.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -28,8 +30,13 @@ from engine.contract import LATENT_CHANNELS, PROMPT_TOKENS, SLOTS, VAE_FACTOR
 from engine.libraries import import_library, installed
 
 ONNXRUNTIME: dict[str, dict[str, Any]] = {
-    "as the backend does": {}, "optimization off": {"level": "ORT_DISABLE_ALL"}, "optimization basic": {"level": "ORT_ENABLE_BASIC"},
-    "optimization all": {"level": "ORT_ENABLE_ALL"}, "memory arena on": {"arena": True}, "shapes static": {"static": True}, "1 thread": {"threads": 1},
+    "as the backend does": {},
+    "optimization off": {"level": "ORT_DISABLE_ALL"},
+    "optimization basic": {"level": "ORT_ENABLE_BASIC"},
+    "optimization all": {"level": "ORT_ENABLE_ALL"},
+    "memory arena on": {"arena": True},
+    "shapes static": {"static": True},
+    "1 thread": {"threads": 1},
     "threads do not spin": {"spin": False},
 }
 OPENVINO: dict[str, dict[str, Any]] = {
@@ -37,15 +44,23 @@ OPENVINO: dict[str, dict[str, Any]] = {
     "one graph, static shapes": {"cut": False, "static": True, "rewrites": False},
     "in parts, nothing shared by rows, not rewritten": {"cut": True, "rewrites": False, "share": False},
     "in parts, not rewritten": {"cut": True, "rewrites": False},
-    "in parts": {"cut": True}, "in parts, 1 thread": {"cut": True, "threads": 1},
+    "in parts": {"cut": True},
+    "in parts, 1 thread": {"cut": True, "threads": 1},
 }
 SETTLE = 0.2
-"""Seconds that a setting runs before it counts: after a run ONNX Runtime's threads wait busily for a while, on the processors of the other."""
+"""Seconds that a setting runs before it counts: after a run ONNX Runtime's threads wait busily for a while, on the
+processors of the other."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=Path, default=Path("engines/demo"), help="default: engines/demo")
-    parser.add_argument("--turns", type=integer_from(1), default=20, metavar="N", help="of each setting and the first one of its library (default: 20)")
+    parser.add_argument(
+        "--turns",
+        type=integer_from(1),
+        default=20,
+        metavar="N",
+        help="of each setting and the first one of its library (default: 20)",
+    )
     parser.add_argument("--runs", type=integer_from(1), default=20, metavar="N", help="in each turn (default: 20)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file")
 
@@ -61,7 +76,13 @@ def run(options: argparse.Namespace) -> None:
         print(f"skipped {reason}", flush=True)
     try:
         for (library, precision), settings in groups.items():
-            job = {"graph": str(bundle.graphs["denoiser"]), "library": library, "precision": precision, "height": height, "width": width}
+            job = {
+                "graph": str(bundle.graphs["denoiser"]),
+                "library": library,
+                "precision": precision,
+                "height": height,
+                "width": width,
+            }
             for row in _measure(job, settings, options.turns, options.runs):
                 found.append(row)
     except KeyboardInterrupt:
@@ -71,9 +92,23 @@ def run(options: argparse.Namespace) -> None:
     progress("")
     tables = [rows for rows in (found, sampler_table(height, width)) if rows]
     for rows in tables:
-        print_table(list(rows[0]), [[f"{value:.4g}" if isinstance(value, float) else value for value in row.values()] for row in rows])
-    write_json(options.json, {"benchmark": "settings", "bundle": bundle.name, "turns": options.turns, "runs": options.runs, "interrupted": interrupted,
-                              "skipped": skipped, "tables": statistics.as_json(tables), **conditions()})
+        print_table(
+            list(rows[0]),
+            [[f"{value:.4g}" if isinstance(value, float) else value for value in row.values()] for row in rows],
+        )
+    write_json(
+        options.json,
+        {
+            "benchmark": "settings",
+            "bundle": bundle.name,
+            "turns": options.turns,
+            "runs": options.runs,
+            "interrupted": interrupted,
+            "skipped": skipped,
+            "tables": statistics.as_json(tables),
+            **conditions(),
+        },
+    )
 
 
 def _groups() -> tuple[dict[tuple[str, str], dict[str, dict[str, Any]]], dict[str, str]]:
@@ -82,6 +117,7 @@ def _groups() -> tuple[dict[tuple[str, str], dict[str, dict[str, Any]]], dict[st
     skipped = {library: f"{library}: {library} is not installed" for library, _ in groups if not installed(library)}
     if "openvino" not in skipped:
         from engine.backends.openvino.backend import OpenVinoBackend
+
         if not OpenVinoBackend({}).has_bf16():
             skipped["openvino bf16"] = "openvino in bf16: this CPU has no instructions for it"
             del groups["openvino", "bf16"]
@@ -91,7 +127,9 @@ def _groups() -> tuple[dict[tuple[str, str], dict[str, dict[str, Any]]], dict[st
     return groups, skipped
 
 
-def _measure(job: dict[str, Any], settings: dict[str, dict[str, Any]], turns: int, runs: int) -> Iterator[dict[str, Any]]:
+def _measure(
+    job: dict[str, Any], settings: dict[str, dict[str, Any]], turns: int, runs: int
+) -> Iterator[dict[str, Any]]:
     """A row for each setting of a library, the first one beside itself."""
     with closing(Setting({**job, **next(iter(settings.values()))})) as first:
         for number, (name, change) in enumerate(settings.items(), 1):
@@ -107,13 +145,24 @@ def _turn(first: Setting, setting: Setting, runs: int, forward: bool) -> tuple[f
     return seconds[first], seconds[setting]
 
 
-def _row(job: dict[str, Any], name: str, loaded: dict[str, float], peak: int, pairs: list[tuple[float, float]]) -> dict[str, Any]:
+def _row(
+    job: dict[str, Any], name: str, loaded: dict[str, float], peak: int, pairs: list[tuple[float, float]]
+) -> dict[str, Any]:
     share = statistics.pair_ratios(*zip(*pairs))
     refused = statistics.refuse_noise("the ratio", share.spread)
-    return {"library": job["library"], "precision": job["precision"], "setting": name, "create s": loaded["create"],
-            "step ms": 1e3 * float(np.median([step for _, step in pairs])), "of the first": "refused" if refused else share.p50, "spread": share.spread,
-            "text ms": 1e3 * loaded["context"], "timestep ms": 1e3 * loaded["timestep"], "before the text ms": 1e3 * loaded["sample"],
-            "peak GiB": peak / 2**30}
+    return {
+        "library": job["library"],
+        "precision": job["precision"],
+        "setting": name,
+        "create s": loaded["create"],
+        "step ms": 1e3 * float(np.median([step for _, step in pairs])),
+        "of the first": "refused" if refused else share.p50,
+        "spread": share.spread,
+        "text ms": 1e3 * loaded["context"],
+        "timestep ms": 1e3 * loaded["timestep"],
+        "before the text ms": 1e3 * loaded["sample"],
+        "peak GiB": peak / 2**30,
+    }
 
 
 class Setting(Worker):
@@ -145,7 +194,13 @@ class Service:
             self._step, parts = (_onnxruntime if question["library"] == "onnxruntime" else _openvino)(question)
             created = perf_counter() - started
             self._usual = _median(self._step, 1)
-            return {"create": created, "context": 0.0, "timestep": 0.0, "sample": 0.0, **{name: _median(part, 5) for name, part in parts.items()}}
+            return {
+                "create": created,
+                "context": 0.0,
+                "timestep": 0.0,
+                "sample": 0.0,
+                **{name: _median(part, 5) for name, part in parts.items()},
+            }
         if "finish" in question:
             return {"peak_bytes": peak_bytes()}
         settled = perf_counter() + SETTLE
@@ -158,8 +213,13 @@ class Service:
 def inputs_of(context_size: int, height: int, width: int, batch: int = 1) -> dict[str, np.ndarray]:
     """Random inputs of one step with two rows for one guided picture of so many pixels, or for two pictures."""
     random, plane = np.random.default_rng(0), (LATENT_CHANNELS, height // VAE_FACTOR, width // VAE_FACTOR)
-    shapes = {"state": (batch, SLOTS, *plane), "context": (2, PROMPT_TOKENS, context_size), "mixing": (batch, 2), "update": (batch, SLOTS, SLOTS + 2),
-              "noise": (batch, *plane)}
+    shapes = {
+        "state": (batch, SLOTS, *plane),
+        "context": (2, PROMPT_TOKENS, context_size),
+        "mixing": (batch, 2),
+        "update": (batch, SLOTS, SLOTS + 2),
+        "noise": (batch, *plane),
+    }
     made = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     return {**made, "row_sample": np.arange(2, dtype=np.int32) % batch, "timestep": np.full(2, 500.0, np.float32)}
 
@@ -175,6 +235,7 @@ def _median(run: Callable[[], Any], runs: int) -> float:
 
 def _onnxruntime(job: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Callable[[], Any]]]:
     from engine.backends.onnxruntime import OnnxRuntimeBackend
+
     graph, onnxruntime = Path(job["graph"]), import_library("onnxruntime")
     options = OnnxRuntimeBackend({"denoiser": graph})._options(graph)
     if "level" in job:
@@ -186,7 +247,13 @@ def _onnxruntime(job: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Call
     if "spin" in job:
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(job["spin"])))
     if job.get("static"):
-        sizes = {"batch": 1, "rows": 2, "tokens": PROMPT_TOKENS, "height": job["height"] // VAE_FACTOR, "width": job["width"] // VAE_FACTOR}
+        sizes = {
+            "batch": 1,
+            "rows": 2,
+            "tokens": PROMPT_TOKENS,
+            "height": job["height"] // VAE_FACTOR,
+            "width": job["width"] // VAE_FACTOR,
+        }
         for name, size in sizes.items():
             options.add_free_dimension_override_by_name(name, size)
     session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
@@ -198,7 +265,10 @@ def _onnxruntime(job: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Call
 def _openvino(job: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Callable[[], Any]]]:
     from engine.backends.openvino.backend import OpenVinoBackend
     from engine.backends.openvino.parts import fix_shapes
-    backend = OpenVinoBackend({"denoiser": Path(job["graph"])}, threads=job.get("threads"), precision={"denoiser": job["precision"]})
+
+    backend = OpenVinoBackend(
+        {"denoiser": Path(job["graph"])}, threads=job.get("threads"), precision={"denoiser": job["precision"]}
+    )
     if not job.get("rewrites", True):
         backend.rewrites = ()
     batch = 1 if job.get("share", True) else 2  # two pictures without guidance have as many rows, and nothing to share
@@ -208,7 +278,11 @@ def _openvino(job: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Callabl
         del model
         runners = backend.denoiser(batch, 2, *inputs["noise"].shape[2:])
         runners.run(inputs)
-        return runners.step, {"context": runners.context.run, "timestep": runners.timestep.run, "sample": runners.sample.run}
+        return runners.step, {
+            "context": runners.context.run,
+            "timestep": runners.timestep.run,
+            "sample": runners.sample.run,
+        }
     if job["static"]:
         fix_shapes(backend._library, model, {name: value.shape for name, value in inputs.items()})
     runner = backend.compile("denoiser", model, job["precision"], "the denoiser")
@@ -231,39 +305,69 @@ def sampler_table(height: int, width: int, runs: int = 300) -> list[dict[str, An
         columns[:, SLOTS + 1] = inputs["noise"].reshape(1, -1)
         np.matmul(inputs["update"], columns, out=next_state)
 
-    forms = {"NumPy": with_numpy, **{f"{name}, {form}": sampler_graph(form, inputs, rows, library)
-                                     for library, name in (("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")) if installed(library)
-                                     for form in ("MatMul", "Mul and ReduceSum")}}
+    forms = {
+        "NumPy": with_numpy,
+        **{
+            f"{name}, {form}": sampler_graph(form, inputs, rows, library)
+            for library, name in (("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO"))
+            if installed(library)
+            for form in ("MatMul", "Mul and ReduceSum")
+        },
+    }
     for form in forms.values():
         form()
     return [{"guidance and sampler alone": name, "µs": 1e6 * _median(form, runs)} for name, form in forms.items()]
 
 
 def sampler_graph(form: str, inputs: dict[str, np.ndarray], rows: np.ndarray, library: str) -> Callable[[], Any]:
-    """The denoiser's last operations as a graph of their own, with matrix products or with elementwise ones and sums."""
+    """The denoiser's last operations as a graph of their own, with matrix products or with elementwise ones and
+    sums."""
     from onnx import TensorProto, helper
+
     size = rows.shape[1]
-    feeds = {"state": inputs["state"].reshape(1, SLOTS, size), "output": rows, "mixing": inputs["mixing"], "update": inputs["update"],
-             "noise": inputs["noise"].reshape(1, 1, size)}
+    feeds = {
+        "state": inputs["state"].reshape(1, SLOTS, size),
+        "output": rows,
+        "mixing": inputs["mixing"],
+        "update": inputs["update"],
+        "noise": inputs["noise"].reshape(1, 1, size),
+    }
     node = helper.make_node
     if form == "MatMul":
-        nodes = [node("MatMul", ["mixing", "output"], ["mixed"]), node("Unsqueeze", ["mixed", "one"], ["guided"]),
-                 node("Concat", ["state", "guided", "noise"], ["columns"], axis=1), node("MatMul", ["update", "columns"], ["next"])]
+        nodes = [
+            node("MatMul", ["mixing", "output"], ["mixed"]),
+            node("Unsqueeze", ["mixed", "one"], ["guided"]),
+            node("Concat", ["state", "guided", "noise"], ["columns"], axis=1),
+            node("MatMul", ["update", "columns"], ["next"]),
+        ]
     else:
-        nodes = [node("Unsqueeze", ["mixing", "two"], ["weights"]), node("Mul", ["weights", "output"], ["weighted"]),
-                 node("ReduceSum", ["weighted", "one"], ["guided"], keepdims=1), node("Concat", ["state", "guided", "noise"], ["columns"], axis=1),
-                 node("Unsqueeze", ["update", "three"], ["factors"]), node("Unsqueeze", ["columns", "one"], ["wide"]),
-                 node("Mul", ["factors", "wide"], ["terms"]), node("ReduceSum", ["terms", "two"], ["next"], keepdims=0)]
+        nodes = [
+            node("Unsqueeze", ["mixing", "two"], ["weights"]),
+            node("Mul", ["weights", "output"], ["weighted"]),
+            node("ReduceSum", ["weighted", "one"], ["guided"], keepdims=1),
+            node("Concat", ["state", "guided", "noise"], ["columns"], axis=1),
+            node("Unsqueeze", ["update", "three"], ["factors"]),
+            node("Unsqueeze", ["columns", "one"], ["wide"]),
+            node("Mul", ["factors", "wide"], ["terms"]),
+            node("ReduceSum", ["terms", "two"], ["next"], keepdims=0),
+        ]
     kinds = [helper.make_tensor_value_info(name, TensorProto.FLOAT, value.shape) for name, value in feeds.items()]
-    axes = [helper.make_tensor(name, TensorProto.INT64, [1], [number]) for number, name in enumerate(("one", "two", "three"), 1)
-            if any(name in one.input for one in nodes)]
-    graph = helper.make_graph(nodes, "sampler", kinds, [helper.make_tensor_value_info("next", TensorProto.FLOAT, [1, SLOTS, size])], axes)
+    axes = [
+        helper.make_tensor(name, TensorProto.INT64, [1], [number])
+        for number, name in enumerate(("one", "two", "three"), 1)
+        if any(name in one.input for one in nodes)
+    ]
+    graph = helper.make_graph(
+        nodes, "sampler", kinds, [helper.make_tensor_value_info("next", TensorProto.FLOAT, [1, SLOTS, size])], axes
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10).SerializeToString()
     if library == "onnxruntime":
         session = import_library("onnxruntime").InferenceSession(model, providers=["CPUExecutionProvider"])
         return lambda: session.run(None, feeds)
     core = import_library("openvino").Core()
-    request = core.compile_model(core.read_model(model), "CPU", {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}).create_infer_request()
+    request = core.compile_model(
+        core.read_model(model), "CPU", {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    ).create_infer_request()
     for name, value in feeds.items():
         request.get_tensor(name).data[:] = value
     return lambda: request.infer()

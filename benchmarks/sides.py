@@ -2,6 +2,7 @@
 
 It is asked first to load something, then for pictures. Started with `python -m benchmarks.sides`.
 """
+
 from __future__ import annotations
 
 import os
@@ -33,16 +34,21 @@ class DiffusersSettings:
     compiled: bool = False
 
 
-DIFFUSERS = {"diffusers": DiffusersSettings(), "diffusers-channels-last": DiffusersSettings(channels_last=True),
-             "diffusers-fp32": DiffusersSettings("float32"), "diffusers-fp32-compile": DiffusersSettings("float32", True, True),
-             "diffusers-bf16": DiffusersSettings("bfloat16", True), "diffusers-compile": DiffusersSettings("bfloat16", True, True)}
+DIFFUSERS = {
+    "diffusers": DiffusersSettings(),
+    "diffusers-channels-last": DiffusersSettings(channels_last=True),
+    "diffusers-fp32": DiffusersSettings("float32"),
+    "diffusers-fp32-compile": DiffusersSettings("float32", True, True),
+    "diffusers-bf16": DiffusersSettings("bfloat16", True),
+    "diffusers-compile": DiffusersSettings("bfloat16", True, True),
+}
 THEIRS = (*DIFFUSERS, "optimum")
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a side loads: its name, our bundle, the same model as a diffusers folder, the sampler's name in both worlds, threads
-    (0 takes every core)."""
+    """What a side loads: its name, our bundle, the same model as a diffusers folder, the sampler's name in both worlds,
+    threads (0 takes every core)."""
 
     side: str
     bundle: str
@@ -90,6 +96,7 @@ class Ours:
 
     def __init__(self, setup: Setup) -> None:
         from engine import Pipeline
+
         name = setup.side.removesuffix("-fp32")
         if not installed(name):
             raise SkippedSide(f"{name} is not installed")
@@ -97,6 +104,7 @@ class Ours:
         if setup.side == "openvino-fp32":
             from engine.backends.openvino.backend import OpenVinoBackend
             from engine.bundle import Bundle
+
             bundle = Bundle.open(setup.bundle)
             backend = OpenVinoBackend(bundle.graphs, bundle.shapes, threads)
             backend.load()
@@ -105,20 +113,39 @@ class Ours:
             self._pipeline = Pipeline.load(setup.bundle, backend=name, threads=threads)
         self.description = self._pipeline._backend.description
         self.precisions = dict.fromkeys(COMPONENTS, self._pipeline.bundle.precision)
-        self.precisions |= {name: "bf16" for name, precision in getattr(self._pipeline._backend, "precision", {}).items() if precision == "bf16"}
+        self.precisions |= {
+            name: "bf16"
+            for name, precision in getattr(self._pipeline._backend, "precision", {}).items()
+            if precision == "bf16"
+        }
         self.precision = self.precisions["denoiser"]
         self._sampler = setup.sampler
 
     def picture(self, request: Request) -> dict[str, Any]:
         self._pipeline._contexts.clear()  # every picture pays for its text, as the others' do
         started = perf_counter()
-        result = self._pipeline(request.prompt, request.height, request.width, request.steps, request.guidance_scale, seed=request.seed,
-                                num_images_per_prompt=request.batch, scheduler=self._sampler, progress=False)
+        result = self._pipeline(
+            request.prompt,
+            request.height,
+            request.width,
+            request.steps,
+            request.guidance_scale,
+            seed=request.seed,
+            num_images_per_prompt=request.batch,
+            scheduler=self._sampler,
+            progress=False,
+        )
         total, times = perf_counter() - started, result.timings
         np.save(request.file, np.stack([np.asarray(image) for image in result.images]))
-        return {"total": total, "text_encoder": times["tokenize"] + times["text_encoder"], "denoise": times["prepare"] + times["denoise"],
-                "vae_decoder": times["vae_decoder"],
-                "steps": times["steps"], "evaluations": result.evaluations, "synchronised": True}
+        return {
+            "total": total,
+            "text_encoder": times["tokenize"] + times["text_encoder"],
+            "denoise": times["prepare"] + times["denoise"],
+            "vae_decoder": times["vae_decoder"],
+            "steps": times["steps"],
+            "evaluations": result.evaluations,
+            "synchronised": True,
+        }
 
     def device_bytes(self) -> int | None:
         return _used_on_gpu()
@@ -130,16 +157,19 @@ class Diffusers:
     def __init__(self, setup: Setup) -> None:
         _require("torch", "diffusers")
         from export.libraries import quiet_libraries
+
         quiet_libraries()
         import diffusers
         import torch
+
         self._torch, self._gpu = torch, torch.cuda.is_available()
         if setup.threads:
             torch.set_num_threads(setup.threads)
         settings = DIFFUSERS[setup.side]
         dtype = getattr(torch, settings.dtype or ("float16" if self._gpu else "float32"))
-        pipeline = diffusers.StableDiffusionPipeline.from_pretrained(setup.model, torch_dtype=dtype, safety_checker=None,
-                                                                       feature_extractor=None, requires_safety_checker=False)
+        pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+            setup.model, torch_dtype=dtype, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
         pipeline.scheduler = getattr(diffusers, SCHEDULERS[setup.sampler]).from_config(pipeline.scheduler.config)
         pipeline.set_progress_bar_config(disable=True)
         if self._gpu:
@@ -155,7 +185,9 @@ class Diffusers:
         self.precisions = dict.fromkeys(COMPONENTS, self.precision)
         how = ", channels_last" * settings.channels_last + ", compiled" * settings.compiled
         place = torch.cuda.get_device_name() if self._gpu else f"the CPU, {torch.get_num_threads()} threads"
-        self.description = f"diffusers {diffusers.__version__}, torch {torch.__version__} on {place}, {self.precision}{how}"
+        self.description = (
+            f"diffusers {diffusers.__version__}, torch {torch.__version__} on {place}, {self.precision}{how}"
+        )
 
     def _now(self) -> float:
         if self._gpu:
@@ -178,14 +210,29 @@ class Diffusers:
 
         pipeline.encode_prompt = encode_prompt
         started = self._now()
-        made = pipeline(request.prompt, height=request.height, width=request.width, num_inference_steps=request.steps, guidance_scale=request.guidance_scale,
-                        num_images_per_prompt=request.batch, generator=torch.Generator().manual_seed(request.seed), callback_on_step_end=mark)
+        made = pipeline(
+            request.prompt,
+            height=request.height,
+            width=request.width,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            num_images_per_prompt=request.batch,
+            generator=torch.Generator().manual_seed(request.seed),
+            callback_on_step_end=mark,
+        )
         ended = self._now()
         pipeline.encode_prompt = encode
         np.save(request.file, np.stack([np.asarray(image) for image in made.images]))
         steps = [b - a for a, b in pairwise(marks)]
-        return {"total": ended - started, "text_encoder": marks[0] - started, "denoise": marks[-1] - marks[0], "vae_decoder": ended - marks[-1],
-                "steps": steps, "evaluations": len(steps), "synchronised": True}
+        return {
+            "total": ended - started,
+            "text_encoder": marks[0] - started,
+            "denoise": marks[-1] - marks[0],
+            "vae_decoder": ended - marks[-1],
+            "steps": steps,
+            "evaluations": len(steps),
+            "synchronised": True,
+        }
 
     def device_bytes(self) -> int | None:
         return int(self._torch.cuda.max_memory_reserved()) if self._gpu else None
@@ -197,18 +244,25 @@ class Optimum:
     def __init__(self, setup: Setup) -> None:
         _require("optimum.onnxruntime", "diffusers")
         from export.libraries import quiet_libraries
+
         quiet_libraries()
         import diffusers
         import torch
+
         onnxruntime = import_library("onnxruntime")
         from optimum.onnxruntime import ORTStableDiffusionPipeline
+
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = setup.threads
         self._torch = torch
         with tempfile.TemporaryDirectory() as folder:
             model = for_transformers_4(Path(setup.model), Path(folder))
-            self._pipeline = ORTStableDiffusionPipeline.from_pretrained(str(model), export=True, session_options=options)
-        self._pipeline.scheduler = getattr(diffusers, SCHEDULERS[setup.sampler]).from_config(self._pipeline.scheduler.config)
+            self._pipeline = ORTStableDiffusionPipeline.from_pretrained(
+                str(model), export=True, session_options=options
+            )
+        self._pipeline.scheduler = getattr(diffusers, SCHEDULERS[setup.sampler]).from_config(
+            self._pipeline.scheduler.config
+        )
         self._pipeline.set_progress_bar_config(disable=True)
         self.precisions = dict.fromkeys(COMPONENTS, "fp32")
         self.precision, self.description = "fp32", f"optimum-onnx, ONNX Runtime {onnxruntime.__version__} on the CPU"
@@ -222,15 +276,22 @@ class Optimum:
         return None
 
 
-SCHEDULERS = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "euler_a": "EulerAncestralDiscreteScheduler",
-              "dpmpp_2m": "DPMSolverMultistepScheduler", "pndm": "PNDMScheduler"}
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "pndm": "PNDMScheduler",
+}
 """diffusers' classes by our names, where from_config makes them equal."""
 
 
 def for_transformers_4(model: Path, folder: Path) -> Path:
-    """The model as transformers 4 reads it, `folder` if something had to be changed: the names of the text encoder's weights begin with
-    text_model there. transformers 5 writes them without, and transformers 4 quietly takes random weights for those it doesn't find."""
+    """The model as transformers 4 reads it, `folder` if something had to be changed: the names of the text encoder's
+    weights begin with text_model there. transformers 5 writes them without, and transformers 4 quietly takes random
+    weights for those it doesn't find."""
     from safetensors.torch import load_file, save_file
+
     weights = model / "text_encoder" / "model.safetensors"
     if not weights.is_file():
         return model
@@ -257,8 +318,12 @@ def _require(*modules: str) -> None:
 def _used_on_gpu() -> int | None:
     """Bytes that this process has on the GPU, by nvidia-smi; None without one."""
     try:
-        done = subprocess.run(["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"], capture_output=True, text=True,
-                              check=True)
+        done = subprocess.run(
+            ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     used = [line.split(",") for line in done.stdout.splitlines()]
@@ -275,8 +340,12 @@ class Service:
         if self._side is None:
             setup, started = Setup(**question), perf_counter()
             self._side = (Ours if setup.side in OURS else Optimum if setup.side == "optimum" else Diffusers)(setup)
-            return {"load": perf_counter() - started, "description": self._side.description, "precision": self._side.precision,
-                    "precisions": self._side.precisions}
+            return {
+                "load": perf_counter() - started,
+                "description": self._side.description,
+                "precision": self._side.precision,
+                "precisions": self._side.precisions,
+            }
         if "finish" in question:
             return {"peak_bytes": peak_bytes(), "device_bytes": self._side.device_bytes()}
         return dict(self._side.picture(Request(**question)))

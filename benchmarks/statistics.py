@@ -1,4 +1,5 @@
 """Numbers of repeated measurements, and the rules by which a result is refused."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -51,16 +52,25 @@ def refuse_noise(what: str, spread: float) -> list[str]:
     """The reason, if the machine was too noisy."""
     if spread <= NOISE:
         return []
-    return [f"{what} has a spread of {spread:.0%}, over {NOISE:.0%}: the machine was doing something else. Stop that, and measure again"]
+    return [
+        f"{what} has a spread of {spread:.0%}, over {NOISE:.0%}: the machine was doing something else. Stop that, and "
+        "measure again"
+    ]
 
 
 def refuse_timing(what: str, sample: Mapping[str, Any]) -> list[str]:
     """The reasons why a timing is none: nobody waited for the device, or the stages do not add up to the whole."""
     if not sample.get("synchronised"):
-        return [f"{what} was timed without waiting for the device, so its times say when work was started, not when it was done"]
+        return [
+            f"{what} was timed without waiting for the device, so its times say when work was started, not when it was "
+            "done"
+        ]
     stages = sum(sample[stage] for stage in STAGES)
     if not 0.5 * sample["total"] <= stages <= 1.05 * sample["total"]:
-        return [f"{what} took {sample['total']:.4g} s, and its stages add up to {stages:.4g} s: something was not measured, or not waited for"]
+        return [
+            f"{what} took {sample['total']:.4g} s, and its stages add up to {stages:.4g} s: something was not "
+            "measured, or not waited for"
+        ]
     return []
 
 
@@ -69,8 +79,11 @@ def refuse_pictures(ours: str, theirs: str, decibels: Sequence[float], precision
     allowed = min(PICTURE_TOLERANCE[precision] for precision in precisions)
     if min(decibels) >= allowed:
         return []
-    return [f"the pictures of {ours} and {theirs} differ: PSNR {min(decibels):.1f} dB, at least {allowed:.0f} dB makes them the same in "
-            f"{' and '.join(precisions)}"]
+    return [
+        f"the pictures of {ours} and {theirs} differ: PSNR {min(decibels):.1f} dB, at least {allowed:.0f} dB makes "
+        "them the same in "
+        f"{' and '.join(precisions)}"
+    ]
 
 
 def as_json(value: Any) -> Any:

@@ -1,7 +1,9 @@
-"""How heavy the runtime is beside diffusers: import, process start to saved picture, installed packages. Part of `overhead`.
+"""How heavy the runtime is beside diffusers: import, process start to saved picture, installed packages. Part of
+`overhead`.
 
 Every measurement is a fresh process; ours and diffusers' alternate, so that a drift of the machine hits both.
 """
+
 from __future__ import annotations
 
 import statistics
@@ -30,7 +32,8 @@ print(seconds, psutil.Process().memory_info().rss)
 """
 NOTHING = "pass"
 OUR_IMPORT = "from engine import Pipeline; from engine.libraries import import_library; import_library({library!r})"
-"""With the library that runs the graphs, which the pipeline imports when it loads a bundle: diffusers' import has torch."""
+"""With the library that runs the graphs, which the pipeline imports when it loads a bundle: diffusers' import has
+torch."""
 THEIR_IMPORT = "from diffusers import StableDiffusionPipeline"
 
 OUR_PICTURE = """
@@ -75,13 +78,19 @@ def _printed(code: str, *arguments: str) -> str:
 def row(name: str, ours: list[float], theirs: list[float], digits: int = 2) -> dict[str, Any]:
     """Medians, and the median of the pairwise ratios with its spread."""
     ratios = sorted(b / a for a, b in zip(ours, theirs))
-    return {"what": name, "ours": round(statistics.median(ours), digits), "diffusers": round(statistics.median(theirs), digits),
-            "ratio": round(statistics.median(ratios), 1), "ratio_min": round(ratios[0], 1), "ratio_max": round(ratios[-1], 1)}
+    return {
+        "what": name,
+        "ours": round(statistics.median(ours), digits),
+        "diffusers": round(statistics.median(theirs), digits),
+        "ratio": round(statistics.median(ratios), 1),
+        "ratio_min": round(ratios[0], 1),
+        "ratio_max": round(ratios[-1], 1),
+    }
 
 
 def measure(bundle: Path) -> tuple[list[dict[str, Any]], float]:
-    """Imports and pictures of both sides, taking turns; `bundle` is one of the built-in model. The rows, and the MiB of a bare
-    process."""
+    """Imports and pictures of both sides, taking turns; `bundle` is one of the built-in model. The rows, and the MiB of
+    a bare process."""
     model = Path(__file__).parents[1] / "export" / "demo" / "model"
     our_import = OUR_IMPORT.format(library=default_backend())
     imports: dict[str, list[tuple[float, int]]] = {our_import: [], THEIR_IMPORT: []}
@@ -97,8 +106,18 @@ def measure(bundle: Path) -> tuple[list[dict[str, Any]], float]:
                 if repeat:
                     pictures[code].append(seconds)
     rows = [
-        row(f"import, ours with {default_backend()}, s", [s for s, _ in imports[our_import]], [s for s, _ in imports[THEIR_IMPORT]], 3),
-        row("memory after the import, MiB", [b / 2**20 for _, b in imports[our_import]], [b / 2**20 for _, b in imports[THEIR_IMPORT]], 1),
+        row(
+            f"import, ours with {default_backend()}, s",
+            [s for s, _ in imports[our_import]],
+            [s for s, _ in imports[THEIR_IMPORT]],
+            3,
+        ),
+        row(
+            "memory after the import, MiB",
+            [b / 2**20 for _, b in imports[our_import]],
+            [b / 2**20 for _, b in imports[THEIR_IMPORT]],
+            1,
+        ),
         row(f"process start to saved picture ({STEPS} steps), s", pictures[OUR_PICTURE], pictures[THEIR_PICTURE]),
     ]
     return rows, round(measure_import(NOTHING)[1] / 2**20, 1)
@@ -107,8 +126,11 @@ def measure(bundle: Path) -> tuple[list[dict[str, Any]], float]:
 def installed_sizes() -> list[dict[str, Any]]:
     """Packages and MiB that each choice installs, as far as it is installed here."""
     ours = ["numpy", "pillow", "tokenizers", "tqdm"]
-    choices = {"LatentRT, ONNX Runtime": [*ours, "onnxruntime"], "LatentRT, OpenVINO": [*ours, "openvino"],
-               "diffusers, torch": ["diffusers", "transformers", "accelerate", "torch"]}
+    choices = {
+        "LatentRT, ONNX Runtime": [*ours, "onnxruntime"],
+        "LatentRT, OpenVINO": [*ours, "openvino"],
+        "diffusers, torch": ["diffusers", "transformers", "accelerate", "torch"],
+    }
     found = []
     for name, roots in choices.items():
         packages = closure(roots)
@@ -120,6 +142,7 @@ def closure(roots: list[str]) -> set[str]:
     """The installed packages among `roots` and all that they require without extras."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
+
     found: set[str] = set()
     waiting = [str(canonicalize_name(root)) for root in roots]
     while waiting:
@@ -131,7 +154,11 @@ def closure(roots: list[str]) -> set[str]:
         if name not in found:
             found.add(name)
             parsed = [Requirement(text) for text in required]
-            waiting += [str(canonicalize_name(one.name)) for one in parsed if one.marker is None or one.marker.evaluate({"extra": ""})]
+            waiting += [
+                str(canonicalize_name(one.name))
+                for one in parsed
+                if one.marker is None or one.marker.evaluate({"extra": ""})
+            ]
     return found
 
 

@@ -1,5 +1,6 @@
-"""A process that is asked and answers, one JSON object a line, so that several can take turns: what each loads and its peak of
-memory are its own."""
+"""A process that is asked and answers, one JSON object a line, so that several can take turns: what each loads and its
+peak of memory are its own."""
+
 from __future__ import annotations
 
 import json
@@ -23,9 +24,14 @@ class Worker:
     def __init__(self, name: str, module: str, python: str = sys.executable) -> None:
         self.name = name
         self._process = subprocess.Popen(
-            [python, "-m", module], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [python, "-m", module],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             start_new_session=True,  # Ctrl-C is for the process that waits
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))})
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))},
+        )
 
     @property
     def pid(self) -> int:
@@ -44,7 +50,10 @@ class Worker:
             line = ""
         if not line:
             self.close()
-            raise SideError(f"the process of {self.name} ended with status {self._process.returncode}; what it printed above says why")
+            raise SideError(
+                f"the process of {self.name} ended with status {self._process.returncode}; what it printed above says "
+                "why"
+            )
         answer = json.loads(line)
         for kind in (SkippedSide, SideError):
             if kind.__name__ in answer:
@@ -53,7 +62,8 @@ class Worker:
         return dict(answer)
 
     def close(self) -> None:
-        """Ends the process: one that waits for a question tidies up, one that does something else for PATIENCE seconds is killed."""
+        """Ends the process: one that waits for a question tidies up, one that does something else for PATIENCE seconds
+        is killed."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with suppress(BrokenPipeError):
@@ -89,4 +99,5 @@ def _caught(answer: Callable[[dict[str, Any]], dict[str, Any]], question: dict[s
 def peak_bytes() -> int:
     """The largest resident set that this process had."""
     import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -6,6 +6,7 @@
 
 The names below are imported when they are first used: building plans and `python -m engine doctor` need NumPy alone.
 """
+
 from __future__ import annotations
 
 from importlib import import_module
@@ -20,7 +21,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Bundle", "BundleError", "EngineError", "InputError", "Pipeline", "Result", "__version__"]
 
-_MODULES = {"Bundle": "bundle", "BundleError": "errors", "EngineError": "errors", "InputError": "errors", "Pipeline": "pipeline", "Result": "pipeline"}
+_MODULES = {
+    "Bundle": "bundle",
+    "BundleError": "errors",
+    "EngineError": "errors",
+    "InputError": "errors",
+    "Pipeline": "pipeline",
+    "Result": "pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,9 @@
 """The runtime from a shell.
 
-    python -m engine picture "a large red circle on a blue background" --bundle engines/demo
-    python -m engine doctor
+python -m engine picture "a large red circle on a blue background" --bundle engines/demo
+python -m engine doctor
 """
+
 from __future__ import annotations
 
 import argparse
@@ -37,39 +38,72 @@ WORKING_NOTE = 10.0
 def picture(options: argparse.Namespace) -> int:
     """Makes the pictures, writes them and prints where, how long it took and how far the bundle is from diffusers."""
     from .output import check_output
+
     texts = read_prompts(options.prompt, options.prompts)
     total = len(texts) * options.count
     if total > MAX_PICTURES:
-        raise BatchError(f"{len(texts)} texts with --count {options.count} are {total} pictures; one run makes at most {MAX_PICTURES}")
+        raise BatchError(
+            f"{len(texts)} texts with --count {options.count} are {total} pictures; one run makes at most "
+            f"{MAX_PICTURES}"
+        )
     files = check_output(options.output, total)
-    wanted = list(zip([text for text in texts for _ in range(options.count)], choose_seeds(options.seed, options.count) * len(texts), files))
+    wanted = list(
+        zip(
+            [text for text in texts for _ in range(options.count)],
+            choose_seeds(options.seed, options.count) * len(texts),
+            files,
+        )
+    )
     bundle = check_call(options, texts)
 
     from .pipeline import Pipeline
+
     with note_after(LOADING_NOTE, f"loading {options.bundle}", not options.quiet):
-        pipeline = Pipeline.load(options.bundle, backend=options.backend or quickest_backend(bundle, options.device), device=options.device,
-                                 cuda_graphs=not options.no_cuda_graphs, threads=options.threads)
+        pipeline = Pipeline.load(
+            options.bundle,
+            backend=options.backend or quickest_backend(bundle, options.device),
+            device=options.device,
+            cuda_graphs=not options.no_cuda_graphs,
+            threads=options.threads,
+        )
     with pipeline:
         results = make(pipeline, wanted, options)
         if not options.quiet:
             from .summary import summarize
+
             say(summarize(pipeline.bundle.manifest, pipeline.description, results))
     return 0
 
 
 def make(pipeline: Pipeline, wanted: Sequence[tuple[str, int, Path]], options: argparse.Namespace) -> list[Result]:
-    """Makes the pictures of texts and seeds in as few calls as the bundle allows and writes each call's: the results, without the images."""
+    """Makes the pictures of texts and seeds in as few calls as the bundle allows and writes each call's: the results,
+    without the images."""
     from dataclasses import replace
 
     from .output import write_picture
+
     results: list[Result] = []
     made, total, told = 0, len(wanted), not options.quiet
     for size in split(total, call_sizes(pipeline, options, total)):
-        texts, seeds, files = zip(*wanted[made:made + size])
-        doing = f"making picture {made + 1} of {total}" if size == 1 else f"making pictures {made + 1} to {made + size} of {total}"
+        texts, seeds, files = zip(*wanted[made : made + size])
+        doing = (
+            f"making picture {made + 1} of {total}"
+            if size == 1
+            else f"making pictures {made + 1} to {made + size} of {total}"
+        )
         with note_after(WORKING_NOTE, doing, told and not _is_terminal(sys.stderr), WORKING_NOTE):
-            result = pipeline(texts, options.height, options.width, options.steps, options.guidance_scale, options.negative_prompt,
-                              eta=options.eta, seed=seeds, scheduler=options.scheduler, progress=told)
+            result = pipeline(
+                texts,
+                options.height,
+                options.width,
+                options.steps,
+                options.guidance_scale,
+                options.negative_prompt,
+                eta=options.eta,
+                seed=seeds,
+                scheduler=options.scheduler,
+                progress=told,
+            )
         for text, seed, file, image in zip(texts, seeds, files, result.images):
             write_picture(image, file)
             if told:
@@ -80,33 +114,47 @@ def make(pipeline: Pipeline, wanted: Sequence[tuple[str, int, Path]], options: a
 
 
 def choose_seeds(first: int | None, count: int) -> list[int]:
-    """The seeds of a text's pictures: `first` and those after it; a random one if there is none. SeedError past the last seed."""
+    """The seeds of a text's pictures: `first` and those after it; a random one if there is none. SeedError past the
+    last seed."""
     import secrets
+
     first = secrets.randbits(32) if first is None else first
     if first + count > 2**64:
-        raise SeedError(f"--seed {first} with --count {count} goes beyond the last seed, {2**64 - 1}; take a smaller --seed")
+        raise SeedError(
+            f"--seed {first} with --count {count} goes beyond the last seed, {2**64 - 1}; take a smaller --seed"
+        )
     return list(range(first, first + count))
 
 
 def check_call(options: argparse.Namespace, texts: list[str]) -> Bundle:
-    """The bundle, if it and the arguments look right as far as that can be seen without loading a graph; the pipeline checks the rest."""
+    """The bundle, if it and the arguments look right as far as that can be seen without loading a graph; the pipeline
+    checks the rest."""
     from .bundle import Bundle
     from .request import check_prompts
     from .sampling.samplers import sampler_name, step_table
     from .sampling.schedule import Schedule
+
     check_prompts(texts, options.negative_prompt)
     bundle = Bundle.open(options.bundle, verify=False)
     schedule = Schedule.from_config(bundle.scheduler)
-    step_table(sampler_name(options.scheduler, schedule), schedule, min(options.steps, schedule.train_timesteps), options.eta)
+    step_table(
+        sampler_name(options.scheduler, schedule), schedule, min(options.steps, schedule.train_timesteps), options.eta
+    )
     return bundle
 
 
 def quickest_backend(bundle: Bundle, device: str | None) -> str | None:
-    """The backend that has a picture first from a cold start: ONNX Runtime for small models on the CPU, which OpenVINO compiles for longer than
-    they run. None leaves the choice to `Pipeline.load`."""
+    """The backend that has a picture first from a cold start: ONNX Runtime for small models on the CPU, which OpenVINO
+    compiles for longer than they run. None leaves the choice to `Pipeline.load`."""
     from .backends import gpu_number, tensorrt_is_usable
     from .backends.onnxruntime import LARGE_GRAPH
-    if gpu_number(device) is not None or (device != "cpu" and tensorrt_is_usable()) or bundle.precision == "bf16" or not installed("onnxruntime"):
+
+    if (
+        gpu_number(device) is not None
+        or (device != "cpu" and tensorrt_is_usable())
+        or bundle.precision == "bf16"
+        or not installed("onnxruntime")
+    ):
         return None
     graph = bundle.graphs["denoiser"]
     size = sum(file.stat().st_size for file in graph.parent.glob(f"{graph.name}*"))
@@ -118,7 +166,9 @@ def call_sizes(pipeline: Pipeline, options: argparse.Namespace, total: int) -> l
     rows = 2 if options.guidance_scale > 1 else 1
 
     def serves(profile: Shapes, batch: int) -> bool:
-        sides = (options.height is None or options.height in profile.height) and (options.width is None or options.width in profile.width)
+        sides = (options.height is None or options.height in profile.height) and (
+            options.width is None or options.width in profile.width
+        )
         return sides and batch in profile.batch and (profile.rows is None or rows * batch in profile.rows)
 
     profiles = pipeline.profiles
@@ -146,6 +196,7 @@ def split(total: int, sizes: Sequence[int]) -> list[int]:
 def doctor(options: argparse.Namespace) -> int:
     """Prints the report: 0 if every bundle can make pictures here, 1 if one cannot or there is none."""
     from .doctor import diagnose
+
     report = diagnose(options.bundles, options.verify)
     while True:
         try:
@@ -155,8 +206,8 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def say(text: str | None) -> None:
-    """Prints, or for None what argparse has printed. A reader that has gone away is no failure: what was asked for is done all the same.
-    OutputFileError for a full disk."""
+    """Prints, or for None what argparse has printed. A reader that has gone away is no failure: what was asked for is
+    done all the same. OutputFileError for a full disk."""
     if sys.stdout is None:
         return
     try:
@@ -170,7 +221,8 @@ def say(text: str | None) -> None:
 
 @contextmanager
 def note_after(seconds: float, text: str, wanted: bool, every: float | None = None) -> Iterator[None]:
-    """Tells standard error what is being done if the block takes longer than `seconds`, then `every` so many seconds again."""
+    """Tells standard error what is being done if the block takes longer than `seconds`, then `every` so many seconds
+    again."""
     finished, started = threading.Event(), perf_counter()
 
     def tell() -> None:
@@ -203,9 +255,11 @@ def what_to_install(error: ImportError, arguments: list[str]) -> str:
     python = environment / "bin" / "python"
     if python.exists() and environment.resolve() != Path(sys.prefix).resolve():
         shown = os.path.relpath(python) if environment.parent == Path.cwd() else str(python)
-        remedy = f"`make demo` has installed what is needed for another Python: {shlex.join([shown, '-m', 'engine', *arguments])}"
+        command = shlex.join([shown, "-m", "engine", *arguments])
+        remedy = f"`make demo` has installed what is needed for another Python: {command}"
     else:
-        remedy = f"install what is needed: {shlex.quote(sys.executable)}{install_command('runtime', 'cpu').removeprefix('python')}"
+        command = shlex.quote(sys.executable) + install_command("runtime", "cpu").removeprefix("python")
+        remedy = f"install what is needed: {command}"
     return f"{sys.executable} cannot import {error.name or 'a package'} ({error}); {remedy}"
 
 

@@ -1,4 +1,6 @@
-"""What the command line takes, and the one line that says what is wrong with it. Imports no library, so that --help is there at once."""
+"""What the command line takes, and the one line that says what is wrong with it. Imports no library, so that --help is
+there at once."""
+
 from __future__ import annotations
 
 import argparse
@@ -24,13 +26,14 @@ MAX_PROMPTS_BYTES = 16 << 20
 
 PICTURE_NOTES = """\
 A text that begins with "-" comes last, after "--":  %(prog)s --steps 30 -- "-text"
---count 3 --seed 0 makes the pictures of seeds 0, 1 and 2, for each text; any of them comes again from its own seed alone.
-Without --backend: TensorRT where it and a GPU are found; else for a small model (U-Net of less than 256 MB) ONNX Runtime, which starts
-fastest, and for a large one OpenVINO; in each case what is installed.
+--count 3 --seed 0 makes the pictures of seeds 0, 1 and 2, for each text; any of them comes again from its own seed
+alone. Without --backend: TensorRT where it and a GPU are found; else for a small model (U-Net of less than 256 MB)
+ONNX Runtime, which starts fastest, and for a large one OpenVINO; in each case what is installed.
 Exit code: 0, 2 for a mistake in the command, 1 for a failure."""
 
 DOCTOR_NOTES = """\
-Exit code: 0 if every bundle that was found can make pictures here with one backend at least; 1 if one cannot, or none was found."""
+Exit code: 0 if every bundle that was found can make pictures here with one backend at least; 1 if one cannot, or none
+was found."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,9 +64,22 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--version", action="version", version=f"LatentRT {__version__}")
     commands = p.add_subparsers(dest="command", required=True)
     layout = argparse.RawDescriptionHelpFormatter
-    _add_picture(commands.add_parser("picture", help="make pictures from texts", epilog=PICTURE_NOTES, formatter_class=layout))
-    c = commands.add_parser("doctor", help="say what this machine has and which bundles it can use", epilog=DOCTOR_NOTES, formatter_class=layout)
-    c.add_argument("--bundles", type=path, default=Path("engines"), metavar="FOLDER", help="a bundle, or a folder of bundles (default: engines/)")
+    _add_picture(
+        commands.add_parser("picture", help="make pictures from texts", epilog=PICTURE_NOTES, formatter_class=layout)
+    )
+    c = commands.add_parser(
+        "doctor",
+        help="say what this machine has and which bundles it can use",
+        epilog=DOCTOR_NOTES,
+        formatter_class=layout,
+    )
+    c.add_argument(
+        "--bundles",
+        type=path,
+        default=Path("engines"),
+        metavar="FOLDER",
+        help="a bundle, or a folder of bundles (default: engines/)",
+    )
     c.add_argument("--verify", action="store_true", help="read every file and compare its SHA-256")
     c.add_argument("--debug", action="store_true", help="print the traceback of an error")
     return p
@@ -73,17 +89,38 @@ def _add_picture(c: argparse.ArgumentParser) -> None:
     c.add_argument("prompt", nargs="*", metavar="PROMPT", help="a text in quotes, or several")
     c.add_argument("--prompts", type=path, metavar="FILE", help="more texts, one a line, in UTF-8")
     c.add_argument("--bundle", type=path, default=Path("engines/demo"), metavar="FOLDER", help="default: engines/demo")
-    c.add_argument("--output", default="picture.png", metavar="FILE",
-                   help="a .png, .jpg or .webp (lossless) file; several pictures get numbers (default: picture.png)")
+    c.add_argument(
+        "--output",
+        default="picture.png",
+        metavar="FILE",
+        help="a .png, .jpg or .webp (lossless) file; several pictures get numbers (default: picture.png)",
+    )
     c.add_argument("--negative-prompt", default="", metavar="TEXT", help="what the pictures should not show")
     c.add_argument("--steps", type=whole_number(1, 1000), default=20, metavar="N", help="default: 20")
-    c.add_argument("--guidance-scale", type=number(), default=7.5, metavar="G", help="how much the text counts; 1 is without guidance (default: 7.5)")
-    c.add_argument("--seed", type=whole_number(0, 2**64 - 1), metavar="N", help="of the first picture of each text (default: a random one)")
+    c.add_argument(
+        "--guidance-scale",
+        type=number(),
+        default=7.5,
+        metavar="G",
+        help="how much the text counts; 1 is without guidance (default: 7.5)",
+    )
+    c.add_argument(
+        "--seed",
+        type=whole_number(0, 2**64 - 1),
+        metavar="N",
+        help="of the first picture of each text (default: a random one)",
+    )
     c.add_argument("--scheduler", metavar="NAME", help=f"{', '.join(SCHEDULERS)} (default: the model's own)")
-    c.add_argument("--eta", type=number(low=0.0), default=0.0, metavar="E", help="DDIM's share of new noise, 0 to 1 (default: 0)")
-    c.add_argument("--height", type=whole_number(1, 1 << 16), metavar="PIXELS", help="default: what the bundle is best at")
+    c.add_argument(
+        "--eta", type=number(low=0.0), default=0.0, metavar="E", help="DDIM's share of new noise, 0 to 1 (default: 0)"
+    )
+    c.add_argument(
+        "--height", type=whole_number(1, 1 << 16), metavar="PIXELS", help="default: what the bundle is best at"
+    )
     c.add_argument("--width", type=whole_number(1, 1 << 16), metavar="PIXELS")
-    c.add_argument("--count", type=whole_number(1, MAX_PICTURES), default=1, metavar="N", help="pictures of each text (default: 1)")
+    c.add_argument(
+        "--count", type=whole_number(1, MAX_PICTURES), default=1, metavar="N", help="pictures of each text (default: 1)"
+    )
     c.add_argument("--backend", choices=BACKENDS, metavar="NAME", help=f"{', '.join(BACKENDS)} (default: see below)")
     c.add_argument("--device", type=device, metavar="NAME", help="cpu, cuda or cuda:N (default: by the backend)")
     c.add_argument("--no-cuda-graphs", action="store_true", help="launch every kernel of a step from the host")
@@ -99,17 +136,20 @@ def shorten(text: str, characters: int = 60) -> str:
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
     """An argument's type: an integer from `low` to `high`."""
+
     def parse(text: str) -> int:
         written = re.fullmatch(r"[+-]?[0-9]+", text.strip())
         value = int(text) if written and len(text) <= 40 else low - 1  # Python refuses to read thousands of digits
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{shorten(text)} is not a whole number from {low} to {high}")
         return value
+
     return parse
 
 
 def number(low: float = -math.inf) -> Callable[[str], float]:
     """An argument's type: a finite number, at least `low`."""
+
     def parse(text: str) -> float:
         value = math.nan
         with suppress(ValueError):
@@ -118,6 +158,7 @@ def number(low: float = -math.inf) -> Callable[[str], float]:
             floor = f" from {low:g} up" if math.isfinite(low) else ""
             raise argparse.ArgumentTypeError(f"{shorten(text)} is not a finite number{floor}")
         return value
+
     return parse
 
 
@@ -145,10 +186,13 @@ def path(text: str) -> Path:
 
 
 def read_prompts(given: list[str], file: Path | None) -> list[str]:
-    """The texts of the command line, then those of the file. PromptError if there are none, PromptsFileError if the file is not usable."""
+    """The texts of the command line, then those of the file. PromptError if there are none, PromptsFileError if the
+    file is not usable."""
     prompts = [*given, *(_prompts_of(file) if file is not None else [])]
     if not prompts:
-        raise PromptError("there is no text to make a picture from; pass one in quotes, or --prompts FILE with one a line")
+        raise PromptError(
+            "there is no text to make a picture from; pass one in quotes, or --prompts FILE with one a line"
+        )
     return prompts
 
 
@@ -157,15 +201,21 @@ def _prompts_of(file: Path) -> list[str]:
         with open(file, "rb") as stream:
             content = stream.read(MAX_PROMPTS_BYTES + 1)
     except OSError as error:
-        raise PromptsFileError(f"--prompts {str(file)!r} cannot be read ({error.strerror}); pass a text file with one prompt a line") from error
+        raise PromptsFileError(
+            f"--prompts {str(file)!r} cannot be read ({error.strerror}); pass a text file with one prompt a line"
+        ) from error
     if len(content) > MAX_PROMPTS_BYTES:
-        raise PromptsFileError(f"--prompts {str(file)!r} has more than {MAX_PROMPTS_BYTES} bytes; pass a text file with one prompt a line")
+        raise PromptsFileError(
+            f"--prompts {str(file)!r} has more than {MAX_PROMPTS_BYTES} bytes; pass a text file with one prompt a line"
+        )
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise PromptsFileError(f"--prompts {str(file)!r} is not UTF-8: line {line} has the byte 0x{content[error.start]:02x}; "
-                               f"save it as UTF-8, one prompt a line") from error
+        raise PromptsFileError(
+            f"--prompts {str(file)!r} is not UTF-8: line {line} has the byte 0x{content[error.start]:02x}; "
+            f"save it as UTF-8, one prompt a line"
+        ) from error
     prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
         raise PromptsFileError(f"--prompts {str(file)!r} has no line with a text; write one prompt a line")

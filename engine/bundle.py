@@ -4,8 +4,10 @@
     <name>/tokenizer/tokenizer.json
     <name>/onnx/<component>.onnx    and <component>.onnx.data
 
-The manifest is read and checked before any other file is touched. A bundle may be replaced while it is loaded: then it is looked at again.
+The manifest is read and checked before any other file is touched. A bundle may be replaced while it is loaded: then it
+is looked at again.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -20,7 +22,16 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from .commands import build_again, build_anything
 from .contract import COMPONENTS, Range, Shapes
-from .errors import BackendError, BundleChangedError, BundleError, BundleNotFoundError, HashMismatchError, ManifestError, MissingFileError, UnsafePathError
+from .errors import (
+    BackendError,
+    BundleChangedError,
+    BundleError,
+    BundleNotFoundError,
+    HashMismatchError,
+    ManifestError,
+    MissingFileError,
+    UnsafePathError,
+)
 from .manifest import FORMAT, MANIFEST, TOKENIZER, Field, graph_file, own_files, read, shapes
 
 __all__ = ["FORMAT", "MANIFEST", "Bundle", "SpecialTokens", "sha256", "while_replaced"]
@@ -61,7 +72,8 @@ class Seal(NamedTuple):
 class Bundle:
     """A bundle whose manifest has been checked. `manifest` is its whole content, for what has no attribute here.
 
-    `seals` has what each file looked like when its hash was computed, so that one that was changed since is not used."""
+    `seals` has what each file looked like when its hash was computed, so that one that was changed since is not
+    used."""
 
     folder: Path
     manifest: Mapping[str, Any]
@@ -97,8 +109,16 @@ class Bundle:
         except BundleError as error:
             raise type(error)(f"{error}; build it again: {again}") from error
         tokenizer = manifest["tokenizer"]
-        return cls(folder, manifest, manifest["name"], manifest["precision"], shapes(Field(manifest)), manifest["scheduler"],
-                   SpecialTokens(tokenizer["start"], tokenizer["end"], tokenizer["pad"]), seals)
+        return cls(
+            folder,
+            manifest,
+            manifest["name"],
+            manifest["precision"],
+            shapes(Field(manifest)),
+            manifest["scheduler"],
+            SpecialTokens(tokenizer["start"], tokenizer["end"], tokenizer["pad"]),
+            seals,
+        )
 
     @property
     def graphs(self) -> dict[str, Path]:
@@ -114,8 +134,8 @@ class Bundle:
         return build_again(self.folder, self.manifest, sizes)
 
     def recheck(self, component: str) -> None:
-        """BundleChangedError unless the files of a component are those that were checked when the bundle was opened. Files whose seal
-        is the same are not read; others are, and their SHA-256 must be the manifest's."""
+        """BundleChangedError unless the files of a component are those that were checked when the bundle was opened.
+        Files whose seal is the same are not read; others are, and their SHA-256 must be the manifest's."""
         for name in (graph_file(component), f"{graph_file(component)}.data"):
             if name in self.seals:
                 self._recheck(name, replaced_too=True)
@@ -125,8 +145,8 @@ class Bundle:
         self._recheck(TOKENIZER, replaced_too=True)
 
     def recheck_in_place(self) -> None:
-        """BundleChangedError if a file that a library has mapped was written to. Files that were replaced or deleted do not matter: what
-        is mapped stays as it was."""
+        """BundleChangedError if a file that a library has mapped was written to. Files that were replaced or deleted do
+        not matter: what is mapped stays as it was."""
         for name in self.seals:
             if name.startswith(GRAPHS):
                 self._recheck(name, replaced_too=False)
@@ -147,16 +167,22 @@ class Bundle:
         self.seals[name] = found
 
     def _changed(self, file: Path) -> BundleChangedError:
-        return BundleChangedError(f"{file} is not the file any more that was loaded: the bundle was replaced, changed or deleted meanwhile. Load it again: "
-                                  f"Pipeline.load({str(self.folder)!r})")
+        return BundleChangedError(
+            f"{file} is not the file any more that was loaded: the bundle was replaced, changed or deleted meanwhile. "
+            "Load it again: "
+            f"Pipeline.load({str(self.folder)!r})"
+        )
 
 
 def as_path(folder: Any) -> Path:
     """A path from what a user gives as one. BundleNotFoundError for what is none."""
     if isinstance(folder, bytes) or not isinstance(folder, (str, os.PathLike)):
         kind = type(folder).__name__
-        raise BundleNotFoundError(f"the folder of a bundle is {'None' if folder is None else f'a value of type {kind}'}; pass a string or a path, for "
-                                  f"example 'engines/demo'")
+        raise BundleNotFoundError(
+            f"the folder of a bundle is {'None' if folder is None else f'a value of type {kind}'}; pass a string or a "
+            "path, for "
+            f"example 'engines/demo'"
+        )
     try:
         return Path(folder).expanduser()
     except (RuntimeError, TypeError) as error:  # no such user's home; a path of bytes
@@ -164,14 +190,19 @@ def as_path(folder: Any) -> Path:
 
 
 def while_replaced(folder: Path, load: Callable[[], T]) -> T:
-    """What `load` gives; it is called again where it failed because the builder was replacing the bundle in `folder`."""
+    """What `load` gives; it is called again where it failed because the builder was replacing the bundle in
+    `folder`."""
     until = time.monotonic() + SECONDS_OF_SWAPPING
     while True:
         before = _identity(folder)
         try:
             return load()
         except (BundleError, BackendError):
-            swapping = before is None and folder.name != "" and _identity(folder.with_name(f".{folder.name}.replaced")) is not None
+            swapping = (
+                before is None
+                and folder.name != ""
+                and _identity(folder.with_name(f".{folder.name}.replaced")) is not None
+            )
             if time.monotonic() > until or (_identity(folder) == before and not swapping):
                 raise
         time.sleep(0.01)
@@ -191,12 +222,17 @@ def _several(folder: Path) -> str:
         found = sorted(file.parent.name for file in folder.glob(f"[!.]*/{MANIFEST}"))
     except (OSError, ValueError, RecursionError):
         found = []
-    return f" (it holds the bundles {', '.join(found[:5])}{' and others' if len(found) > 5 else ''}: pass {folder / found[0]})" if found else ""
+    return (
+        f" (it holds the bundles {', '.join(found[:5])}{' and others' if len(found) > 5 else ''}: pass "
+        f"{folder / found[0]})"
+        if found
+        else ""
+    )
 
 
 def _check_files(folder: Path, manifest: Mapping[str, Any], verify: bool) -> dict[str, Seal]:
-    """What every file that the manifest names looks like, once its size and its hash are the manifest's. All are opened before the
-    first is read: a bundle that is replaced meanwhile is still one."""
+    """What every file that the manifest names looks like, once its size and its hash are the manifest's. All are opened
+    before the first is read: a bundle that is replaced meanwhile is still one."""
     seals: dict[str, Seal] = {}
     with ExitStack() as opened:
         streams = {name: opened.enter_context(_open(folder, name)) for name in manifest["files"]}
@@ -218,14 +254,18 @@ def _open(folder: Path, name: str) -> BinaryIO:
         for part in name.split("/"):
             file = file / part
             if file.is_symlink():
-                raise UnsafePathError(f"{file} is a symbolic link; a bundle holds plain files only. Do not use this bundle")
+                raise UnsafePathError(
+                    f"{file} is a symbolic link; a bundle holds plain files only. Do not use this bundle"
+                )
         if not stat.S_ISREG(file.stat().st_mode):
             raise MissingFileError(f"{file} is not a plain file")
         return open(file, "rb")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise MissingFileError(f"{file} is missing") from error
     except PermissionError as error:
-        raise MissingFileError(f"{file} cannot be read (Permission denied); let this user read it (chmod -R u+rX {folder})") from error
+        raise MissingFileError(
+            f"{file} cannot be read (Permission denied); let this user read it (chmod -R u+rX {folder})"
+        ) from error
     except OSError as error:
         raise MissingFileError(f"{file} cannot be read ({error.strerror})") from error
 

@@ -1,4 +1,5 @@
 """Commands that errors tell people to run: they can be pasted as they are."""
+
 from __future__ import annotations
 
 import shlex
@@ -15,14 +16,16 @@ BUILDER = "build_engines.py"
 
 
 def show_what_cannot_be_printed() -> None:
-    """Makes the standard streams write characters that a terminal does not know as escapes: a name in them is no failure."""
+    """Makes the standard streams write characters that a terminal does not know as escapes: a name in them is no
+    failure."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def builder() -> str:
-    """How the builder is started from here: the file in this folder, the console script of an installed package, or the file beside it."""
+    """How the builder is started from here: the file in this folder, the console script of an installed package, or the
+    file beside it."""
     if Path(BUILDER).is_file():
         return f"python {BUILDER}"
     if shutil.which("latentrt-build"):
@@ -31,19 +34,30 @@ def builder() -> str:
 
 
 def build_anything(folder: Path) -> str:
-    """The command for a bundle at `folder` of which nothing is known but its name; only the built-in model needs no MODEL."""
+    """The command for a bundle at `folder` of which nothing is known but its name; only the built-in model needs no
+    MODEL."""
     place = f"--output {shlex.quote(str(folder.parent))}"
     if folder.name == "demo":
         return f"{builder()} {place}"
-    return f"{builder()} MODEL {place} --name {shlex.quote(folder.name or 'NAME')}, with the model's folder, file or hub id as MODEL"
+    name = shlex.quote(folder.name or "NAME")
+    return f"{builder()} MODEL {place} --name {name}, with the model's folder, file or hub id as MODEL"
 
 
 def build_again(folder: Path, manifest: Mapping[str, Any], sizes: Mapping[str, Range] = MappingProxyType({})) -> str:
-    """The command that builds the bundle in `folder` as it was built, but for the `sizes` (height, width, batch) that are given.
+    """The command that builds the bundle in `folder` as it was built, but for the `sizes` (height, width, batch) that
+    are given.
 
     `manifest` has been checked. It knows a model's path where the bundle was built from a folder or a file.
     """
-    words = [*_model(manifest["source"]), "--output", str(folder.parent), "--name", folder.name, "--precision", manifest["precision"]]
+    words = [
+        *_model(manifest["source"]),
+        "--output",
+        str(folder.parent),
+        "--name",
+        folder.name,
+        "--precision",
+        manifest["precision"],
+    ]
     if (opset := manifest["components"]["denoiser"].get("opset", 18)) != 18:
         words += ["--opset", str(opset)]
     words += ["--backend", "openvino" if "openvino" in manifest else "onnxruntime"]

@@ -4,20 +4,24 @@
     denoiser      state [batch, K, 4, height, width], row_sample [rows] int32, context [rows, tokens, C],
                   timestep [rows], mixing [batch, rows], update [batch, K, K+2], noise [batch, 4, height, width]
                                                                      -> next_state [batch, K, 4, height, width]
-    vae_decoder   latents [batch, 4, height, width]                  -> image [batch, 8 height, 8 width, 3] uint8, magnitude [batch]
+    vae_decoder   latents [batch, 4, height, width]                  -> image [batch, 8 height, 8 width, 3] uint8,
+                  magnitude [batch]
     vae_encoder   image [batch, 8 height, 8 width, 3] uint8          -> mean, std [batch, 4, height, width]
 
 float32 unless said otherwise; height and width are those of the latents. The denoiser is one whole step: it evaluates
 the U-Net on slot 0 of the state, row by row, combines the rows' outputs per sample (guidance) and applies the sampler,
-`next_state = update @ [state; output; noise]`. `magnitude` is a sum over the decoder's absolute values: it is finite if they
-all are, which pixels cannot tell. The rows of a sample have one timestep, so that what does not depend on the text may be computed once for them.
+`next_state = update @ [state; output; noise]`. `magnitude` is a sum over the decoder's absolute values: it is finite if
+they all are, which pixels cannot tell. The rows of a sample have one timestep, so that what does not depend on the text
+may be computed once for them.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 SLOTS = 4
-"""K: how many latent-sized tensors a sampler may remember. Slot 0 is the latent itself, scaled to unit variance (VP)."""
+"""K: how many latent-sized tensors a sampler may remember. Slot 0 is the latent itself, scaled to unit variance
+(VP)."""
 
 LATENT_CHANNELS = 4
 VAE_FACTOR = 8
@@ -75,8 +79,8 @@ class Range:
 
 @dataclass(frozen=True)
 class Shapes:
-    """Height and width in pixels and number of pictures per call that a bundle or a plan serves; `rows` are the U-Net's rows
-    for one call (with guidance twice the pictures), None where every number is served."""
+    """Height and width in pixels and number of pictures per call that a bundle or a plan serves; `rows` are the U-Net's
+    rows for one call (with guidance twice the pictures), None where every number is served."""
 
     height: Range
     width: Range
@@ -89,7 +93,12 @@ class Shapes:
 
     def allows(self, height: int, width: int, batch: int, rows: int) -> bool:
         """Whether one call of these sizes is served."""
-        return height in self.height and width in self.width and batch in self.batch and (self.rows is None or rows in self.rows)
+        return (
+            height in self.height
+            and width in self.width
+            and batch in self.batch
+            and (self.rows is None or rows in self.rows)
+        )
 
     def static(self) -> dict[str, int]:
         """The graphs' dimensions that never change, by name."""

@@ -4,6 +4,7 @@
 
 Needs nothing but NumPy. Whatever is wrong with a library, a GPU or a bundle is a line of the report and not its end.
 """
+
 from __future__ import annotations
 
 import errno
@@ -28,7 +29,11 @@ from .sampling.samplers import sampler_name, step_table
 from .sampling.schedule import Schedule
 from .version import __version__
 
-NVIDIA_SMI = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total,memory.free,driver_version", "--format=csv,noheader,nounits"]
+NVIDIA_SMI = [
+    "nvidia-smi",
+    "--query-gpu=name,compute_cap,memory.total,memory.free,driver_version",
+    "--format=csv,noheader,nounits",
+]
 NVIDIA_SMI_SECONDS = 10.0
 
 
@@ -40,8 +45,8 @@ Report = Generator[str, None, bool]
 
 
 def diagnose(bundles: Path, verify: bool = False) -> Report:
-    """The report, line by line; True in the end if there are bundles and each can make pictures here with one backend at least.
-    `verify` reads every file of the bundles and plans and compares its SHA-256."""
+    """The report, line by line; True in the end if there are bundles and each can make pictures here with one backend
+    at least. `verify` reads every file of the bundles and plans and compares its SHA-256."""
     yield f"LatentRT {__version__}, Python {platform.python_version()}, NumPy {np.__version__}, {platform.platform()}"
     machines, lines = find_gpus()
     yield from lines
@@ -73,7 +78,8 @@ def find_bundles(place: Path) -> tuple[list[Path], str]:
 
 
 def _may_be_bundle(folder: Path) -> bool:
-    """Whether a folder is a bundle, was one, or cannot be looked into. A builder's unfinished folders have names with a dot."""
+    """Whether a folder is a bundle, was one, or cannot be looked into. A builder's unfinished folders have names with a
+    dot."""
     try:
         return bool({MANIFEST, "onnx"} & set(os.listdir(folder)))
     except NotADirectoryError:
@@ -88,6 +94,7 @@ def find_gpus() -> tuple[list[Machine], list[str]]:
     lines = [f"GPU {i}: {line}" for i, line in enumerate(listed)] or ["GPU: none that nvidia-smi knows of"]
     try:
         from .backends.tensorrt.cuda import count_devices, load_driver
+
         load_driver()
         count = count_devices()
     except Exception as error:
@@ -108,11 +115,15 @@ def look_at_gpu(number: int) -> tuple[Machine | None, str]:
     """A GPU as plans know it, where TensorRT is, and a line about it. CudaError if it does not answer."""
     from .backends.tensorrt.cuda import Device
     from .backends.tensorrt.versions import load_tensorrt
+
     device = Device(number)
     with device.closing():
         free, total = device.memory()
-    line = (f"CUDA: GPU {number} is {device.name}, compute capability {device.compute_capability}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB "
-            f"free; the driver supports CUDA {device.driver_version}")
+    line = (
+        f"CUDA: GPU {number} is {device.name}, compute capability {device.compute_capability}, {free / 2**30:.1f} of "
+        f"{total / 2**30:.1f} GiB "
+        f"free; the driver supports CUDA {device.driver_version}"
+    )
     try:
         return Machine(device.name, device.compute_capability, load_tensorrt().__version__), line
     except EngineError:  # find_libraries says why
@@ -124,17 +135,30 @@ def list_gpus() -> list[str]:
     if not shutil.which("nvidia-smi"):
         return []
     try:
-        done = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, errors="replace", check=False, timeout=NVIDIA_SMI_SECONDS)
+        done = subprocess.run(
+            NVIDIA_SMI, capture_output=True, text=True, errors="replace", check=False, timeout=NVIDIA_SMI_SECONDS
+        )
     except (OSError, subprocess.TimeoutExpired):  # a driver that hangs; CUDA's own words follow
         return []
-    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()] if done.returncode == 0 else []
-    return [f"{row[0]}, compute capability {row[1]}, {row[2]} MiB ({row[3]} free), driver {row[4]}" for row in rows if len(row) == 5]
+    rows = (
+        [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
+        if done.returncode == 0
+        else []
+    )
+    return [
+        f"{row[0]}, compute capability {row[1]}, {row[2]} MiB ({row[3]} free), driver {row[4]}"
+        for row in rows
+        if len(row) == 5
+    ]
 
 
 def find_libraries() -> Generator[str, None, dict[str, str]]:
-    """Lines about the inference libraries, without loading a graph; in the end, for each module that is not usable, why."""
+    """Lines about the inference libraries, without loading a graph; in the end, for each module that is not usable,
+    why."""
+
     def tensorrt() -> str:
         from .backends.tensorrt.versions import load_tensorrt
+
         return str(load_tensorrt().__version__)
 
     def onnxruntime() -> str:
@@ -144,11 +168,15 @@ def find_libraries() -> Generator[str, None, dict[str, str]]:
     def openvino() -> str:
         library = import_library("openvino")
         core = library.Core()
-        return f"{library.__version__.split('-')[0]}, {core.get_property('CPU', 'FULL_DEVICE_NAME')}" \
-            + (" with bfloat16" if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "")
+        return f"{library.__version__.split('-')[0]}, {core.get_property('CPU', 'FULL_DEVICE_NAME')}" + (
+            " with bfloat16" if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else ""
+        )
 
     known: list[tuple[str, str, str, Callable[[], str]]] = [
-        ("TensorRT", "tensorrt", "tensorrt", tensorrt), ("OpenVINO", "openvino", "openvino", openvino), ("ONNX Runtime", "onnxruntime", "cpu", onnxruntime)]
+        ("TensorRT", "tensorrt", "tensorrt", tensorrt),
+        ("OpenVINO", "openvino", "openvino", openvino),
+        ("ONNX Runtime", "onnxruntime", "cpu", onnxruntime),
+    ]
     absent: dict[str, str] = {}
     for name, module, extra, describe in known:
         if not installed(module):
@@ -164,12 +192,14 @@ def find_libraries() -> Generator[str, None, dict[str, str]]:
         try:
             yield f"{package}: {version(package)}"
         except PackageNotFoundError:
-            yield f"{package}: not installed; {install_command('tensorrt' if package == 'cuda-bindings' else 'runtime')}"
+            extra = "tensorrt" if package == "cuda-bindings" else "runtime"
+            yield f"{package}: not installed; {install_command(extra)}"
     return absent
 
 
 def examine(folder: Path, machines: list[Machine], absent: dict[str, str], verify: bool) -> Report:
-    """Whether a bundle can make pictures, and with which libraries on which GPUs; True in the end if one of them will do."""
+    """Whether a bundle can make pictures, and with which libraries on which GPUs; True in the end if one of them will
+    do."""
     try:
         bundle = Bundle.open(folder, verify)
         for name in bundle.manifest["files"]:
@@ -208,7 +238,9 @@ def _verdict(what: str, look: Callable[[], str], folder: Path) -> Report:
 
 def find_scheduler(bundle: Bundle) -> str:
     """The name of the model's own sampler, once it has a table of steps."""
-    other = f"name another: python -m engine picture 'a text' --bundle {shlex.quote(str(bundle.folder))} --scheduler euler"
+    other = (
+        f"name another: python -m engine picture 'a text' --bundle {shlex.quote(str(bundle.folder))} --scheduler euler"
+    )
     schedule = Schedule.from_config(bundle.scheduler)
     try:
         name = sampler_name(None, schedule)
@@ -219,17 +251,18 @@ def find_scheduler(bundle: Bundle) -> str:
 
 
 def find_tokenizer(bundle: Bundle) -> str:
-    """"usable", once it has made tokens of a text."""
+    """ "usable", once it has made tokens of a text."""
     missing = [package for module, package in RUNTIME.items() if not installed(module)]
     if missing:
         raise NotUsable(f"no picture without {', '.join(missing)}; {install_command('runtime')}")
     from .text.tokenizer import ClipTokenizer
+
     ClipTokenizer(bundle.tokenizer_file, bundle.special_tokens)(["a text"])
     return "usable"
 
 
 def find_cpu_backend(bundle: Bundle, library: str, absent: dict[str, str]) -> str:
-    """"usable", unless the library is not, or cannot run this bundle."""
+    """ "usable", unless the library is not, or cannot run this bundle."""
     if library in absent:
         raise NotUsable(absent[library])
     if library == "onnxruntime" and bundle.precision == "bf16":
@@ -243,17 +276,28 @@ def find_plans(bundle: Bundle, machine: Machine, verify: bool) -> str:
     if verify:
         for component in plans.build["components"]:
             plans.read(component)
-    unchecked = [component for component, entry in plans.build["components"].items() if not entry.get("check", {}).get("compared")]
-    warning = f"; nobody compared the plans of {', '.join(unchecked)} with ONNX Runtime: {rebuild_command(bundle.folder)} --force" if unchecked else ""
+    unchecked = [
+        component
+        for component, entry in plans.build["components"].items()
+        if not entry.get("check", {}).get("compared")
+    ]
+    warning = (
+        f"; nobody compared the plans of {', '.join(unchecked)} with ONNX Runtime: {rebuild_command(bundle.folder)} "
+        "--force"
+        if unchecked
+        else ""
+    )
     return f"usable, height x width {'; '.join(str(profile) for profile in plans.profiles)}{warning}"
 
 
 def reason(error: Exception, folder: Path | None = None) -> str:
-    """What went wrong, in one line that ends with what to do: named errors say it, others are about what a bundle holds."""
+    """What went wrong, in one line that ends with what to do: named errors say it, others are about what a bundle
+    holds."""
     text = " ".join(str(error).split())
     if isinstance(error, (EngineError, NotUsable)) or folder is None:
         return text or type(error).__name__
     if isinstance(error, OSError):
         place = error.filename if isinstance(error.filename, str) else str(folder)
         return f"{place} cannot be read ({error.strerror}); allow it: chmod -R u+rwX {shlex.quote(str(folder))}"
-    return f"its manifest or a file in it is garbled ({type(error).__name__}: {text[:300]}); build it again: {build_anything(folder)}"
+    reason = f"{type(error).__name__}: {text[:300]}"
+    return f"its manifest or a file in it is garbled ({reason}); build it again: {build_anything(folder)}"

@@ -1,4 +1,5 @@
 """Every error that the runtime raises on purpose. The message says what was given, what is allowed and what to do."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -77,7 +78,8 @@ class UnknownSchedulerError(InputError):
 
 
 class OutputPathError(InputError):
-    """A picture's file has a name that is not taken, or is something that a picture never replaces: a folder, a device."""
+    """A picture's file has a name that is not taken, or is something that a picture never replaces: a folder, a
+    device."""
 
 
 class PromptsFileError(InputError):
@@ -95,7 +97,8 @@ class NumericalError(EngineError):
 
 
 class CallbackError(InputError):
-    """`callback_on_step_end` cannot be called as it is, or returned something else than None or a dictionary with latents."""
+    """`callback_on_step_end` cannot be called as it is, or returned something else than None or a dictionary with
+    latents."""
 
 
 class PipelineStateError(EngineError):

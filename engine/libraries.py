@@ -1,4 +1,6 @@
-"""Which libraries are here, without importing them, how a missing one is installed, and how those that send telemetry are imported."""
+"""Which libraries are here, without importing them, how a missing one is installed, and how those that send telemetry
+are imported."""
+
 from __future__ import annotations
 
 import os
@@ -20,11 +22,21 @@ REQUIREMENTS: dict[str, tuple[str, ...]] = {
     "openvino": ("openvino>=2025.2",),
     "cuda": ("onnxruntime-gpu>=1.21",),
     "tensorrt": ("tensorrt>=10.12,<12", "cuda-bindings>=12.8", "onnxruntime>=1.20", "polygraphy>=0.49"),
-    "export": ("torch>=2.9", "diffusers>=0.35", "transformers>=5", "safetensors>=0.5", "onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20",
-               "huggingface_hub>=1", "filelock>=3.16"),
+    "export": (
+        "torch>=2.9",
+        "diffusers>=0.35",
+        "transformers>=5",
+        "safetensors>=0.5",
+        "onnx>=1.18",
+        "onnxscript>=0.5",
+        "onnxruntime>=1.20",
+        "huggingface_hub>=1",
+        "filelock>=3.16",
+    ),
     "benchmarks": ("matplotlib>=3.8", "psutil>=6"),
 }
-"""pyproject.toml's extras, and as "runtime" its dependencies. Messages name these and not `latentrt[...]`: no index has a package of that name."""
+"""pyproject.toml's extras, and as "runtime" its dependencies. Messages name these and not `latentrt[...]`: no index has
+a package of that name."""
 
 
 def install_command(*extras: str) -> str:
@@ -47,19 +59,21 @@ def telemetry_wanted() -> bool:
 
 
 def turn_telemetry_off(*variables: str) -> None:
-    """Sets environment variables that turn telemetry off to 1, except those that the user has set, unless `telemetry_wanted`."""
+    """Sets environment variables that turn telemetry off to 1, except those that the user has set, unless
+    `telemetry_wanted`."""
     if not telemetry_wanted():
         for variable in variables:
             os.environ.setdefault(variable, "1")
 
 
 def import_library(name: str) -> Any:
-    """The library; if this is its first import, with its telemetry off. The only place that imports ONNX Runtime or OpenVINO.
+    """The library; if this is its first import, with its telemetry off. The only place that imports ONNX Runtime or
+    OpenVINO.
 
-    ONNX Runtime keeps a device id and a database in the home and sends events, unless ORT_DISABLE_TELEMETRY is set when it is imported.
-    OpenVINO has no such variable: it counts its imports in the home and sends each to Google Analytics, as long as it finds the package
-    openvino_telemetry. So that package is hidden while OpenVINO is imported, and may be imported by others afterwards.
-    Raises ImportError where the library is missing.
+    ONNX Runtime keeps a device id and a database in the home and sends events, unless ORT_DISABLE_TELEMETRY is set when
+    it is imported. OpenVINO has no such variable: it counts its imports in the home and sends each to Google Analytics,
+    as long as it finds the package openvino_telemetry. So that package is hidden while OpenVINO is imported, and may be
+    imported by others afterwards. Raises ImportError where the library is missing.
     """
     if name in sys.modules or telemetry_wanted():
         return import_module(name)

@@ -1,17 +1,19 @@
 """manifest.json: what it must hold, field by field. Nothing of a bundle is used before all of it has been checked.
 
-    format            2
-    name              what the bundle is called
-    source            {kind, id, path?, options?}: which model it was built from, and with which of the builder's options for a model
-    precision         "fp32", "fp16" or "bf16"
-    shapes            height, width (pixels) and batch, each [min, opt, max]
-    scheduler         the model's scheduler_config.json, which `Schedule.from_config` checks
-    components        for each: onnx, and what the builder notes besides
-    tokenizer         file, and the ids of the start, end and padding tokens
-    verification      done, and if so backend, precision, components and picture; else the reason
-    openvino          precision of each component there; only where the builder measured it
-    files             SHA-256 and size of every other file of the bundle
+format            2
+name              what the bundle is called
+source            {kind, id, path?, options?}: which model it was built from, and with which of the builder's options
+                  for a model
+precision         "fp32", "fp16" or "bf16"
+shapes            height, width (pixels) and batch, each [min, opt, max]
+scheduler         the model's scheduler_config.json, which `Schedule.from_config` checks
+components        for each: onnx, and what the builder notes besides
+tokenizer         file, and the ids of the start, end and padding tokens
+verification      done, and if so backend, precision, components and picture; else the reason
+openvino          precision of each component there; only where the builder measured it
+files             SHA-256 and size of every other file of the bundle
 """
+
 from __future__ import annotations
 
 import json
@@ -47,15 +49,22 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Field:
-    """A value of a manifest and the way to it. The methods return it in the type that is asked for, or raise ManifestError."""
+    """A value of a manifest and the way to it. The methods return it in the type that is asked for, or raise
+    ManifestError."""
 
     def __init__(self, value: Any, path: str = "") -> None:
         self.value, self._path = value, path
 
     def fail(self, rule: str) -> ManifestError:
         """The error for a value that breaks `rule`."""
-        shown = json.dumps(self.value, default=repr) if not isinstance(self.value, int) or abs(self.value) < 10**20 else "a huge integer"
-        return ManifestError(f"{self._path or 'the whole'} is {shown if len(shown) <= 80 else shown[:77] + '...'}; it must be {rule}")
+        shown = (
+            json.dumps(self.value, default=repr)
+            if not isinstance(self.value, int) or abs(self.value) < 10**20
+            else "a huge integer"
+        )
+        return ManifestError(
+            f"{self._path or 'the whole'} is {shown if len(shown) <= 80 else shown[:77] + '...'}; it must be {rule}"
+        )
 
     def object(self) -> dict[str, Any]:
         if not isinstance(self.value, dict):
@@ -103,15 +112,17 @@ class Field:
         """[min, opt, max]."""
         if not isinstance(self.value, list) or len(self.value) != 3:
             raise self.fail("a list of three integers, min, opt and max")
-        smallest, best, largest = (Field(value, f"{self._path}[{i}]").integer(low, high) for i, value in enumerate(self.value))
+        smallest, best, largest = (
+            Field(value, f"{self._path}[{i}]").integer(low, high) for i, value in enumerate(self.value)
+        )
         if not smallest <= best <= largest or any(side % multiple for side in (smallest, best, largest)):
             raise self.fail(f"min <= opt <= max, each a multiple of {multiple}")
         return Range(smallest, best, largest)
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The checked content of `folder`/manifest.json. BundleNotFoundError, ManifestError, ManifestVersionError or UnsafePathError
-    say what is wrong, without saying how it is mended."""
+    """The checked content of `folder`/manifest.json. BundleNotFoundError, ManifestError, ManifestVersionError or
+    UnsafePathError say what is wrong, without saying how it is mended."""
     manifest = parse(folder)
     version = manifest.get("format")
     if version != FORMAT or isinstance(version, bool):
@@ -128,9 +139,13 @@ def parse(folder: Path) -> dict[str, Any]:
     file = folder / MANIFEST
     try:
         if not folder.is_dir():
-            raise BundleNotFoundError(f"there is no bundle at {shorten(folder)}" + (", which is no folder" if folder.exists() else ""))
+            raise BundleNotFoundError(
+                f"there is no bundle at {shorten(folder)}" + (", which is no folder" if folder.exists() else "")
+            )
     except PermissionError as error:
-        raise BundleNotFoundError(f"{shorten(folder)} cannot be looked at (Permission denied); allow it: chmod u+rx {folder.parent}") from error
+        raise BundleNotFoundError(
+            f"{shorten(folder)} cannot be looked at (Permission denied); allow it: chmod u+rx {folder.parent}"
+        ) from error
     except OSError as error:  # too long, links that go round in a circle
         raise BundleNotFoundError(f"there is no bundle at {shorten(folder)} ({error.strerror})") from error
     try:
@@ -142,7 +157,10 @@ def parse(folder: Path) -> dict[str, Any]:
             raise ManifestError(f"{file} has more than {LARGEST_MANIFEST} bytes, so it is no manifest of a bundle")
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except PermissionError as error:
-        raise ManifestError(f"{error.filename or file} cannot be read (Permission denied); let this user read it: chmod -R u+rX {folder}") from error
+        raise ManifestError(
+            f"{error.filename or file} cannot be read (Permission denied); let this user read it: chmod -R u+rX "
+            f"{folder}"
+        ) from error
     except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise ManifestError(f"{shorten(file)} is not readable ({error})") from error
     if not isinstance(manifest, dict):
@@ -158,7 +176,9 @@ def shorten(path: Path | str) -> str:
 
 def _other_version(file: Path, version: Any) -> ManifestVersionError:
     if isinstance(version, int) and not isinstance(version, bool) and FORMAT < version < 10**6:
-        return ManifestVersionError(f"{file} has format {version}, a newer one than this version reads ({FORMAT}); update LatentRT")
+        return ManifestVersionError(
+            f"{file} has format {version}, a newer one than this version reads ({FORMAT}); update LatentRT"
+        )
     shown = version if isinstance(version, int) and abs(version) < 10**6 else type(version).__name__
     return ManifestVersionError(f"{file} has format {shown}, another one than this version reads ({FORMAT})")
 
@@ -196,12 +216,15 @@ def check(manifest: Field) -> None:
 
 def shapes(manifest: Field) -> Shapes:
     """The sizes that a bundle is for."""
-    sides = {side: manifest["shapes"][side].range(SMALLEST_SIDE, LARGEST_SIDE, VAE_FACTOR) for side in ("height", "width")}
+    sides = {
+        side: manifest["shapes"][side].range(SMALLEST_SIDE, LARGEST_SIDE, VAE_FACTOR) for side in ("height", "width")
+    }
     return Shapes(**sides, batch=manifest["shapes"]["batch"].range(1, LARGEST_BATCH))
 
 
 def graph_file(component: str) -> str:
-    """Where a component's graph lies in a bundle; its weights lie beside it, in a file of that name with `.data` behind."""
+    """Where a component's graph lies in a bundle; its weights lie beside it, in a file of that name with `.data`
+    behind."""
     return f"onnx/{component}.onnx"
 
 
@@ -240,7 +263,9 @@ def _check_path(name: str) -> None:
     except UnicodeEncodeError:
         plain = short = False
     if not plain or not short:
-        raise UnsafePathError(f"the manifest names {shorten(name)!r}, which is not a plain path inside the bundle; do not use this bundle")
+        raise UnsafePathError(
+            f"the manifest names {shorten(name)!r}, which is not a plain path inside the bundle; do not use this bundle"
+        )
 
 
 def _require_hash(files: Field, name: str) -> None:

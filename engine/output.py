@@ -1,4 +1,5 @@
 """Files for pictures: which names are taken, what may be replaced, and how a picture gets there whole or not at all."""
+
 from __future__ import annotations
 
 import os
@@ -15,7 +16,8 @@ from .errors import OutputFileError, OutputPathError
 
 @dataclass(frozen=True)
 class Format:
-    """A format as Pillow names it: for saving, as a feature that it may have been built without, and with which options."""
+    """A format as Pillow names it: for saving, as a feature that it may have been built without, and with which
+    options."""
 
     name: str
     feature: str
@@ -33,17 +35,22 @@ FORMATS = {
 ALLOWED = "pass a name that ends in .png, .jpg, .jpeg or .webp"
 
 KINDS = {
-    stat.S_IFDIR: "a folder", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
     stat.S_IFLNK: "a symbolic link that leads to itself",
 }
 """What a picture never replaces."""
 
 
 def check_output(output: str, count: int) -> list[Path]:
-    """The files for `count` pictures: `output` itself for one, numbered from 0 for several. Each may be written as far as that can be known.
+    """The files for `count` pictures: `output` itself for one, numbered from 0 for several. Each may be written as far
+    as that can be known.
 
-    OutputPathError for names that are not taken and for what is never replaced; OutputFileError where the folder is missing or
-    not writable.
+    OutputPathError for names that are not taken and for what is never replaced; OutputFileError where the folder is
+    missing or not writable.
     """
     file = _plain_path(output)
     several = count > 1 and file.suffix.lower() in FORMATS
@@ -52,7 +59,9 @@ def check_output(output: str, count: int) -> list[Path]:
     for file in files:
         other = targets.setdefault(find_target(file), file)
         if other != file:
-            raise OutputPathError(f"{other} and {file} are the same file, and would get two pictures; pass another --output")
+            raise OutputPathError(
+                f"{other} and {file} are the same file, and would get two pictures; pass another --output"
+            )
     _check_encoder(FORMATS[file.suffix.lower()])
     return files
 
@@ -75,12 +84,14 @@ def _plain_path(output: str) -> Path:
 
 def _check_encoder(wanted: Format) -> None:
     from PIL import features
+
     if not features.check(wanted.feature):
         raise OutputPathError(f"Pillow was installed without {wanted.name} here; pass an --output that ends in .png")
 
 
 def find_target(file: Path) -> Path:
-    """The file that a picture called `file` is written to: itself, or what a symbolic link leads to. The errors of `check_output`."""
+    """The file that a picture called `file` is written to: itself, or what a symbolic link leads to. The errors of
+    `check_output`."""
     target = Path(os.path.realpath(file))
     link = f" (a symbolic link to {target})" if os.path.islink(file) else ""
     kind = _kind(file, target)
@@ -91,10 +102,14 @@ def find_target(file: Path) -> Path:
         raise OutputPathError(f"--output {str(file)!r} does not say which format: {extension}; {ALLOWED}")
     folder = target.parent
     if not os.path.isdir(folder):
-        raise OutputFileError(f"{file}{link} cannot be written: {folder} is not a folder; make it, or pass another --output")
+        raise OutputFileError(
+            f"{file}{link} cannot be written: {folder} is not a folder; make it, or pass another --output"
+        )
     for place in (folder, target):
         if os.path.lexists(place) and not os.access(place, os.W_OK):
-            raise OutputFileError(f"{file}{link} cannot be written: {place} {_why_not_writable(place)}; pass another --output")
+            raise OutputFileError(
+                f"{file}{link} cannot be written: {place} {_why_not_writable(place)}; pass another --output"
+            )
     return target
 
 
@@ -116,8 +131,8 @@ def _why_not_writable(place: Path) -> str:
 
 
 def write_picture(image: Any, file: Path) -> None:
-    """Writes a PIL image in the format of the file's extension. A temporary file is renamed at the end, so that a failure leaves what was
-    there; symbolic links stay and their target is written. The errors of `check_output`."""
+    """Writes a PIL image in the format of the file's extension. A temporary file is renamed at the end, so that a
+    failure leaves what was there; symbolic links stay and their target is written. The errors of `check_output`."""
     target = find_target(file)
     unfinished = target.with_name(f".{target.name[:50]}.{os.getpid()}.tmp")
     wanted = FORMATS[file.suffix.lower()]
@@ -129,7 +144,9 @@ def write_picture(image: Any, file: Path) -> None:
             shutil.copymode(target, unfinished)
         os.replace(unfinished, target)
     except (OSError, ValueError) as error:  # Pillow raises ValueError for what a format cannot hold
-        raise OutputFileError(f"{file} cannot be written ({getattr(error, 'strerror', None) or error}); pass another --output") from error
+        raise OutputFileError(
+            f"{file} cannot be written ({getattr(error, 'strerror', None) or error}); pass another --output"
+        ) from error
     finally:
         with suppress(OSError):
             unfinished.unlink()

@@ -1,4 +1,5 @@
 """Pictures that carry their parameters: PIL images whose PNG files say how they were made."""
+
 from __future__ import annotations
 
 import math
@@ -26,8 +27,11 @@ class Picture(Image.Image):
         picture.info[PARAMETERS] = parameters
         return picture
 
-    def save(self, fp: str | bytes | PathLike[str] | PathLike[bytes] | IO[bytes], format: str | None = None, **params: Any) -> None:
-        """As `Image.save`; in a PNG the parameters go along, unless `pnginfo` is given. Other formats have no place for them."""
+    def save(
+        self, fp: str | bytes | PathLike[str] | PathLike[bytes] | IO[bytes], format: str | None = None, **params: Any
+    ) -> None:
+        """As `Image.save`; in a PNG the parameters go along, unless `pnginfo` is given. Other formats have no place for
+        them."""
         if "pnginfo" not in params and PARAMETERS in self.info:
             text = PngInfo()
             text.add_text(PARAMETERS, self.info[PARAMETERS])
@@ -36,7 +40,8 @@ class Picture(Image.Image):
 
 
 def format_parameters(prompt: str, negative_prompt: str, fields: dict[str, str | int | float]) -> str:
-    """The text that web UIs write: prompt, negative prompt, then `Key: value` pairs; values with , : or a line break are quoted."""
+    """The text that web UIs write: prompt, negative prompt, then `Key: value` pairs; values with , : or a line break
+    are quoted."""
     lines = [prompt]
     if negative_prompt:
         lines.append(f"Negative prompt: {negative_prompt}")

@@ -1,4 +1,5 @@
 """Text to picture: the straight-line loop that everything else serves."""
+
 from __future__ import annotations
 
 import secrets
@@ -18,7 +19,14 @@ from .backends import open_backend
 from .backends.interface import Backend, Denoising, HostStopwatch, Session, Stopwatch
 from .bundle import Bundle, as_path, while_replaced
 from .contract import LATENT_CHANNELS, VAE_FACTOR, Range, Shapes
-from .errors import BusyPipelineError, ClosedPipelineError, ManifestError, NumericalError, PicklingError, SchedulerConfigError
+from .errors import (
+    BusyPipelineError,
+    ClosedPipelineError,
+    ManifestError,
+    NumericalError,
+    PicklingError,
+    SchedulerConfigError,
+)
 from .picture import Picture, format_parameters
 from .sampling.noise import TorchGenerator, draw
 from .sampling.samplers import LABELS, StepTable, sampler_name, step_table
@@ -32,15 +40,15 @@ CACHED_PROMPTS = 64
 Callback = Callable[["Pipeline", int, float, dict[str, np.ndarray]], "dict[str, np.ndarray] | None"]
 
 
-
 @dataclass(frozen=True)
 class Result:
     """What a call made.
 
     images: a list of PIL images, or [B, H, W, 3] float32 in 0..1 ("np"), or latents [B, 4, h, w] ("latent");
-    timings: seconds of the device for "text_encoder", "prepare" (buffers and tables, and where a size is new, the denoiser's
-    compilation), "denoise" (and "steps", a list) and "vae_decoder"; of the host for "tokenize" and "total", and in "host" what it took
-    to start each of those stages, without waiting for the device; "path" is how the steps ran: "cuda_graph", or "plain" calls of the inference library;
+    timings: seconds of the device for "text_encoder", "prepare" (buffers and tables, and where a size is new, the
+    denoiser's compilation), "denoise" (and "steps", a list) and "vae_decoder"; of the host for "tokenize" and "total",
+    and in "host" what it took to start each of those stages, without waiting for the device; "path" is how the steps
+    ran: "cuda_graph", or "plain" calls of the inference library;
     seeds: the one seed of the call or one for each picture; evaluations: how often the U-Net ran; interrupted: whether
     a callback stopped the loop.
     """
@@ -53,7 +61,8 @@ class Result:
 
 
 class Pipeline:
-    """A model that makes pictures from texts. Calls from several threads wait for each other; a callback may not call its own pipeline."""
+    """A model that makes pictures from texts. Calls from several threads wait for each other; a callback may not call
+    its own pipeline."""
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle = bundle
@@ -69,16 +78,24 @@ class Pipeline:
         self._busy = self._closed = self._interrupt = False
 
     @classmethod
-    def load(cls, folder: str | Path, *, backend: str | None = None, device: str | None = None, cuda_graphs: bool = True,
-             threads: int | None = None, verify: bool = True) -> Pipeline:
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        backend: str | None = None,
+        device: str | None = None,
+        cuda_graphs: bool = True,
+        threads: int | None = None,
+        verify: bool = True,
+    ) -> Pipeline:
         """The pipeline of the bundle in `folder`.
 
-        backend: "tensorrt", "openvino" or "onnxruntime"; None takes TensorRT where it and a GPU are found, else on the CPU OpenVINO
-        where it is installed, else ONNX Runtime.
+        backend: "tensorrt", "openvino" or "onnxruntime"; None takes TensorRT where it and a GPU are found, else on the
+        CPU OpenVINO where it is installed, else ONNX Runtime.
         device: "cpu", "cuda" or "cuda:N"; None is the first GPU for TensorRT and the CPU for ONNX Runtime.
-        cuda_graphs: False launches every kernel of a step from the host. threads: of one operator on the CPU, None for every
-        core. verify: False skips the SHA-256 of the ONNX files; that of a TensorRT plan is never skipped.
-        Raises the errors of `Bundle.open`, PlanErrors, and BackendError where a library or device is missing.
+        cuda_graphs: False launches every kernel of a step from the host. threads: of one operator on the CPU, None for
+        every core. verify: False skips the SHA-256 of the ONNX files; that of a TensorRT plan is never skipped. Raises
+        the errors of `Bundle.open`, PlanErrors, and BackendError where a library or device is missing.
         """
         request.check_threads(threads)
         path = as_path(folder)
@@ -91,13 +108,19 @@ class Pipeline:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """Inside it no other call runs. BusyPipelineError where this thread is inside one already: it would wait for itself."""
+        """Inside it no other call runs. BusyPipelineError where this thread is inside one already: it would wait for
+        itself."""
         with self._lock:
             if self._busy:
-                raise BusyPipelineError("this pipeline is in the middle of a call, and its callback (or a signal handler) called or closed it; use a second "
-                                        "pipeline there, or wait until the call has returned")
+                raise BusyPipelineError(
+                    "this pipeline is in the middle of a call, and its callback (or a signal handler) called or closed "
+                    "it; use a second "
+                    "pipeline there, or wait until the call has returned"
+                )
             if self._closed:
-                raise ClosedPipelineError(f"this pipeline was closed; load it again: Pipeline.load({str(self.bundle.folder)!r})")
+                raise ClosedPipelineError(
+                    f"this pipeline was closed; load it again: Pipeline.load({str(self.bundle.folder)!r})"
+                )
             self._busy = True
             try:
                 yield
@@ -105,8 +128,10 @@ class Pipeline:
                 self._busy = False
 
     def __getstate__(self) -> None:
-        raise PicklingError(f"a pipeline holds graphs of its own process and cannot be pickled; load it in the other process: "
-                            f"Pipeline.load({str(self.bundle.folder)!r})")
+        raise PicklingError(
+            f"a pipeline holds graphs of its own process and cannot be pickled; load it in the other process: "
+            f"Pipeline.load({str(self.bundle.folder)!r})"
+        )
 
     def __enter__(self) -> Pipeline:
         return self
@@ -115,7 +140,8 @@ class Pipeline:
         self.close()
 
     def close(self) -> None:
-        """Frees the graphs and the cached embeddings. Whoever uses the pipeline afterwards gets a ClosedPipelineError."""
+        """Frees the graphs and the cached embeddings. Whoever uses the pipeline afterwards gets a
+        ClosedPipelineError."""
         if self._closed:
             return
         with self._turn():
@@ -164,12 +190,13 @@ class Pipeline:
         prompt: one text or several; height, width: pixels, multiples of 8 (default: what the bundle is best at);
         guidance_scale: above 1 the negative prompt takes part; eta: DDIM's; seed: where diffusers takes a generator on
         the CPU: an int for all pictures, one int for each, or None for a random one; latents: [B, 4, height/8, width/8]
-        standard normal float32 instead of noise; scheduler: a name of `engine.sampling.samplers.SAMPLERS`, None for the model's own;
-        callback_on_step_end(pipeline, evaluation, timestep, {"latents": [B, 4, h, w]}) sees the latents that diffusers' has, may write
-        to them or return others in such a dictionary; progress: a bar on a terminal.
+        standard normal float32 instead of noise; scheduler: a name of `engine.sampling.samplers.SAMPLERS`, None for the
+        model's own; callback_on_step_end(pipeline, evaluation, timestep, {"latents": [B, 4, h, w]}) sees the latents
+        that diffusers' has, may write to them or return others in such a dictionary; progress: a bar on a terminal.
 
-        Raises the InputErrors of engine/errors.py before anything runs, NumericalError rather than a black picture, BundleChangedError
-        where the bundle's files were written to, ClosedPipelineError, and BusyPipelineError in a callback.
+        Raises the InputErrors of engine/errors.py before anything runs, NumericalError rather than a black picture,
+        BundleChangedError where the bundle's files were written to, ClosedPipelineError, and BusyPipelineError in a
+        callback.
         """
         started = perf_counter()
         prompts, negatives = request.check_prompts(prompt, negative_prompt)
@@ -225,8 +252,15 @@ class Pipeline:
         if output_type == "np":
             images = images.astype(np.float32) / 255
         elif output_type == "pil":
-            fields = {"Steps": steps, "Sampler": LABELS[sampler], "CFG scale": guidance_scale, "Seed": seeds[0], "Size": f"{width}x{height}",
-                      "Model": self.bundle.name, "Precision": self.bundle.precision}
+            fields = {
+                "Steps": steps,
+                "Sampler": LABELS[sampler],
+                "CFG scale": guidance_scale,
+                "Seed": seeds[0],
+                "Size": f"{width}x{height}",
+                "Model": self.bundle.name,
+                "Precision": self.bundle.precision,
+            }
             per_prompt = [(p, n) for p, n in zip(prompts, negatives) for _ in range(num_images_per_prompt)]
             images = [_picture(images[i], *per_prompt[i], fields, seeds, i) for i in range(batch)]
         timings["total"] = perf_counter() - started
@@ -248,11 +282,14 @@ class Pipeline:
         return [found[text] for text in texts]
 
     def _call_back(self, callback: Callback, session: Session, index: int, table: StepTable) -> None:
-        """Shows a callback the latents in diffusers' scale; they count if they are others afterwards, returned or written in place."""
+        """Shows a callback the latents in diffusers' scale; they count if they are others afterwards, returned or
+        written in place."""
         scale = np.float32(table.scales[index])
         shown = session.latents * scale
         before = shown.copy()
-        returned = request.check_returned(callback(self, index, float(table.timesteps[index]), {"latents": shown}), shown)
+        returned = request.check_returned(
+            callback(self, index, float(table.timesteps[index]), {"latents": shown}), shown
+        )
         if not np.array_equal(returned, before):
             session.latents = returned / scale
 
@@ -269,11 +306,15 @@ class Pipeline:
             cure = f"the model may overflow in {self.bundle.precision}: build it with --precision fp32, or {cure}"
         if np.isfinite(session.latents).all():
             return NumericalError(f"the VAE decoder's values are not finite, though its input is; {cure}")
-        return NumericalError(f"the latents hold values that are not finite after {evaluations} evaluations at guidance_scale {guidance_scale:g}; {cure}")
+        return NumericalError(
+            f"the latents hold values that are not finite after {evaluations} evaluations at guidance_scale "
+            f"{guidance_scale:g}; {cure}"
+        )
 
 
 class _Clock:
-    """Ends of the stages of a call, by the device and by the host: tokens, text encoder, start of the loop, each step, decoder."""
+    """Ends of the stages of a call, by the device and by the host: tokens, text encoder, start of the loop, each step,
+    decoder."""
 
     def __init__(self, device: Stopwatch) -> None:
         self._device, self._host = device, HostStopwatch()
@@ -288,12 +329,21 @@ class _Clock:
         """`Result.timings` without the total; to be called when the device has finished."""
         device, host = self._device.seconds(), self._host.seconds()
         last = 3 + evaluations
-        stages = [{"text_encoder": s[1], "prepare": s[2], "denoise": sum(s[3:last]), "vae_decoder": sum(s[last:])} for s in (device, host)]
+        stages = [
+            {"text_encoder": s[1], "prepare": s[2], "denoise": sum(s[3:last]), "vae_decoder": sum(s[last:])}
+            for s in (device, host)
+        ]
         return {"tokenize": host[0], **stages[0], "steps": device[3:last], "host": stages[1], "path": path}
 
 
-def _plan(table: StepTable, seeds: list[int], latents: np.ndarray | None, shape: tuple[int, ...], contexts: Sequence[Any],
-          guidance_scale: float) -> Denoising:
+def _plan(
+    table: StepTable,
+    seeds: list[int],
+    latents: np.ndarray | None,
+    shape: tuple[int, ...],
+    contexts: Sequence[Any],
+    guidance_scale: float,
+) -> Denoising:
     """Noise and tables of one loop. With guidance the rows of the U-Net are all negative prompts, then all prompts."""
     generators = [TorchGenerator(seed) for seed in seeds]
     first = draw(generators, shape) if latents is None else latents
@@ -318,12 +368,16 @@ def _plan(table: StepTable, seeds: list[int], latents: np.ndarray | None, shape:
     )
 
 
-def _picture(pixels: np.ndarray, prompt: str, negative_prompt: str, fields: dict[str, Any], seeds: list[int], index: int) -> Picture:
+def _picture(
+    pixels: np.ndarray, prompt: str, negative_prompt: str, fields: dict[str, Any], seeds: list[int], index: int
+) -> Picture:
     """A PIL image with what is needed to make it again."""
     fields = {**fields, "Seed": seeds[index if len(seeds) > 1 else 0]}
     if len(seeds) == 1 and index > 0:
         fields["Batch index"] = index
-    return Picture.from_pixels(pixels, format_parameters(prompt, negative_prompt, {**fields, "Version": f"LatentRT {__version__}"}))
+    return Picture.from_pixels(
+        pixels, format_parameters(prompt, negative_prompt, {**fields, "Version": f"LatentRT {__version__}"})
+    )
 
 
 def _progress(count: int, shown: bool) -> Any:
@@ -331,4 +385,5 @@ def _progress(count: int, shown: bool) -> Any:
     if not shown:
         return range(count)
     from tqdm import tqdm
+
     return tqdm(range(count), disable=None, desc="denoise", unit="step", leave=False)

@@ -1,12 +1,14 @@
 """TensorRT plans of a bundle: where they lie, what they are for, and whether this machine may run them.
 
-    <bundle>/plans/<gpu>-sm<cc>-trt<version>/build.json        what the plans were built from, for and with; their SHA-256
-    <bundle>/plans/<gpu>-sm<cc>-trt<version>/<component>.plan
+    <bundle>/plans/<gpu>-sm<cc>-trt<version>/build.json        what the plans were built from, for and with; their
+    SHA-256 <bundle>/plans/<gpu>-sm<cc>-trt<version>/<component>.plan
     <bundle>/plans/<gpu>-sm<cc>-trt<version>.timing.cache      what the next build need not measure again
 
-A plan is executable code for one GPU and one version of TensorRT. Everything that is known about it is compared with this
-machine and this bundle before a byte of it is deserialized, and bytes whose SHA-256 is not that of build.json never are.
+A plan is executable code for one GPU and one version of TensorRT. Everything that is known about it is compared with
+this machine and this bundle before a byte of it is deserialized, and bytes whose SHA-256 is not that of build.json
+never are.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -24,7 +26,8 @@ from .contract import COMPONENTS, Range, Shapes
 from .errors import PlanDamagedError, PlanError, PlanMismatchError, PlanNotFoundError
 
 FORMAT = 2
-"""Version of build.json. It changes whenever an older runtime would misread a newer one, or the builder makes other plans.
+"""Version of build.json. It changes whenever an older runtime would misread a newer one, or the builder makes other
+plans.
 2: without TF32; on TensorRT 8.6 without plugins, and with fewer layers constrained to float32."""
 
 BUILD = "build.json"
@@ -58,19 +61,23 @@ class Plans:
 
     @classmethod
     def find(cls, bundle: Bundle, machine: Machine) -> Plans:
-        """The plans of `bundle` for `machine`. PlanNotFoundError, PlanMismatchError or PlanDamagedError say why there are none and
-        what builds them."""
+        """The plans of `bundle` for `machine`. PlanNotFoundError, PlanMismatchError or PlanDamagedError say why there
+        are none and what builds them."""
         folder = bundle.folder / "plans" / machine.folder
         if not folder.is_dir():
             raise PlanNotFoundError(_absent(bundle, machine))
         build = read_build(folder, bundle)
         if differences := mismatches(build, bundle, machine):
-            raise PlanMismatchError(f"the plans in {folder} are not for this bundle on this machine: {'; '.join(differences)}. "
-                                    f"Build them again: {rebuild_command(bundle.folder)}")
+            raise PlanMismatchError(
+                f"the plans in {folder} are not for this bundle on this machine: {'; '.join(differences)}. "
+                f"Build them again: {rebuild_command(bundle.folder)}"
+            )
         for component, entry in build["components"].items():
             file = folder / f"{component}.plan"
             if not file.is_file() or file.is_symlink() or file.stat().st_size != entry["bytes"]:
-                state = f"has {file.stat().st_size} bytes instead of {entry['bytes']}" if file.is_file() else "is missing"
+                state = (
+                    f"has {file.stat().st_size} bytes instead of {entry['bytes']}" if file.is_file() else "is missing"
+                )
                 raise PlanDamagedError(f"{file} {state}; build it again: {rebuild_command(bundle.folder)}")
         return cls(folder, build, tuple(parse_profile(profile) for profile in build["profiles"]))
 
@@ -86,7 +93,10 @@ class Plans:
             raise PlanDamagedError(f"{file} is not readable ({error.strerror}); {again}") from error
         actual = hashlib.sha256(content).hexdigest()
         if actual != entry["sha256"]:
-            raise PlanDamagedError(f"{file} has SHA-256 {actual[:12]}... instead of {entry['sha256'][:12]}... and was not executed; {again}")
+            raise PlanDamagedError(
+                f"{file} has SHA-256 {actual[:12]}... instead of {entry['sha256'][:12]}... and was not executed; "
+                f"{again}"
+            )
         return content
 
 
@@ -96,22 +106,34 @@ def rebuild_command(folder: Path) -> str:
 
 
 def read_build(folder: Path, bundle: Bundle) -> dict[str, Any]:
-    """The content of build.json, with all that this module uses in it. PlanDamagedError or PlanMismatchError otherwise."""
+    """The content of build.json, with all that this module uses in it. PlanDamagedError or PlanMismatchError
+    otherwise."""
     file = folder / BUILD
     try:
         build = json.loads(file.read_text(encoding="utf-8"))
         if build["format"] != FORMAT:
-            raise PlanMismatchError(f"{file} has format {build['format']!r}, not {FORMAT}; build the plans again: {rebuild_command(bundle.folder)}")
+            raise PlanMismatchError(
+                f"{file} has format {build['format']!r}, not {FORMAT}; build the plans again: "
+                f"{rebuild_command(bundle.folder)}"
+            )
         known = [build["machine"][field] for field in ("gpu", "compute_capability", "tensorrt")] + [build["precision"]]
-        known += [entry[field] for entry in build["components"].values() for field in ("sha256", "bytes", "onnx", "identity", "profiles")]
+        known += [
+            entry[field]
+            for entry in build["components"].values()
+            for field in ("sha256", "bytes", "onnx", "identity", "profiles")
+        ]
         known += [build["settings"]]
         _ = [parse_profile(profile) for profile in build["profiles"]]
         if not build["profiles"] or not build["components"].keys() <= set(COMPONENTS):
             raise ValueError("profiles or components")
     except OSError as error:
-        raise PlanDamagedError(f"{file} is not readable ({error.strerror}); build the plans again: {rebuild_command(bundle.folder)}") from error
+        raise PlanDamagedError(
+            f"{file} is not readable ({error.strerror}); build the plans again: {rebuild_command(bundle.folder)}"
+        ) from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PlanDamagedError(f"{file} lacks or garbles {error}; build the plans again: {rebuild_command(bundle.folder)}") from error
+        raise PlanDamagedError(
+            f"{file} lacks or garbles {error}; build the plans again: {rebuild_command(bundle.folder)}"
+        ) from error
     return dict(build)
 
 
@@ -119,22 +141,41 @@ def mismatches(build: Mapping[str, Any], bundle: Bundle, machine: Machine) -> li
     """What plans were built for, where it is not what is here, in words."""
     built, here = build["machine"], asdict(machine)
     words = {"gpu": "GPU", "compute_capability": "compute capability", "tensorrt": "TensorRT"}
-    found = [f"{words[field]} {built[field]} there, {here[field]} here" for field in here if built[field] != here[field]]
+    found = [
+        f"{words[field]} {built[field]} there, {here[field]} here" for field in here if built[field] != here[field]
+    ]
     if build["precision"] != bundle.precision:
         found.append(f"precision {build['precision']} there, {bundle.precision} in the bundle")
-    changed = [component for component, entry in build["components"].items() if entry["onnx"] != onnx_hash(bundle, component)]
+    changed = [
+        component for component, entry in build["components"].items() if entry["onnx"] != onnx_hash(bundle, component)
+    ]
     if changed:
         found.append(f"the ONNX graphs of {', '.join(changed)} have changed since")
-    other = [component for component, entry in build["components"].items() if component not in changed and entry["identity"] != identity(
-        entry["onnx"], built, build["precision"], build["settings"], entry["profiles"])]
+    other = [
+        component
+        for component, entry in build["components"].items()
+        if component not in changed
+        and entry["identity"]
+        != identity(entry["onnx"], built, build["precision"], build["settings"], entry["profiles"])
+    ]
     if other:
         found.append(f"profiles or builder settings in {BUILD} are not those that {', '.join(other)} were built with")
     return found
 
 
-def identity(onnx: str, machine: Mapping[str, str], precision: str, settings: Mapping[str, Any], profiles: Sequence[str]) -> str:
-    """One hash of all that a plan depends on: graph and weights, machine, precision, the builder's settings and version, sizes."""
-    parts = {"format": FORMAT, "onnx": onnx, "machine": dict(machine), "precision": precision, "settings": dict(settings), "profiles": list(profiles)}
+def identity(
+    onnx: str, machine: Mapping[str, str], precision: str, settings: Mapping[str, Any], profiles: Sequence[str]
+) -> str:
+    """One hash of all that a plan depends on: graph and weights, machine, precision, the builder's settings and
+    version, sizes."""
+    parts = {
+        "format": FORMAT,
+        "onnx": onnx,
+        "machine": dict(machine),
+        "precision": precision,
+        "settings": dict(settings),
+        "profiles": list(profiles),
+    }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -156,8 +197,10 @@ def _absent(bundle: Bundle, machine: Machine) -> str:
             continue
         others.append(f"{file.parent.name} ({'; '.join(differences)})")
     known = f"those that it has are for other machines: {', '.join(others)}" if others else "it has none at all"
-    return f"{bundle.folder} has no TensorRT plans for this machine ({here}); {known}. "\
-           f"Build them: {rebuild_command(bundle.folder)}, or pass backend='onnxruntime'"
+    return (
+        f"{bundle.folder} has no TensorRT plans for this machine ({here}); {known}. "
+        f"Build them: {rebuild_command(bundle.folder)}, or pass backend='onnxruntime'"
+    )
 
 
 def parse_profile(profile: Mapping[str, Any]) -> Shapes:

@@ -1,4 +1,5 @@
 """What a call may ask for. Every function here returns its argument in a usable form or raises a named error."""
+
 from __future__ import annotations
 
 import inspect
@@ -44,12 +45,17 @@ def check_prompt(text: Any, what: str = "prompt") -> str:
     if not isinstance(text, str):
         raise PromptError(f"{what} is a {type(text).__name__}, not a string; pass a string or a list of strings")
     if len(text) > MAX_PROMPT_CHARACTERS:
-        raise PromptError(f"{what} has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are taken. CLIP reads the first 77 tokens only")
+        raise PromptError(
+            f"{what} has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are taken. CLIP reads the first 77 "
+            "tokens only"
+        )
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise PromptError(f"{what} is not valid UTF-8: character {error.start} is {text[error.start]!r}, half of a surrogate pair; "
-                          f"decode the text it came from properly") from error
+        raise PromptError(
+            f"{what} is not valid UTF-8: character {error.start} is {text[error.start]!r}, half of a surrogate pair; "
+            f"decode the text it came from properly"
+        ) from error
     return text
 
 
@@ -62,44 +68,68 @@ def check_prompts(prompt: Any, negative_prompt: Any) -> tuple[list[str], list[st
         raise PromptError("prompt is an empty list; pass at least one string")
     if negative_prompt is None:
         negative_prompt = ""
-    negatives = list(negative_prompt) if isinstance(negative_prompt, (list, tuple)) else [negative_prompt] * len(prompts)
+    negatives = (
+        list(negative_prompt) if isinstance(negative_prompt, (list, tuple)) else [negative_prompt] * len(prompts)
+    )
     if len(negatives) != len(prompts):
-        raise PromptError(f"there are {len(negatives)} negative prompts for {len(prompts)} prompts; pass one for all, or one for each")
+        raise PromptError(
+            f"there are {len(negatives)} negative prompts for {len(prompts)} prompts; pass one for all, or one for each"
+        )
     return [check_prompt(text) for text in prompts], [check_prompt(text, "negative_prompt") for text in negatives]
 
 
 def check_batch(prompts: int, images_per_prompt: Any) -> int:
     """How many pictures are made together."""
     if not _is_int(images_per_prompt) or not 1 <= images_per_prompt <= LARGEST_BATCH:
-        raise BatchError(f"num_images_per_prompt is {shown(images_per_prompt)}; it must be an integer from 1 to {LARGEST_BATCH}")
+        raise BatchError(
+            f"num_images_per_prompt is {shown(images_per_prompt)}; it must be an integer from 1 to {LARGEST_BATCH}"
+        )
     return prompts * int(images_per_prompt)
 
 
-def check_shapes(height: Any, width: Any, batch: int, rows: int, profiles: Sequence[Shapes], rebuild: Rebuild) -> tuple[int, int]:
-    """Height and width in pixels of a call that one of the profiles serves; where they are None, the sizes that the first profile
-    for so many pictures is best at. `rebuild` makes the command that builds for other sizes."""
-    fitting = [profile for profile in profiles if batch in profile.batch and (profile.rows is None or rows in profile.rows)]
+def check_shapes(
+    height: Any, width: Any, batch: int, rows: int, profiles: Sequence[Shapes], rebuild: Rebuild
+) -> tuple[int, int]:
+    """Height and width in pixels of a call that one of the profiles serves; where they are None, the sizes that the
+    first profile for so many pictures is best at. `rebuild` makes the command that builds for other sizes."""
+    fitting = [
+        profile for profile in profiles if batch in profile.batch and (profile.rows is None or rows in profile.rows)
+    ]
     if not fitting:
         raise _batch_error(batch, rows, profiles, rebuild)
-    height = check_size(fitting[0].height.opt if height is None else height, "height", [profile.height for profile in fitting], rebuild)
-    width = check_size(fitting[0].width.opt if width is None else width, "width", [profile.width for profile in fitting], rebuild)
+    height = check_size(
+        fitting[0].height.opt if height is None else height, "height", [profile.height for profile in fitting], rebuild
+    )
+    width = check_size(
+        fitting[0].width.opt if width is None else width, "width", [profile.width for profile in fitting], rebuild
+    )
     if not any(profile.allows(height, width, batch, rows) for profile in fitting):
         known = "; ".join(str(profile) for profile in profiles)
-        raise SizeError(f"height {height} and width {width} are not allowed together; this bundle was built for height x width {known}. "
-                        f"Build for them: {rebuild(height=Range(height, height, height), width=Range(width, width, width))}")
+        raise SizeError(
+            f"height {height} and width {width} are not allowed together; this bundle was built for height x width "
+            f"{known}. "
+            f"Build for them: {rebuild(height=Range(height, height, height), width=Range(width, width, width))}"
+        )
     return height, width
 
 
 def _batch_error(batch: int, rows: int, profiles: Sequence[Shapes], rebuild: Rebuild) -> BatchError:
     allowed = " or ".join(dict.fromkeys(describe_range(profile.batch) for profile in profiles))
     if any(batch in profile.batch for profile in profiles):
-        known = " or ".join(dict.fromkeys(describe_range(profile.rows) for profile in profiles if profile.rows is not None))
-        return BatchError(f"{batch} pictures {'with' if rows > batch else 'without'} guidance are {rows} rows of the U-Net; this bundle was built for {known}. "
-                          f"Build for that: {rebuild(rows=Range(rows, rows, rows))}")
+        known = " or ".join(
+            dict.fromkeys(describe_range(profile.rows) for profile in profiles if profile.rows is not None)
+        )
+        return BatchError(
+            f"{batch} pictures {'with' if rows > batch else 'without'} guidance are {rows} rows of the U-Net; this "
+            f"bundle was built for {known}. "
+            f"Build for that: {rebuild(rows=Range(rows, rows, rows))}"
+        )
     low, high = min(profile.batch.min for profile in profiles), max(profile.batch.max for profile in profiles)
     wider = Range(min(low, batch), profiles[0].batch.opt, max(high, batch))
-    return BatchError(f"prompts times num_images_per_prompt are {batch} pictures in one call; this bundle was built for {allowed}. "
-                      f"Split the call, or build for that: {rebuild(batch=wider)}")
+    return BatchError(
+        f"prompts times num_images_per_prompt are {batch} pictures in one call; this bundle was built for {allowed}. "
+        f"Split the call, or build for that: {rebuild(batch=wider)}"
+    )
 
 
 def describe_range(allowed: Range) -> str:
@@ -113,14 +143,22 @@ def check_size(value: Any, side: str, allowed: Sequence[Range], rebuild: Rebuild
     if not _is_int(value):
         raise SizeError(f"{side} is {shown(value)}, not an integer; this bundle allows {described}")
     if abs(value) > LARGEST_SIDE:
-        raise SizeError(f"{side} is {shown(value)}; this bundle allows {described}, and no bundle more than {LARGEST_SIDE}")
+        raise SizeError(
+            f"{side} is {shown(value)}; this bundle allows {described}, and no bundle more than {LARGEST_SIDE}"
+        )
     if value % VAE_FACTOR == 0 and any(value in one for one in allowed):
         return int(value)
     below, above = value // VAE_FACTOR * VAE_FACTOR, -(-value // VAE_FACTOR) * VAE_FACTOR
     candidates = sorted({min(max(near, one.min), one.max) for one in allowed for near in (below, above)})
-    nearest = [max((c for c in candidates if c <= value), default=candidates[0]), min((c for c in candidates if c >= value), default=candidates[-1])]
-    named = f"the nearest size that this bundle allows is {nearest[0]}" if nearest[0] == nearest[1] else \
-        f"the nearest sizes that this bundle allows are {nearest[0]} and {nearest[1]}"
+    nearest = [
+        max((c for c in candidates if c <= value), default=candidates[0]),
+        min((c for c in candidates if c >= value), default=candidates[-1]),
+    ]
+    named = (
+        f"the nearest size that this bundle allows is {nearest[0]}"
+        if nearest[0] == nearest[1]
+        else f"the nearest sizes that this bundle allows are {nearest[0]} and {nearest[1]}"
+    )
     fault = f"not a multiple of {VAE_FACTOR}" if value % VAE_FACTOR else "not a size that this bundle was built for"
     raise SizeError(f"{side} {value} is {fault}; {named} ({described}){_build_for(above, side, allowed, rebuild)}")
 
@@ -143,7 +181,9 @@ def check_steps(value: Any, train_timesteps: int) -> int:
     """An integer from 1 to 1000, and not more than the model was trained with."""
     highest = min(MAX_STEPS, train_timesteps)
     if not _is_int(value) or not 1 <= value <= highest:
-        raise StepsError(f"num_inference_steps is {shown(value)}; it must be an integer from 1 to {highest}. 20 to 50 are usual")
+        raise StepsError(
+            f"num_inference_steps is {shown(value)}; it must be an integer from 1 to {highest}. 20 to 50 are usual"
+        )
     return int(value)
 
 
@@ -157,7 +197,13 @@ def check_number(value: Any, name: str, low: float, high: float, usual: str) -> 
 
 def check_guidance_scale(value: Any) -> float:
     """A number from -1000 to 1000."""
-    return check_number(value, "guidance_scale", -MAX_GUIDANCE, MAX_GUIDANCE, "3 to 12 are usual; 1 and less do without the negative prompt")
+    return check_number(
+        value,
+        "guidance_scale",
+        -MAX_GUIDANCE,
+        MAX_GUIDANCE,
+        "3 to 12 are usual; 1 and less do without the negative prompt",
+    )
 
 
 def check_eta(value: Any) -> float:
@@ -183,11 +229,19 @@ def check_latents(value: Any, shape: tuple[int, ...], what: str = "latents") -> 
         kind = f"an array of {value.dtype}" if type(value) is np.ndarray else f"a {type(value).__name__}"
         raise LatentsError(f"{what} are {kind}; pass a NumPy array of float32 with shape {shape}")
     if value.shape != shape:
-        raise LatentsError(f"{what} have shape {value.shape} instead of {shape}: pictures, {LATENT_CHANNELS} channels, height / 8, width / 8")
+        raise LatentsError(
+            f"{what} have shape {value.shape} instead of {shape}: pictures, {LATENT_CHANNELS} channels, height / 8, "
+            "width / 8"
+        )
     if not np.isfinite(value).all():
-        raise LatentsError(f"{what} hold {int((~np.isfinite(value)).sum())} values that are NaN or infinite; they must all be finite")
+        raise LatentsError(
+            f"{what} hold {int((~np.isfinite(value)).sum())} values that are NaN or infinite; they must all be finite"
+        )
     if value.size and (largest := float(np.abs(value).max())) > MAX_LATENT:
-        raise LatentsError(f"{what} hold values up to {largest:.1e}; at most {MAX_LATENT:.0e} are taken, and standard normal ones are below 6")
+        raise LatentsError(
+            f"{what} hold values up to {largest:.1e}; at most {MAX_LATENT:.0e} are taken, and standard normal ones are "
+            "below 6"
+        )
     return np.ascontiguousarray(value, np.float32)
 
 
@@ -201,7 +255,9 @@ def check_output_type(value: Any) -> str:
 def check_threads(value: Any) -> None:
     """None, or an integer from 1 to 1024."""
     if value is not None and (not _is_int(value) or not 1 <= value <= MAX_THREADS):
-        raise ThreadsError(f"threads is {shown(value)}; it must be an integer from 1 to {MAX_THREADS}, or None for every core")
+        raise ThreadsError(
+            f"threads is {shown(value)}; it must be an integer from 1 to {MAX_THREADS}, or None for every core"
+        )
 
 
 def check_callback(callback: Any) -> None:
@@ -209,13 +265,19 @@ def check_callback(callback: Any) -> None:
     if callback is None:
         return
     if not callable(callback):
-        raise CallbackError(f"callback_on_step_end is {shown(callback)}, which cannot be called; pass a function of (pipeline, evaluation, timestep, tensors)")
+        raise CallbackError(
+            f"callback_on_step_end is {shown(callback)}, which cannot be called; pass a function of (pipeline, "
+            "evaluation, timestep, tensors)"
+        )
     try:
         inspect.signature(callback).bind(None, 0, 0.0, {})
     except ValueError:  # a function of an extension module, which does not tell
         return
     except TypeError as error:
-        raise CallbackError(f"callback_on_step_end is called with (pipeline, evaluation, timestep, tensors), which it does not take: {error}") from error
+        raise CallbackError(
+            "callback_on_step_end is called with (pipeline, evaluation, timestep, tensors), which it does not take: "
+            f"{error}"
+        ) from error
 
 
 def check_returned(returned: Any, given: np.ndarray) -> np.ndarray:
@@ -223,7 +285,13 @@ def check_returned(returned: Any, given: np.ndarray) -> np.ndarray:
     if returned is None:
         returned = {}
     if not isinstance(returned, Mapping):
-        raise CallbackError(f"callback_on_step_end returned {shown(returned)}; it must return None or a dictionary like {{'latents': array}}")
+        raise CallbackError(
+            f"callback_on_step_end returned {shown(returned)}; it must return None or a dictionary like {{'latents': "
+            f"array}}"
+        )
     if unknown := [key for key in returned if not isinstance(key, str) or key != "latents"]:
-        raise CallbackError(f"callback_on_step_end returned a dictionary with {', '.join(map(shown, unknown))}; only 'latents' can be changed")
+        raise CallbackError(
+            f"callback_on_step_end returned a dictionary with {', '.join(map(shown, unknown))}; only 'latents' can be "
+            "changed"
+        )
     return check_latents(returned.get("latents", given), given.shape, "latents returned by the callback")

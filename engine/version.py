@@ -1,2 +1,3 @@
 """The version of LatentRT, here and in pyproject.toml."""
+
 __version__ = "0.2.0"

@@ -1,4 +1,5 @@
 """The exporter: a model of torch and diffusers becomes a bundle."""
+
 from .libraries import leave_nothing_behind
 
 leave_nothing_behind()

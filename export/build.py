@@ -1,4 +1,5 @@
 """A model becomes a bundle: export what changed, verify, and put the new folder in the old one's place."""
+
 from __future__ import annotations
 
 import errno
@@ -55,7 +56,8 @@ class Graphs:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a build did: where the bundle is, its manifest, and which components were exported (none: it was up to date)."""
+    """What a build did: where the bundle is, its manifest, and which components were exported (none: it was up to
+    date)."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -68,27 +70,52 @@ def default_shapes(sample_size: int) -> Shapes:
     return Shapes(height=side, width=side, batch=Range(1, 1, 8))
 
 
-def build(source: Source, output: Path, precision: str, shapes: Shapes, *, opset: int = OPSET, openvino: bool = False, verify: bool = True,
-          force: bool = False, report: Report = print) -> Outcome:
-    """Writes `output`/`source.name`, unless it is there already and nothing changed. With `openvino` it is also measured
-    which components may run in bf16 there.
+def build(
+    source: Source,
+    output: Path,
+    precision: str,
+    shapes: Shapes,
+    *,
+    opset: int = OPSET,
+    openvino: bool = False,
+    verify: bool = True,
+    force: bool = False,
+    report: Report = print,
+) -> Outcome:
+    """Writes `output`/`source.name`, unless it is there already and nothing changed. With `openvino` it is also
+    measured which components may run in bf16 there.
 
     Raises the errors of export/errors.py; whatever happens, the old bundle stays until the new one is complete.
     """
     if precision == "bf16" and verify:
-        raise UsageError("ONNX Runtime's CPU provider has no bf16 kernels, so a bf16 bundle can neither be verified nor run here; use --precision "
-                         "fp32 or fp16, or --no-verify to export bf16 graphs for another machine")
+        raise UsageError(
+            "ONNX Runtime's CPU provider has no bf16 kernels, so a bf16 bundle can neither be verified nor run here; "
+            "use --precision "
+            "fp32 or fp16, or --no-verify to export bf16 graphs for another machine"
+        )
     if openvino:
         if not verify:
-            raise UsageError("--backend openvino measures which components may run in bf16, so it does not go with --no-verify; a bundle without these "
-                             "measurements runs on OpenVINO in fp32")
+            raise UsageError(
+                "--backend openvino measures which components may run in bf16, so it does not go with --no-verify; a "
+                "bundle without these "
+                "measurements runs on OpenVINO in fp32"
+            )
         OpenVinoBackend({})  # BackendError now rather than after the export
     target = targets.place(output, source.name, source.inputs)
     with _as_output_errors(output), targets.locked(target, report):
         return _build_locked(source, target, Graphs(precision, opset), shapes, openvino, verify, force, report)
 
 
-def _build_locked(source: Source, target: Path, graphs: Graphs, shapes: Shapes, openvino: bool, verify: bool, force: bool, report: Report) -> Outcome:
+def _build_locked(
+    source: Source,
+    target: Path,
+    graphs: Graphs,
+    shapes: Shapes,
+    openvino: bool,
+    verify: bool,
+    force: bool,
+    report: Report,
+) -> Outcome:
     unfinished, replaced = (target.with_name(f".{target.name}.{state}") for state in ("building", "replaced"))
     recover(target, unfinished, replaced, own_files().__contains__)
     there = targets.examine(target)
@@ -97,8 +124,13 @@ def _build_locked(source: Source, target: Path, graphs: Graphs, shapes: Shapes, 
     prints = {component: _fingerprint(source, component, graphs) for component in COMPONENTS}
     old = None if force or there.broken else _usable(target, report)
     kept = {c: old for c in COMPONENTS if old and old["components"][c]["fingerprint"] == prints[c]} if old else {}
-    if old and len(kept) == len(COMPONENTS) and all(old[key] == value for key, value in wanted.items()) \
-            and (old["verification"]["done"] or not verify) and ("openvino" in old or not openvino):
+    if (
+        old
+        and len(kept) == len(COMPONENTS)
+        and all(old[key] == value for key, value in wanted.items())
+        and (old["verification"]["done"] or not verify)
+        and ("openvino" in old or not openvino)
+    ):
         report(f"{target} is up to date")
         return Outcome(target, old, ())
     source.check()
@@ -113,10 +145,18 @@ def _build_locked(source: Source, target: Path, graphs: Graphs, shapes: Shapes, 
                 details[component] = _link(target, unfinished, kept[component], component, files)
                 report(f"{label}: unchanged")
             else:
-                details[component], checks[component] = _export(source, component, graphs, unfinished, verify, label, report)
+                details[component], checks[component] = _export(
+                    source, component, graphs, unfinished, verify, label, report
+                )
                 details[component]["fingerprint"] = prints[component]
-        manifest = {"format": FORMAT, "name": source.name, **wanted, "components": details, "tokenizer": _write_tokenizer(source, unfinished),
-                    "verification": {"done": False, "reason": "--no-verify", "components": {}}}
+        manifest = {
+            "format": FORMAT,
+            "name": source.name,
+            **wanted,
+            "components": details,
+            "tokenizer": _write_tokenizer(source, unfinished),
+            "verification": {"done": False, "reason": "--no-verify", "components": {}},
+        }
         _write_manifest(unfinished, manifest, files)
         if verify:
             manifest["verification"] = _verify_picture(source, unfinished, graphs.precision, checks, report)
@@ -137,9 +177,19 @@ def _build_locked(source: Source, target: Path, graphs: Graphs, shapes: Shapes, 
 
 def _wanted(source: Source, precision: str, shapes: Shapes) -> dict[str, Any]:
     """What a manifest says besides the components; a bundle that differs in it is not up to date."""
-    sides = {side: [r.min, r.opt, r.max] for side, r in (("height", shapes.height), ("width", shapes.width), ("batch", shapes.batch))}
-    weights = hashlib.sha256("".join(source.fingerprint(part) for part in sorted(set(PART_OF.values()))).encode()).hexdigest()
-    origin = {**source.origin, "tokenizer": source.fingerprint("tokenizer"), "weights": weights, "options": source.options}
+    sides = {
+        side: [r.min, r.opt, r.max]
+        for side, r in (("height", shapes.height), ("width", shapes.width), ("batch", shapes.batch))
+    }
+    weights = hashlib.sha256(
+        "".join(source.fingerprint(part) for part in sorted(set(PART_OF.values()))).encode()
+    ).hexdigest()
+    origin = {
+        **source.origin,
+        "tokenizer": source.fingerprint("tokenizer"),
+        "weights": weights,
+        "options": source.options,
+    }
     return {"source": origin, "precision": precision, "shapes": sides, "scheduler": source.scheduler_config()}
 
 
@@ -175,7 +225,9 @@ def modules(source: Source, component: str) -> tuple[type[nn.Module], Any, int]:
     return (VaeDecoder if component == "vae_decoder" else VaeEncoder), source.vae(), 0
 
 
-def _export(source: Source, component: str, graphs: Graphs, folder: Path, verify: bool, label: str, report: Report) -> tuple[dict[str, Any], Any]:
+def _export(
+    source: Source, component: str, graphs: Graphs, folder: Path, verify: bool, label: str, report: Report
+) -> tuple[dict[str, Any], Any]:
     """Traces one component into `folder` and compares it with torch: its manifest entry and the differences."""
     started, precision = perf_counter(), graphs.precision
     kind, model, context_size = modules(source, component)
@@ -198,14 +250,25 @@ def _export(source: Source, component: str, graphs: Graphs, folder: Path, verify
     seconds = {"export": round(exported - started, 2), "check": round(perf_counter() - exported, 2)}
     verdict = "not verified" if found is None else f"{found.relative_rms:.1e} from torch"
     report(f"{label}: exported in {seconds['export']:.1f} s, {verdict}")
-    return {"onnx": name, "opset": graphs.opset, "ir_version": _ir_version(folder / name), "seconds": seconds}, found and as_json(found)
+    return {
+        "onnx": name,
+        "opset": graphs.opset,
+        "ir_version": _ir_version(folder / name),
+        "seconds": seconds,
+    }, found and as_json(found)
 
 
 def _round_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Weights as they will be in the graph, so that only its arithmetic is compared. Norms and timestep stay in float32."""
+    """Weights as they will be in the graph, so that only its arithmetic is compared. Norms and timestep stay in
+    float32."""
     if dtype == torch.float32:
         return
-    exact = {id(p) for m in model.modules() if isinstance(m, (nn.GroupNorm, nn.LayerNorm, Float32Norm)) for p in m.parameters()}
+    exact = {
+        id(p)
+        for m in model.modules()
+        if isinstance(m, (nn.GroupNorm, nn.LayerNorm, Float32Norm))
+        for p in m.parameters()
+    }
     exact |= {id(p) for p in getattr(model, "time_embedding", nn.Module()).parameters()}
     with torch.no_grad():
         for parameter in model.parameters():
@@ -215,6 +278,7 @@ def _round_weights(model: nn.Module, dtype: torch.dtype) -> None:
 
 def _ir_version(file: Path) -> int:
     import onnx
+
     return int(onnx.load(str(file), load_external_data=False).ir_version)
 
 
@@ -222,29 +286,49 @@ def _write_tokenizer(source: Source, folder: Path) -> dict[str, Any]:
     tokenizer = source.tokenizer()
     (folder / "tokenizer").mkdir()
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
-    return {"file": "tokenizer/tokenizer.json", "start": tokenizer.bos_token_id, "end": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+    return {
+        "file": "tokenizer/tokenizer.json",
+        "start": tokenizer.bos_token_id,
+        "end": tokenizer.eos_token_id,
+        "pad": tokenizer.pad_token_id,
+    }
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any], files: dict[str, Any]) -> None:
-    """manifest.json with the hash of every other file; those in `files` are known already, and the others are added to it."""
+    """manifest.json with the hash of every other file; those in `files` are known already, and the others are added to
+    it."""
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
         if file.is_file() and name not in files and name != MANIFEST:
             files[name] = {"sha256": sha256(file), "bytes": file.stat().st_size}
     manifest["files"] = dict(sorted(files.items()))
     manifest["created"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    manifest["versions"] = {"latentrt": __version__, **{name: version(name) for name in ("torch", "diffusers", "onnx", "onnxruntime")}}
+    manifest["versions"] = {
+        "latentrt": __version__,
+        **{name: version(name) for name in ("torch", "diffusers", "onnx", "onnxruntime")},
+    }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
-def _verify_picture(source: Source, folder: Path, precision: str, checks: dict[str, Any], report: Report) -> dict[str, Any]:
+def _verify_picture(
+    source: Source, folder: Path, precision: str, checks: dict[str, Any], report: Report
+) -> dict[str, Any]:
     started = perf_counter()
     report("comparing the pictures of two prompts with diffusers")
     found, picture = check_picture(source, folder, precision)
     picture.save(folder / VERIFICATION_PICTURE)
-    report(f"picture: {found.pixels_within_1:.2%} of the values within 1 of 255, PSNR {found.psnr_db:.1f} dB, latents within "
-           f"{found.latents_max_abs:.1e} ({perf_counter() - started:.1f} s)")
-    return {"done": True, "backend": OnnxRuntimeBackend({}).description, "precision": precision, "components": checks, "picture": as_json(found)}
+    report(
+        f"picture: {found.pixels_within_1:.2%} of the values within 1 of 255, PSNR {found.psnr_db:.1f} dB, latents "
+        "within "
+        f"{found.latents_max_abs:.1e} ({perf_counter() - started:.1f} s)"
+    )
+    return {
+        "done": True,
+        "backend": OnnxRuntimeBackend({}).description,
+        "precision": precision,
+        "components": checks,
+        "picture": as_json(found),
+    }
 
 
 def _measure_openvino(source: Source, folder: Path, precision: str, report: Report) -> dict[str, Any]:
@@ -261,7 +345,8 @@ def _measure_openvino(source: Source, folder: Path, precision: str, report: Repo
 
 
 def _link(old: Path, new: Path, manifest: dict[str, Any], component: str, files: dict[str, Any]) -> dict[str, Any]:
-    """Takes over the files of an unchanged component, as hard links where the file system has them, and their hashes: its manifest entry."""
+    """Takes over the files of an unchanged component, as hard links where the file system has them, and their hashes:
+    its manifest entry."""
     for name, entry in manifest["files"].items():
         if name.startswith(f"onnx/{component}.onnx"):
             link(old / name, new / name)
@@ -272,7 +357,10 @@ def _link(old: Path, new: Path, manifest: dict[str, Any], component: str, files:
 def _require_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < 1.1 * needed:
-        raise OutputError(f"{folder.parent} has {megabytes(free)} free; the next component needs {megabytes(needed)}. Free some, or pass another --output")
+        raise OutputError(
+            f"{folder.parent} has {megabytes(free)} free; the next component needs {megabytes(needed)}. Free some, or "
+            "pass another --output"
+        )
 
 
 def megabytes(count: int) -> str:
@@ -289,9 +377,16 @@ def _as_output_errors(output: Path) -> Iterator[None]:
     except OSError as error:
         file = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes, os.PathLike)) else output
         if error.errno == errno.ENOSPC:
-            raise OutputError(f"the disk of {output} is full; nothing was changed. Free some space, or pass another --output") from error
+            raise OutputError(
+                f"the disk of {output} is full; nothing was changed. Free some space, or pass another --output"
+            ) from error
         if error.errno == errno.EFBIG:
-            raise OutputError(f"{output} may not take files of that size (ulimit -f); nothing was changed. Raise it, or pass another --output") from error
+            raise OutputError(
+                f"{output} may not take files of that size (ulimit -f); nothing was changed. Raise it, or pass another "
+                "--output"
+            ) from error
         inside = output.absolute() in [file.absolute(), *file.absolute().parents]
         cure = "pass another --output" if inside else "let this user read it"
-        raise OutputError(f"{file} cannot be {'written or read' if inside else 'read'} ({error.strerror or error}); {cure}") from error
+        raise OutputError(
+            f"{file} cannot be {'written or read' if inside else 'read'} ({error.strerror or error}); {cure}"
+        ) from error

@@ -1,4 +1,5 @@
 """How results are compared, with NumPy alone: random inputs of a component, differences, and how large they may be."""
+
 from __future__ import annotations
 
 import math
@@ -13,7 +14,8 @@ COMPONENT_TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 4e-2}
 """Relative RMS difference. Rounding alone gives a Stable Diffusion U-Net 2.6e-6, 1.3e-3 and 1.3e-2."""
 
 PIXEL_TOLERANCE = 2e-3
-"""The same for the VAE decoder at least: pixels are integers, and a value on the edge between two is rounded either way."""
+"""The same for the VAE decoder at least: pixels are integers, and a value on the edge between two is rounded either
+way."""
 
 PICTURE_TOLERANCE = {"fp32": 50.0, "fp16": 30.0, "bf16": 20.0}
 """PSNR in dB, the least that is accepted. A difference of 1 of 255 everywhere is 48 dB."""
@@ -39,22 +41,36 @@ def tolerance(component: str, precision: str) -> float:
     return max(COMPONENT_TOLERANCE[precision], PIXEL_TOLERANCE if component == "vae_decoder" else 0.0)
 
 
-def input_shapes(component: str, batch: int, rows: int, height: int, width: int, channels: int, tokens: int = PROMPT_TOKENS) -> dict[str, tuple[int, ...]]:
+def input_shapes(
+    component: str, batch: int, rows: int, height: int, width: int, channels: int, tokens: int = PROMPT_TOKENS
+) -> dict[str, tuple[int, ...]]:
     """Shapes of a component's inputs; height and width are those of the latents, channels those of the text."""
     latents = (batch, LATENT_CHANNELS, height, width)
     shapes = {
-        "input_ids": (rows, PROMPT_TOKENS), "latents": latents, "image": (batch, VAE_FACTOR * height, VAE_FACTOR * width, 3),
-        "state": (batch, SLOTS, *latents[1:]), "row_sample": (rows,), "context": (rows, tokens, channels), "timestep": (rows,), "mixing": (batch, rows),
-        "update": (batch, SLOTS, SLOTS + 2), "noise": latents}
+        "input_ids": (rows, PROMPT_TOKENS),
+        "latents": latents,
+        "image": (batch, VAE_FACTOR * height, VAE_FACTOR * width, 3),
+        "state": (batch, SLOTS, *latents[1:]),
+        "row_sample": (rows,),
+        "context": (rows, tokens, channels),
+        "timestep": (rows,),
+        "mixing": (batch, rows),
+        "update": (batch, SLOTS, SLOTS + 2),
+        "noise": latents,
+    }
     return {name: shapes[name] for name in INPUTS[component]}
 
 
-def random_inputs(component: str, batch: int, rows: int, height: int, width: int, channels: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random inputs of a component, of the size that a real model's have. The denoiser's update writes the guided output alone
-    into slot 0: beside the state a difference there would drown."""
+def random_inputs(
+    component: str, batch: int, rows: int, height: int, width: int, channels: int, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Random inputs of a component, of the size that a real model's have. The denoiser's update writes the guided
+    output alone into slot 0: beside the state a difference there would drown."""
     generator = np.random.default_rng(seed)
     shapes = input_shapes(component, batch, rows, height, width, channels)
-    inputs: dict[str, np.ndarray] = {name: generator.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    inputs: dict[str, np.ndarray] = {
+        name: generator.standard_normal(shape, np.float32) for name, shape in shapes.items()
+    }
     if component == "text_encoder":
         inputs["input_ids"] = generator.integers(0, 256, shapes["input_ids"], np.int32)
     if component == "vae_encoder":

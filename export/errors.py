@@ -1,4 +1,5 @@
 """Every error that building raises on purpose."""
+
 from __future__ import annotations
 
 

@@ -1,9 +1,10 @@
 """A folder is replaced as a whole: written beside the old one, then exchanged with it. Files that are not ours stay.
 
-    target       what is replaced
-    unfinished   beside it, hidden: what is being written; after the exchange, what is being thrown away
-    replaced     beside it, hidden: where the old one is for a moment on file systems that cannot exchange two names
+target       what is replaced
+unfinished   beside it, hidden: what is being written; after the exchange, what is being thrown away
+replaced     beside it, hidden: where the old one is for a moment on file systems that cannot exchange two names
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -30,7 +31,8 @@ def link(source: str | Path, target: str | Path) -> None:
 
 
 def files_of(folder: Path) -> Iterator[str]:
-    """The names of all that lies in a folder and is no folder itself, and of its empty folders, with a / at the end. Links are not followed."""
+    """The names of all that lies in a folder and is no folder itself, and of its empty folders, with a / at the end.
+    Links are not followed."""
     for place, folders, files in os.walk(folder):
         here = Path(place)
         linked = [name for name in folders if (here / name).is_symlink()]
@@ -41,8 +43,8 @@ def files_of(folder: Path) -> Iterator[str]:
 
 
 def carry_over(old: Path, new: Path, ours: Callable[[str], bool], done: frozenset[str] = frozenset()) -> frozenset[str]:
-    """Takes what is not ours from the old folder into the new one, except for the names in `done`; where the new one has a file of that
-    name, beside it. What was taken. TargetError for a device or a pipe that cannot be linked."""
+    """Takes what is not ours from the old folder into the new one, except for the names in `done`; where the new one
+    has a file of that name, beside it. What was taken. TargetError for a device or a pipe that cannot be linked."""
     taken = [name for name in files_of(old) if not ours(name.rstrip("/")) and name not in done]
     for name in taken:
         target = new / name
@@ -62,17 +64,22 @@ def _take(source: Path, target: Path) -> None:
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError as error:
-        raise TargetError(f"{source} is no plain file and cannot be kept in a new bundle ({error.strerror}); move it away") from error
+        raise TargetError(
+            f"{source} is no plain file and cannot be kept in a new bundle ({error.strerror}); move it away"
+        ) from error
 
 
 def free_name(path: Path, word: str) -> Path:
     """`path`, or where that is taken, the first that is not of `path`.word, `path`.word-2, ..."""
-    names = itertools.chain([path], (path.with_name(f"{path.name}.{word}{f'-{i}' if i > 1 else ''}") for i in itertools.count(1)))
+    names = itertools.chain(
+        [path], (path.with_name(f"{path.name}.{word}{f'-{i}' if i > 1 else ''}") for i in itertools.count(1))
+    )
     return next(name for name in names if not os.path.lexists(name))
 
 
 def recover(target: Path, unfinished: Path, replaced: Path, ours: Callable[[str], bool] = lambda name: True) -> None:
-    """Clears up after a builder that was killed. TargetError where a leftover holds a file that is not ours and that the target lacks."""
+    """Clears up after a builder that was killed. TargetError where a leftover holds a file that is not ours and that
+    the target lacks."""
     if replaced.is_dir() and not replaced.is_symlink() and not os.path.lexists(target):
         replaced.rename(target)
     for leftover in (unfinished, replaced):
@@ -82,12 +89,15 @@ def recover(target: Path, unfinished: Path, replaced: Path, ours: Callable[[str]
             raise TargetError(f"{leftover} is in the way: the builder writes a folder there; move it away")
         for name in files_of(leftover):
             if not ours(name.rstrip("/")) and not os.path.lexists(target / name):
-                raise TargetError(f"{leftover} holds {name}, which no builder wrote and {target} does not have; move it away")
+                raise TargetError(
+                    f"{leftover} holds {name}, which no builder wrote and {target} does not have; move it away"
+                )
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def swap(target: Path, unfinished: Path, replaced: Path, ours: Callable[[str], bool] = lambda name: True) -> None:
-    """Puts `unfinished` in the place of `target`, at once where the file system can, and takes over what is not ours."""
+    """Puts `unfinished` in the place of `target`, at once where the file system can, and takes over what is not
+    ours."""
     if not os.path.lexists(target):
         unfinished.rename(target)
         return

@@ -1,4 +1,6 @@
-"""Keeps the libraries of the exporter from talking over its own progress, from sending anything, and from leaving files behind."""
+"""Keeps the libraries of the exporter from talking over its own progress, from sending anything, and from leaving files
+behind."""
+
 from __future__ import annotations
 
 import atexit
@@ -15,8 +17,8 @@ TORCH_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 def leave_nothing_behind() -> None:
     """Before they are imported: no telemetry, and no empty folder in the temporary directory.
 
-    diffusers imports ONNX Runtime by itself. torch makes a folder for compiled code when it is imported and puts its name into the
-    environment; one that holds nothing is removed at the end of the process, unless the user named it.
+    diffusers imports ONNX Runtime by itself. torch makes a folder for compiled code when it is imported and puts its
+    name into the environment; one that holds nothing is removed at the end of the process, unless the user named it.
     """
     turn_telemetry_off("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY")
     if TORCH_FOLDER not in os.environ:
@@ -29,7 +31,8 @@ def _remove_empty_folder() -> None:
 
 
 def quiet_libraries() -> None:
-    """Before they are imported: no progress bars, advice or deprecation notes from torch, transformers and diffusers."""
+    """Before they are imported: no progress bars, advice or deprecation notes from torch, transformers and
+    diffusers."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")

@@ -1,4 +1,6 @@
-"""Which components of a bundle may run in bfloat16 on OpenVINO: measured on this CPU, once, and written into the manifest."""
+"""Which components of a bundle may run in bfloat16 on OpenVINO: measured on this CPU, once, and written into the
+manifest."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -25,21 +27,32 @@ HALVED = ("denoiser", "vae_decoder", "vae_encoder")
 Report = Callable[[str], None]
 
 
-def choose_precision(folder: Path, reference: Callable[[str], verify.Reference], steps: int, seeds: Sequence[int], report: Report) -> dict[str, Any]:
+def choose_precision(
+    folder: Path, reference: Callable[[str], verify.Reference], steps: int, seeds: Sequence[int], report: Report
+) -> dict[str, Any]:
     """The manifest's entry "openvino" for the bundle in `folder`.
 
-    Every component must equal torch within the tolerance of the bundle's precision, or VerificationError. bfloat16 is chosen for
-    those that stay within its own tolerance, as long as pictures with them keep PICTURE_PSNR beside float32's; the component
-    whose picture is worst goes first. `reference` computes a component's inputs and outputs with torch.
+    Every component must equal torch within the tolerance of the bundle's precision, or VerificationError. bfloat16 is
+    chosen for those that stay within its own tolerance, as long as pictures with them keep PICTURE_PSNR beside
+    float32's; the component whose picture is worst goes first. `reference` computes a component's inputs and outputs
+    with torch.
     """
     bundle = Bundle.open(folder, verify=False)
     backend = OpenVinoBackend(bundle.graphs)
     has_bf16 = backend.has_bf16()
-    entry: dict[str, Any] = {"library": backend.description.split(" (")[0], "processor": backend.processor(), "components": {},
-                             "precision": dict.fromkeys(COMPONENTS, "fp32")}
+    entry: dict[str, Any] = {
+        "library": backend.description.split(" (")[0],
+        "processor": backend.processor(),
+        "components": {},
+        "precision": dict.fromkeys(COMPONENTS, "fp32"),
+    }
     for component in COMPONENTS:
         expected = reference(component)
-        found = {"fp32": as_json(verify.check_component(component, OpenVinoBackend(bundle.graphs), expected, bundle.precision))}
+        found = {
+            "fp32": as_json(
+                verify.check_component(component, OpenVinoBackend(bundle.graphs), expected, bundle.precision)
+            )
+        }
         if has_bf16 and component in HALVED:
             try:
                 halved = OpenVinoBackend(bundle.graphs, precision={component: "bf16"})
@@ -57,8 +70,11 @@ def choose_precision(folder: Path, reference: Callable[[str], verify.Reference],
 def _check_pictures(bundle: Bundle, precision: dict[str, str], steps: int, seeds: Sequence[int]) -> dict[str, Any]:
     """Takes bfloat16 from components, the worst first, until the pictures are right: the PSNRs."""
     exact = _pictures(bundle, {}, steps, seeds)
-    alone = {component: _psnr(exact, _pictures(bundle, {component: "bf16"}, steps, seeds))
-             for component in ("denoiser", "vae_decoder") if precision[component] == "bf16"}
+    alone = {
+        component: _psnr(exact, _pictures(bundle, {component: "bf16"}, steps, seeds))
+        for component in ("denoiser", "vae_decoder")
+        if precision[component] == "bf16"
+    }
     together = 99.0
     for component in [None, *sorted(alone, key=lambda name: alone[name])]:
         if component:
@@ -74,9 +90,19 @@ def _pictures(bundle: Bundle, precision: dict[str, str], steps: int, seeds: Sequ
     backend = OpenVinoBackend(bundle.graphs, bundle.shapes, precision=precision)
     with Pipeline(bundle, backend) as pipeline:
         scheduler = verify.scheduler_of(bundle)
-        return [np.asarray(image) for seed in seeds for image in pipeline(
-            verify.PROMPT, num_inference_steps=steps, guidance_scale=verify.GUIDANCE, num_images_per_prompt=bundle.shapes.batch.min, seed=seed,
-            scheduler=scheduler, progress=False).images]
+        return [
+            np.asarray(image)
+            for seed in seeds
+            for image in pipeline(
+                verify.PROMPT,
+                num_inference_steps=steps,
+                guidance_scale=verify.GUIDANCE,
+                num_images_per_prompt=bundle.shapes.batch.min,
+                seed=seed,
+                scheduler=scheduler,
+                progress=False,
+            ).images
+        ]
 
 
 def _psnr(exact: Sequence[np.ndarray], pictures: Sequence[np.ndarray]) -> float:

@@ -1,4 +1,5 @@
 """Where a bundle may be written: nothing of the user's is overwritten or removed, and no other model's bundle."""
+
 from __future__ import annotations
 
 import os
@@ -25,8 +26,8 @@ HOLDER = "process "
 
 @dataclass(frozen=True)
 class There:
-    """What is at a target: the files that the manifest of the bundle there names, what it was built from, and why its manifest cannot be
-    read, if it cannot."""
+    """What is at a target: the files that the manifest of the bundle there names, what it was built from, and why its
+    manifest cannot be read, if it cannot."""
 
     named: frozenset[str] = frozenset()
     source: Mapping[str, Any] | None = None
@@ -34,8 +35,8 @@ class There:
 
 
 def place(output: Path, name: str, inputs: Sequence[Path]) -> Path:
-    """The folder of the bundle `name` in `output`, which is made. A link that stands there is followed. TargetError where it is or holds
-    what the model is read from, or lies in it."""
+    """The folder of the bundle `name` in `output`, which is made. A link that stands there is followed. TargetError
+    where it is or holds what the model is read from, or lies in it."""
     target = output / name
     try:
         target = target.resolve() if target.is_symlink() else target
@@ -44,7 +45,11 @@ def place(output: Path, name: str, inputs: Sequence[Path]) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         if os.path.lexists(target) and not target.is_dir():
             raise TargetError(f"{target} is there and is no folder; pass another --name or --output, or move it away")
-    except (OSError, ValueError, RuntimeError) as error:  # no permission; a NUL in the name; links that go round in a circle
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # no permission; a NUL in the name; links that go round in a circle
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise OutputError(f"{target} cannot be made ({reason}); pass another --output") from error
     return target
@@ -55,7 +60,10 @@ def _refuse_overlap(target: Path, read: Path) -> None:
     same = one == other or (one.exists() and other.exists() and os.path.samefile(one, other))
     if same or one in other.parents or other in one.parents:
         how = "is" if same else "holds" if one in other.parents else "lies in"
-        raise TargetError(f"the bundle would be written to {target}, which {how} what the model is read from ({read}); pass another --output, or --name NAME")
+        raise TargetError(
+            f"the bundle would be written to {target}, which {how} what the model is read from ({read}); pass another "
+            "--output, or --name NAME"
+        )
 
 
 def examine(target: Path) -> There:
@@ -81,19 +89,29 @@ def examine(target: Path) -> There:
 
 
 def _not_ours(target: Path) -> TargetError:
-    return TargetError(f"{target} is not empty, and no {MANIFEST} there says that it is a bundle, so it stays as it is; pass another --name or --output")
+    return TargetError(
+        f"{target} is not empty, and no {MANIFEST} there says that it is a bundle, so it stays as it is; pass another "
+        "--name or --output"
+    )
 
 
 def require_same_model(target: Path, there: There, source: Mapping[str, Any], report: Callable[[str], None]) -> None:
-    """TargetError where the bundle at the target is another model's: of another kind, name or place, and with other weights."""
+    """TargetError where the bundle at the target is another model's: of another kind, name or place, and with other
+    weights."""
     old = there.source
     if old is None or all(old.get(key, source.get(key)) == source.get(key) for key in ("kind", "id", "path")):
         return
     if old.get("weights") == source["weights"]:
-        report(f"{target} was built from {old.get('path') or old.get('id')}; {source.get('path') or source['id']} has the same weights and takes its place")
+        report(
+            f"{target} was built from {old.get('path') or old.get('id')}; {source.get('path') or source['id']} has the "
+            "same weights and takes its place"
+        )
     else:
-        raise TargetError(f"{target} is the bundle of another model ({old.get('kind')} {old.get('path') or old.get('id')}); give this one another name with "
-                          f"--name, or move that one away: mv {shlex.quote(str(target))} {shlex.quote(f'{target}.old')}")
+        raise TargetError(
+            f"{target} is the bundle of another model ({old.get('kind')} {old.get('path') or old.get('id')}); give "
+            "this one another name with "
+            f"--name, or move that one away: mv {shlex.quote(str(target))} {shlex.quote(f'{target}.old')}"
+        )
 
 
 @contextmanager
@@ -108,13 +126,18 @@ def locked(target: Path, report: Callable[[str], None]) -> Iterator[None]:
             lock.acquire(timeout=0)
         except Timeout:
             holder = file.read_text(encoding="utf-8", errors="replace")
-            report(f"waiting for another builder of {target}" + (f": {holder.strip()}" if holder.startswith(HOLDER) else ""))
+            report(
+                f"waiting for another builder of {target}"
+                + (f": {holder.strip()}" if holder.startswith(HOLDER) else "")
+            )
             try:
                 lock.acquire(timeout=SECONDS_BETWEEN_NOTES)
             except Timeout:
                 continue
     try:
-        file.write_text(f"{HOLDER}{os.getpid()} on {socket.gethostname()}, since {time.strftime('%H:%M:%S')}\n", encoding="utf-8")
+        file.write_text(
+            f"{HOLDER}{os.getpid()} on {socket.gethostname()}, since {time.strftime('%H:%M:%S')}\n", encoding="utf-8"
+        )
         yield
         file.write_text("", encoding="utf-8")
     finally:
@@ -122,5 +145,5 @@ def locked(target: Path, report: Callable[[str], None]) -> Iterator[None]:
 
 
 def _is_lock(file: Path) -> bool:
-    content = file.read_bytes()[:len(HOLDER)]
+    content = file.read_bytes()[: len(HOLDER)]
     return not content or content == HOLDER.encode()

@@ -1,4 +1,5 @@
 """Bundle against torch and diffusers: every component on random inputs, then a whole picture."""
+
 from __future__ import annotations
 
 import gc
@@ -59,7 +60,8 @@ class Reference:
 
 
 def reference(component: str, module: nn.Module, context_size: int) -> Reference:
-    """What a float32 module makes of two sets of random inputs, of which one has odd latent sizes and two text chunks."""
+    """What a float32 module makes of two sets of random inputs, of which one has odd latent sizes and two text
+    chunks."""
     second = {"batch": 1, "rows": 2, "height": 9, "width": 16, "seed": 1}
     inputs = [example(component, context_size), example(component, context_size, **second, tokens=154)]
     outputs = []
@@ -73,7 +75,9 @@ def reference(component: str, module: nn.Module, context_size: int) -> Reference
     return Reference(inputs, outputs)
 
 
-def check_component(component: str, backend: OnnxRuntimeBackend | OpenVinoBackend, expected: Reference, precision: str) -> Difference:
+def check_component(
+    component: str, backend: OnnxRuntimeBackend | OpenVinoBackend, expected: Reference, precision: str
+) -> Difference:
     """The largest difference of a component's outputs; VerificationError beyond the tolerance."""
     found = []
     for one, outputs in zip(expected.inputs, expected.outputs):
@@ -81,54 +85,84 @@ def check_component(component: str, backend: OnnxRuntimeBackend | OpenVinoBacken
         for name, actual, wanted in zip(OUTPUTS[component], made, outputs):
             actual, wanted = compared(component, name, actual), compared(component, name, wanted)
             if not np.isfinite(actual.astype(np.float32)).all():
-                raise VerificationError(f"{component} gives values in its output {name} that are not finite; {_about_overflow(precision)}")
+                raise VerificationError(
+                    f"{component} gives values in its output {name} that are not finite; {_about_overflow(precision)}"
+                )
             found.append(difference(actual, wanted))
     worst = Difference(max(d.max_abs for d in found), max(d.relative_rms for d in found))
     allowed = tolerance(component, precision)
     if worst.relative_rms > allowed:
-        raise VerificationError(f"{component} differs from torch by {worst.relative_rms:.2e} (relative RMS); {allowed:.0e} is "
-                                f"allowed in {precision}. {_about_difference(precision)}")
+        raise VerificationError(
+            f"{component} differs from torch by {worst.relative_rms:.2e} (relative RMS); {allowed:.0e} is "
+            f"allowed in {precision}. {_about_difference(precision)}"
+        )
     return worst
 
 
 def _about_difference(precision: str) -> str:
     """What to do about a difference beyond the tolerance."""
-    exact = "This is a fault of LatentRT: please report it with the name of the model, or pass" if precision == "fp32" else "Try --precision fp32, or"
+    exact = (
+        "This is a fault of LatentRT: please report it with the name of the model, or pass"
+        if precision == "fp32"
+        else "Try --precision fp32, or"
+    )
     return f"The old bundle is untouched. {exact} --no-verify to keep it anyway"
 
 
 def _about_overflow(precision: str) -> str:
     """What to do about values that are not finite."""
     if precision == "fp32":
-        return "the model overflows in fp32, so there is no precision that it works in: its weights are damaged or were not trained"
+        return (
+            "the model overflows in fp32, so there is no precision that it works in: its weights are damaged or were "
+            "not trained"
+        )
     return f"the model overflows in {precision}; build with --precision fp32"
 
 
 def check_picture(source: Source, folder: Path, precision: str) -> tuple[PictureDifference, Picture]:
     """Pictures of two prompts by the bundle against diffusers' in float32: the worst numbers, and the first picture.
 
-    They are made in calls of as many pictures as the bundle takes, with the model's own scheduler. VerificationError beyond the
-    tolerance, and where the prompt makes no difference.
+    They are made in calls of as many pictures as the bundle takes, with the model's own scheduler. VerificationError
+    beyond the tolerance, and where the prompt makes no difference.
     """
     bundle = Bundle.open(folder, verify=False)
     height, width, scheduler = bundle.shapes.height.opt, bundle.shapes.width.opt, scheduler_of(bundle)
     theirs, steps = _with_diffusers(source, height, width)
     if _is_deaf(theirs):
-        raise VerificationError(f"the model does not react to the text: {PROMPTS[0]!r} and {PROMPTS[1]!r} give the same picture, with diffusers too. "
-                                f"Its tokenizer or text encoder is not the one that it was trained with")
+        raise VerificationError(
+            f"the model does not react to the text: {PROMPTS[0]!r} and {PROMPTS[1]!r} give the same picture, with "
+            "diffusers too. "
+            f"Its tokenizer or text encoder is not the one that it was trained with"
+        )
     gc.collect()
     ours, picture = _with_bundle(folder, bundle.shapes.batch, height, width, steps, scheduler, precision)
     if _is_deaf(ours):
-        raise VerificationError(f"the bundle does not react to the text: {PROMPTS[0]!r} and {PROMPTS[1]!r} give the same picture, but not with diffusers. "
-                                f"This is a fault of LatentRT: please report it with the name of the model")
+        raise VerificationError(
+            f"the bundle does not react to the text: {PROMPTS[0]!r} and {PROMPTS[1]!r} give the same picture, but not "
+            "with diffusers. "
+            f"This is a fault of LatentRT: please report it with the name of the model"
+        )
     found = PictureDifference(
-        list(PROMPTS), SEED, scheduler, steps, GUIDANCE, height, width,
+        list(PROMPTS),
+        SEED,
+        scheduler,
+        steps,
+        GUIDANCE,
+        height,
+        width,
         max(difference(our.latents, their.latents).max_abs for our, their in zip(ours, theirs)),
-        min(float((np.abs(our.pixels.astype(int) - their.pixels.astype(int)) <= 1).mean()) for our, their in zip(ours, theirs)),
-        min(psnr(our.pixels, their.pixels) for our, their in zip(ours, theirs)))
+        min(
+            float((np.abs(our.pixels.astype(int) - their.pixels.astype(int)) <= 1).mean())
+            for our, their in zip(ours, theirs)
+        ),
+        min(psnr(our.pixels, their.pixels) for our, their in zip(ours, theirs)),
+    )
     if found.psnr_db < PICTURE_TOLERANCE[precision]:
-        raise VerificationError(f"the picture differs from diffusers': PSNR {found.psnr_db:.1f} dB, at least {PICTURE_TOLERANCE[precision]:.0f} dB is "
-                                f"allowed in {precision}. {_about_difference(precision)}")
+        raise VerificationError(
+            f"the picture differs from diffusers': PSNR {found.psnr_db:.1f} dB, at least "
+            f"{PICTURE_TOLERANCE[precision]:.0f} dB is "
+            f"allowed in {precision}. {_about_difference(precision)}"
+        )
     return found, picture
 
 
@@ -146,7 +180,8 @@ def _is_deaf(pictures: list[_Made]) -> bool:
 
 
 def calls(batch: Range) -> list[list[str]]:
-    """The prompts of the calls that make PROMPTS with a bundle for so many pictures at a time: together, or one by one."""
+    """The prompts of the calls that make PROMPTS with a bundle for so many pictures at a time: together, or one by
+    one."""
     size = min(max(len(PROMPTS), batch.min), batch.max)
     return [[prompt] for prompt in PROMPTS] if size == 1 else [[PROMPTS[i % len(PROMPTS)] for i in range(size)]]
 
@@ -156,7 +191,9 @@ def scheduler_of(bundle: Bundle) -> str:
     return sampler_name(None, Schedule.from_config(bundle.scheduler))
 
 
-def _with_bundle(folder: Path, batch: Range, height: int, width: int, steps: int, scheduler: str, precision: str) -> tuple[list[_Made], Picture]:
+def _with_bundle(
+    folder: Path, batch: Range, height: int, width: int, steps: int, scheduler: str, precision: str
+) -> tuple[list[_Made], Picture]:
     """The bundle's pictures, one of each prompt at least, and the first one with its parameters."""
     made: list[_Made] = []
     pictures: list[Picture] = []
@@ -164,8 +201,17 @@ def _with_bundle(folder: Path, batch: Range, height: int, width: int, steps: int
     try:
         with Pipeline.load(folder, backend="onnxruntime", verify=False) as pipeline:
             for prompts in calls(batch):
-                images = pipeline(prompts, height, width, steps, GUIDANCE, seed=[SEED] * len(prompts), scheduler=scheduler, progress=False,
-                                  callback_on_step_end=lambda _, i, t, tensors: last.update(tensors)).images
+                images = pipeline(
+                    prompts,
+                    height,
+                    width,
+                    steps,
+                    GUIDANCE,
+                    seed=[SEED] * len(prompts),
+                    scheduler=scheduler,
+                    progress=False,
+                    callback_on_step_end=lambda _, i, t, tensors: last.update(tensors),
+                ).images
                 made += [_Made(latents.copy(), np.asarray(image)) for latents, image in zip(last["latents"], images)]
                 pictures += images
     except NumericalError as error:
@@ -180,8 +226,15 @@ def _with_diffusers(source: Source, height: int, width: int) -> tuple[list[_Made
     made = []
     for prompt in PROMPTS:
         with torch.no_grad():
-            latents = pipeline(prompt, height=height, width=width, num_inference_steps=steps, guidance_scale=GUIDANCE,
-                               generator=torch.Generator().manual_seed(SEED), output_type="latent").images
+            latents = pipeline(
+                prompt,
+                height=height,
+                width=width,
+                num_inference_steps=steps,
+                guidance_scale=GUIDANCE,
+                generator=torch.Generator().manual_seed(SEED),
+                output_type="latent",
+            ).images
             image = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
         pixels = torch.round((image / 2 + 0.5).clamp(0, 1) * 255).to(torch.uint8)[0].permute(1, 2, 0)
         made.append(_Made(latents[0].numpy(), pixels.numpy()))

@@ -1,4 +1,5 @@
 """Bundles that the tests share: built once, and kept in build/ until something that they are made of changes."""
+
 import json
 import os
 import shutil
@@ -43,10 +44,20 @@ def demo_bundle() -> Path:
 def demo_fp16() -> Path:
     """The built-in model in fp16."""
     source = resolve(None)
-    return build(source, ENGINES / "fp16", "fp16", default_shapes(source.sample_size()), verify=False, report=lambda message: None).folder
+    return build(
+        source,
+        ENGINES / "fp16",
+        "fp16",
+        default_shapes(source.sample_size()),
+        verify=False,
+        report=lambda message: None,
+    ).folder
 
 
-PROFILES = [Shapes(FIXED, FIXED, ONE, TWO), Shapes(Range(32, 64, 96), Range(32, 64, 96), Range(1, 2, 4), Range(1, 4, 8))]
+PROFILES = [
+    Shapes(FIXED, FIXED, ONE, TWO),
+    Shapes(Range(32, 64, 96), Range(32, 64, 96), Range(1, 2, 4), Range(1, 4, 8)),
+]
 """What the plans of the tests are for: 64 x 64 with guidance, and a range."""
 
 
@@ -57,8 +68,8 @@ def copy_bundle(bundle: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def planned(demo_fp16, tmp_path_factory):
-    """planned(version): a bundle of the built-in model with plans of the fake TensorRT of that version, built once. The VAE takes
-    two pictures at a time, so that four are decoded in slices."""
+    """planned(version): a bundle of the built-in model with plans of the fake TensorRT of that version, built once. The
+    VAE takes two pictures at a time, so that four are decoded in slices."""
     made: dict[str, Path] = {}
 
     def plan(version: str) -> Path:
@@ -105,7 +116,9 @@ def demo(demo_bundle) -> Pipeline:
 @pytest.fixture
 def edit_manifest():
     """Changes a bundle's manifest in place: edit_manifest(folder, key=value, ...)."""
+
     def edit(folder: Path, **changes) -> None:
         file = folder / "manifest.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
     return edit

@@ -1,4 +1,5 @@
 """Whatever is typed, the command ends with 0, 1 or 2 and with named errors only."""
+
 import io
 import os
 from contextlib import redirect_stderr, redirect_stdout
@@ -12,15 +13,58 @@ from engine.__main__ import main
 from engine.errors import BackendError
 
 OPTIONS = {
-    "picture": ["--prompts", "--bundle", "--output", "--negative-prompt", "--steps", "--guidance-scale", "--seed", "--scheduler", "--eta", "--height",
-                "--width", "--count", "--backend", "--device", "--no-cuda-graphs", "--threads", "--quiet", "--help", "--version", "--nonsense", "-x", "--"],
+    "picture": [
+        "--prompts",
+        "--bundle",
+        "--output",
+        "--negative-prompt",
+        "--steps",
+        "--guidance-scale",
+        "--seed",
+        "--scheduler",
+        "--eta",
+        "--height",
+        "--width",
+        "--count",
+        "--backend",
+        "--device",
+        "--no-cuda-graphs",
+        "--threads",
+        "--quiet",
+        "--help",
+        "--version",
+        "--nonsense",
+        "-x",
+        "--",
+    ],
     "doctor": ["--bundles", "--verify", "--help", "--nonsense", "--"],
 }
-PLACES = ["good", "broken", "garbled", "empty", "nowhere", "texts.txt", "picture.png", "pipe.png", "nowhere/picture.png", "loop.png", "/", "~", "/dev/null"]
+PLACES = [
+    "good",
+    "broken",
+    "garbled",
+    "empty",
+    "nowhere",
+    "texts.txt",
+    "picture.png",
+    "pipe.png",
+    "nowhere/picture.png",
+    "loop.png",
+    "/",
+    "~",
+    "/dev/null",
+]
 TEXT = st.text(st.characters(), max_size=30)
 NUMBERS = ["9" * 5000, "-" + "9" * 5000, "1e999", "0x10", "1_0", "\u0663", " 7 ", str(2**64)]
 NAMES = ["ddim", "cpu", "cuda:1", "openvino", "onnxruntime", "tensorrt", "a\0b", "n" * 300, "p/" * 3000]
-VALUES = st.sampled_from(PLACES) | st.sampled_from(NUMBERS) | st.sampled_from(NAMES) | st.integers().map(str) | st.floats().map(str) | TEXT
+VALUES = (
+    st.sampled_from(PLACES)
+    | st.sampled_from(NUMBERS)
+    | st.sampled_from(NAMES)
+    | st.integers().map(str)
+    | st.floats().map(str)
+    | TEXT
+)
 
 
 @st.composite
@@ -84,13 +128,29 @@ def test_no_command_line_ends_in_an_error_without_a_name(place, words):
     assert sorted(os.listdir(place)) == before
 
 
-@pytest.mark.parametrize("words", [
-    [], ["picture"], [""], ["picture", "red", "--steps", "9" * 5000], ["picture", "red", "--count", "9" * 5000], ["picture", "red", "--seed", "-" + "9" * 5000],
-    ["picture", "\ud800", "--bundle", "good"], ["picture", "red", "--bundle", "\ud800"], ["picture", "red", "--bundle", "good/" + "p/" * 3000],
-    ["picture", "red", "--prompts", "\0"], ["doctor", "--bundles", "\0"], ["doctor", "--bundles", "n" * 5000], ["doctor", "--bundles", "\udcff"],
-    ["picture", "red", "--output", "\0.png"], ["picture", "red", "--output", "p/" * 3000 + "a.png"], ["picture", "\0", "--bundle", "good", "--device", "\0"],
-    ["picture", "red", "--bundle", "good", "--device", "cuda:" + "9" * 5000], ["picture", "red", "--bundle", "good", "--device", "cuda:²"],
-])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["picture"],
+        [""],
+        ["picture", "red", "--steps", "9" * 5000],
+        ["picture", "red", "--count", "9" * 5000],
+        ["picture", "red", "--seed", "-" + "9" * 5000],
+        ["picture", "\ud800", "--bundle", "good"],
+        ["picture", "red", "--bundle", "\ud800"],
+        ["picture", "red", "--bundle", "good/" + "p/" * 3000],
+        ["picture", "red", "--prompts", "\0"],
+        ["doctor", "--bundles", "\0"],
+        ["doctor", "--bundles", "n" * 5000],
+        ["doctor", "--bundles", "\udcff"],
+        ["picture", "red", "--output", "\0.png"],
+        ["picture", "red", "--output", "p/" * 3000 + "a.png"],
+        ["picture", "\0", "--bundle", "good", "--device", "\0"],
+        ["picture", "red", "--bundle", "good", "--device", "cuda:" + "9" * 5000],
+        ["picture", "red", "--bundle", "good", "--device", "cuda:²"],
+    ],
+)
 def test_command_lines_that_once_had_no_name(place, words):
     code, printed = run(words)
     assert code in (1, 2)

@@ -1,4 +1,5 @@
 """The two commands as a user types them: exit codes, one line for an error, no traceback."""
+
 import os
 import shlex
 import subprocess
@@ -27,19 +28,22 @@ def test_build_engines_says_what_it_did(demo_bundle, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["nonsense"], "'nonsense' is no folder or file here"),
-    (["sdxl", "--random-weights"], "known: sd15, sd21, sd21-base"),
-    (["--height", "500"], "--height 500 is not a multiple of 8 from 16 to 16384"),
-    (["--height", "8"], "--height 8 is not a multiple of 8 from 16 to 16384"),
-    (["--width", "64:32:128"], "MIN <= OPT <= MAX must hold"),
-    (["--width", "64:128"], "it must be N or MIN:OPT:MAX"),
-    (["--batch", "0"], "--batch 0 is not a number from 1 to 1024"),
-    (["--batch", "many"], "--batch is 'many'"),
-    (["--precision", "bf16"], "no bf16 kernels"),
-    (["--name", "../x"], "--name '../x' cannot be a folder's name"),
-    (["--output", "/dev/null/engines"], "/dev/null/engines/demo cannot be made (Not a directory)"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nonsense"], "'nonsense' is no folder or file here"),
+        (["sdxl", "--random-weights"], "known: sd15, sd21, sd21-base"),
+        (["--height", "500"], "--height 500 is not a multiple of 8 from 16 to 16384"),
+        (["--height", "8"], "--height 8 is not a multiple of 8 from 16 to 16384"),
+        (["--width", "64:32:128"], "MIN <= OPT <= MAX must hold"),
+        (["--width", "64:128"], "it must be N or MIN:OPT:MAX"),
+        (["--batch", "0"], "--batch 0 is not a number from 1 to 1024"),
+        (["--batch", "many"], "--batch is 'many'"),
+        (["--precision", "bf16"], "no bf16 kernels"),
+        (["--name", "../x"], "--name '../x' cannot be a folder's name"),
+        (["--output", "/dev/null/engines"], "/dev/null/engines/demo cannot be made (Not a directory)"),
+    ],
+)
 def test_a_mistake_is_one_line(arguments, words, capsys, tmp_path):
     output = [] if "--output" in arguments else ["--output", str(tmp_path)]
     code = build_engines.main([*arguments, *output])
@@ -56,7 +60,9 @@ def test_debug_shows_the_traceback(capsys, tmp_path):
 
 
 def test_argparse_mistakes_exit_2():
-    done = subprocess.run([sys.executable, "build_engines.py", "--precision", "int3"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "build_engines.py", "--precision", "int3"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
 
@@ -70,8 +76,25 @@ def test_ranges():
 
 def test_picture_command_writes_a_picture_and_says_how_long_it_took(demo_bundle, tmp_path, capsys):
     file = tmp_path / "circle.png"
-    assert command.main(["picture", "a large red circle on a blue background", "--bundle", str(demo_bundle), "--steps", "3", "--seed", "1",
-                         "--backend", "onnxruntime", "--output", str(file)]) == 0
+    assert (
+        command.main(
+            [
+                "picture",
+                "a large red circle on a blue background",
+                "--bundle",
+                str(demo_bundle),
+                "--steps",
+                "3",
+                "--seed",
+                "1",
+                "--backend",
+                "onnxruntime",
+                "--output",
+                str(file),
+            ]
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     assert f"wrote {file}\nseed 1; ONNX Runtime {onnxruntime.__version__} on the CPU\ntokenize" in printed
     assert "3 steps of" in printed
@@ -81,36 +104,67 @@ def test_picture_command_writes_a_picture_and_says_how_long_it_took(demo_bundle,
 
 
 def test_picture_command_numbers_several_pictures(demo_bundle, tmp_path):
-    assert command.main(["picture", "a ring", "--bundle", str(demo_bundle), "--steps", "1", "--count", "2", "--quiet", "--output",
-                         str(tmp_path / "ring.png")]) == 0
+    assert (
+        command.main(
+            [
+                "picture",
+                "a ring",
+                "--bundle",
+                str(demo_bundle),
+                "--steps",
+                "1",
+                "--count",
+                "2",
+                "--quiet",
+                "--output",
+                str(tmp_path / "ring.png"),
+            ]
+        )
+        == 0
+    )
     assert sorted(os.listdir(tmp_path)) == ["ring-0.png", "ring-1.png"]
 
 
-@pytest.mark.parametrize(("arguments", "code", "words"), [
-    (["--bundle", "/nowhere"], 2, "there is no bundle at /nowhere"),
-    (["--bundle", "b" * 300], 2, "is too long for a file's name"),
-    (["--bundle", ""], 2, "'' names no file"),
-    (["--bundle", "a\0b"], 2, "'a\\x00b' is no name that a file can have"),
-    (["--steps", "0"], 2, "--steps: '0' is not a whole number from 1 to 1000"),
-    (["--steps", "9" * 5000], 2, "is not a whole number from 1 to 1000"),
-    (["--count", "0"], 2, "--count: '0' is not a whole number from 1 to 10000"),
-    (["--seed", "-1"], 2, "--seed: '-1' is not a whole number from 0 to 18446744073709551615"),
-    (["--seed", str(2**64 - 1), "--count", "2"], 2, "goes beyond the last seed, 18446744073709551615; take a smaller --seed"),
-    (["--threads", str(2**31)], 2, "is not a whole number from 1 to 1024"),
-    (["--guidance-scale", "nan"], 2, "--guidance-scale: 'nan' is not a finite number"),
-    (["--guidance-scale", "1" + "0" * 400], 2, "is not a finite number"),
-    (["--eta", "-1"], 2, "--eta: '-1' is not a finite number from 0 up"),
-    (["--eta", "many"], 2, "--eta: 'many' is not a finite number from 0 up"),
-    (["--height", "500"], 2, "height 500 is not a multiple of 8"),
-    (["--scheduler", "best"], 2, "'best' is not known"),
-    (["--backend", "torch"], 2, "--backend: invalid choice: 'torch' (choose from"),
-    (["--device", "gpu"], 2, "--device: 'gpu' is none of cpu, cuda and cuda:N"),
-    (["--negative-prompt", "\udc80"], 2, "negative_prompt is not valid UTF-8"),
-    (["--prompts", "/nowhere.txt"], 2, "--prompts '/nowhere.txt' cannot be read (No such file or directory)"),
-    (["--no-such-option"], 2, "unrecognized arguments: --no-such-option; `python -m engine picture --help` lists what is taken"),
-    (["--output", "/dev/null/a.png"], 1, "/dev/null/a.png cannot be written: /dev/null is not a folder"),
-    (["--output", "a.gif"], 2, "the extension '.gif' is no format of pictures; pass a name that ends in .png, .jpg, .jpeg or .webp"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--bundle", "/nowhere"], 2, "there is no bundle at /nowhere"),
+        (["--bundle", "b" * 300], 2, "is too long for a file's name"),
+        (["--bundle", ""], 2, "'' names no file"),
+        (["--bundle", "a\0b"], 2, "'a\\x00b' is no name that a file can have"),
+        (["--steps", "0"], 2, "--steps: '0' is not a whole number from 1 to 1000"),
+        (["--steps", "9" * 5000], 2, "is not a whole number from 1 to 1000"),
+        (["--count", "0"], 2, "--count: '0' is not a whole number from 1 to 10000"),
+        (["--seed", "-1"], 2, "--seed: '-1' is not a whole number from 0 to 18446744073709551615"),
+        (
+            ["--seed", str(2**64 - 1), "--count", "2"],
+            2,
+            "goes beyond the last seed, 18446744073709551615; take a smaller --seed",
+        ),
+        (["--threads", str(2**31)], 2, "is not a whole number from 1 to 1024"),
+        (["--guidance-scale", "nan"], 2, "--guidance-scale: 'nan' is not a finite number"),
+        (["--guidance-scale", "1" + "0" * 400], 2, "is not a finite number"),
+        (["--eta", "-1"], 2, "--eta: '-1' is not a finite number from 0 up"),
+        (["--eta", "many"], 2, "--eta: 'many' is not a finite number from 0 up"),
+        (["--height", "500"], 2, "height 500 is not a multiple of 8"),
+        (["--scheduler", "best"], 2, "'best' is not known"),
+        (["--backend", "torch"], 2, "--backend: invalid choice: 'torch' (choose from"),
+        (["--device", "gpu"], 2, "--device: 'gpu' is none of cpu, cuda and cuda:N"),
+        (["--negative-prompt", "\udc80"], 2, "negative_prompt is not valid UTF-8"),
+        (["--prompts", "/nowhere.txt"], 2, "--prompts '/nowhere.txt' cannot be read (No such file or directory)"),
+        (
+            ["--no-such-option"],
+            2,
+            "unrecognized arguments: --no-such-option; `python -m engine picture --help` lists what is taken",
+        ),
+        (["--output", "/dev/null/a.png"], 1, "/dev/null/a.png cannot be written: /dev/null is not a folder"),
+        (
+            ["--output", "a.gif"],
+            2,
+            "the extension '.gif' is no format of pictures; pass a name that ends in .png, .jpg, .jpeg or .webp",
+        ),
+    ],
+)
 def test_picture_command_explains_mistakes_in_one_line(demo_bundle, tmp_path, capsys, arguments, code, words):
     defaults = ["--bundle", str(demo_bundle), "--steps", "1", "--output", str(tmp_path / "a.png")]
     assert exit_code(["picture", "a ring", *defaults, *arguments]) == code
@@ -135,7 +189,9 @@ def test_the_output_is_checked_before_anything_is_loaded(demo_bundle, tmp_path, 
 
 def picture(bundle, *arguments):
     """Makes a picture in one step on ONNX Runtime."""
-    return command.main(["picture", *map(str, arguments), "--bundle", str(bundle), "--steps", "1", "--backend", "onnxruntime"])
+    return command.main(
+        ["picture", *map(str, arguments), "--bundle", str(bundle), "--steps", "1", "--backend", "onnxruntime"]
+    )
 
 
 def test_each_of_several_pictures_comes_again_from_its_own_seed(demo_bundle, tmp_path, capsys):
@@ -149,18 +205,35 @@ def test_each_of_several_pictures_comes_again_from_its_own_seed(demo_bundle, tmp
 
 def test_several_texts_and_a_file_of_them(demo_bundle, tmp_path):
     (tmp_path / "texts.txt").write_bytes("\ufeffa red ring\r\n\n  a gr\u00fcn star\n".encode())
-    assert picture(demo_bundle, "a blue square", "a heart", "--prompts", tmp_path / "texts.txt", "--seed", 1, "--quiet", "--output", tmp_path / "p.png") == 0
+    assert (
+        picture(
+            demo_bundle,
+            "a blue square",
+            "a heart",
+            "--prompts",
+            tmp_path / "texts.txt",
+            "--seed",
+            1,
+            "--quiet",
+            "--output",
+            tmp_path / "p.png",
+        )
+        == 0
+    )
     written = [Image.open(tmp_path / f"p-{i}.png").text["parameters"] for i in range(4)]
     assert [text.splitlines()[0] for text in written] == ["a blue square", "a heart", "a red ring", "a gr\u00fcn star"]
     assert all("Seed: 1," in text for text in written)
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    (b"a ring\nb\xff\n", "is not UTF-8: line 2 has the byte 0xff"),
-    (b" \n\n", "has no line with a text"),
-    (b"a" * (16 << 20) + b"b", "has more than 16777216 bytes"),
-    (None, "cannot be read (Is a directory)"),
-])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"a ring\nb\xff\n", "is not UTF-8: line 2 has the byte 0xff"),
+        (b" \n\n", "has no line with a text"),
+        (b"a" * (16 << 20) + b"b", "has more than 16777216 bytes"),
+        (None, "cannot be read (Is a directory)"),
+    ],
+)
 def test_a_file_of_prompts_that_is_not_usable(tmp_path, capsys, content, words):
     file = tmp_path / "texts.txt"
     file.mkdir() if content is None else file.write_bytes(content)
@@ -176,16 +249,34 @@ def test_no_text_and_too_many_pictures(capsys, tmp_path):
 
 
 def test_a_text_that_begins_with_a_dash(demo_bundle, tmp_path):
-    assert command.main(["picture", "--bundle", str(demo_bundle), "--steps", "1", "--output", str(tmp_path / "a.png"), "--", "-5 rings"]) == 0
+    assert (
+        command.main(
+            [
+                "picture",
+                "--bundle",
+                str(demo_bundle),
+                "--steps",
+                "1",
+                "--output",
+                str(tmp_path / "a.png"),
+                "--",
+                "-5 rings",
+            ]
+        )
+        == 0
+    )
     assert Image.open(tmp_path / "a.png").text["parameters"].startswith("-5 rings\n")
 
 
 def test_more_pictures_than_the_bundle_makes_at_once(demo_bundle, tmp_path, monkeypatch):
     """The bundle makes 8 together."""
     from engine import Pipeline
+
     calls = []
     original = Pipeline.__call__
-    monkeypatch.setattr(Pipeline, "__call__", lambda self, prompt, *a, **k: calls.append(len(prompt)) or original(self, prompt, *a, **k))
+    monkeypatch.setattr(
+        Pipeline, "__call__", lambda self, prompt, *a, **k: calls.append(len(prompt)) or original(self, prompt, *a, **k)
+    )
     assert picture(demo_bundle, "a ring", "--count", 9, "--seed", 0, "--quiet", "--output", tmp_path / "a.png") == 0
     assert calls == [5, 4]
     assert len(os.listdir(tmp_path)) == 9
@@ -198,32 +289,69 @@ def test_pictures_that_are_written_leave_the_memory(demo, tmp_path):
     assert [result.seeds for result in results] == [[0, 1, 2, 3, 4], [5, 6, 7, 8]]
 
 
-@pytest.mark.parametrize(("total", "sizes", "calls"), [
-    (1, [1], [1]), (9, [1, 2, 3, 4, 5, 6, 7, 8], [5, 4]), (6, [2, 4], [4, 2]), (8, [1, 4], [4, 4]), (6, [1, 4], [4, 1, 1]), (5, [2], [5]),
-    (3, [], [3]), (10_000, [1, 8], [8] * 1250),
-])
+@pytest.mark.parametrize(
+    ("total", "sizes", "calls"),
+    [
+        (1, [1], [1]),
+        (9, [1, 2, 3, 4, 5, 6, 7, 8], [5, 4]),
+        (6, [2, 4], [4, 2]),
+        (8, [1, 4], [4, 4]),
+        (6, [1, 4], [4, 1, 1]),
+        (5, [2], [5]),
+        (3, [], [3]),
+        (10_000, [1, 8], [8] * 1250),
+    ],
+)
 def test_pictures_are_split_into_the_fewest_calls(total, sizes, calls):
     assert sorted(command.split(total, sizes), reverse=True) == calls
 
 
 def test_eta_reaches_the_sampler(demo_bundle, tmp_path):
     for eta in (0, 1):
-        assert command.main(["picture", "a ring", "--bundle", str(demo_bundle), "--steps", "3", "--seed", "0", "--eta", str(eta), "--quiet",
-                             "--output", str(tmp_path / f"{eta}.png")]) == 0
+        assert (
+            command.main(
+                [
+                    "picture",
+                    "a ring",
+                    "--bundle",
+                    str(demo_bundle),
+                    "--steps",
+                    "3",
+                    "--seed",
+                    "0",
+                    "--eta",
+                    str(eta),
+                    "--quiet",
+                    "--output",
+                    str(tmp_path / f"{eta}.png"),
+                ]
+            )
+            == 0
+        )
     assert Image.open(tmp_path / "0.png").tobytes() != Image.open(tmp_path / "1.png").tobytes()
 
 
-@pytest.mark.parametrize(("file", "kind"), [("a.png", "PNG"), ("a.jpg", "JPEG"), ("a.JPEG", "JPEG"), ("a.webp", "WEBP")])
+@pytest.mark.parametrize(
+    ("file", "kind"), [("a.png", "PNG"), ("a.jpg", "JPEG"), ("a.JPEG", "JPEG"), ("a.webp", "WEBP")]
+)
 def test_a_file_holds_the_format_of_its_extension(demo_bundle, tmp_path, file, kind):
     assert picture(demo_bundle, "a ring", "--quiet", "--output", tmp_path / file) == 0
     assert Image.open(tmp_path / file).format == kind
 
 
-@pytest.mark.parametrize(("size", "options", "backend"), [
-    (1000, {}, "onnxruntime"), (1 << 28, {}, None), (1000, {"device": "cpu"}, "onnxruntime"), (1000, {"device": "cuda"}, None),
-    (1000, {"precision": "bf16"}, None), (1000, {"missing": "onnxruntime"}, None),
-    (1000, {"tensorrt": True}, None), (1000, {"tensorrt": True, "device": "cpu"}, "onnxruntime"),
-])
+@pytest.mark.parametrize(
+    ("size", "options", "backend"),
+    [
+        (1000, {}, "onnxruntime"),
+        (1 << 28, {}, None),
+        (1000, {"device": "cpu"}, "onnxruntime"),
+        (1000, {"device": "cuda"}, None),
+        (1000, {"precision": "bf16"}, None),
+        (1000, {"missing": "onnxruntime"}, None),
+        (1000, {"tensorrt": True}, None),
+        (1000, {"tensorrt": True, "device": "cpu"}, "onnxruntime"),
+    ],
+)
 def test_a_picture_from_a_shell_takes_the_backend_that_starts_fastest(tmp_path, monkeypatch, size, options, backend):
     graph = tmp_path / "denoiser.onnx"
     graph.touch()
@@ -238,26 +366,34 @@ def test_a_picture_from_a_shell_takes_the_backend_that_starts_fastest(tmp_path, 
 def test_what_the_help_names_is_what_there_is(capsys):
     from engine.backends import BACKENDS
     from engine.sampling.samplers import SAMPLERS
+
     assert tuple(SAMPLERS) == arguments.SCHEDULERS
     assert arguments.BACKENDS == BACKENDS
     with pytest.raises(SystemExit, match="0"):
         command.main(["picture", "--help"])
     printed = " ".join(capsys.readouterr().out.split())
     assert "ddim, ddpm, euler, euler_a, dpmpp_2m, dpmpp_2m_karras, pndm (default: the model's own)" in printed
-    assert 'A text that begins with "-" comes last, after "--": python -m engine picture --steps 30 -- "-text"' in printed
+    assert (
+        'A text that begins with "-" comes last, after "--": python -m engine picture --steps 30 -- "-text"' in printed
+    )
     assert "for a small model (U-Net of less than 256 MB) ONNX Runtime" in printed
 
 
 def test_help_and_version_import_no_library():
     code = "import sys; sys.modules['numpy'] = None; from engine.__main__ import main; main(sys.argv[1:])"
-    for asked, words in ((["--version"], f"LatentRT {__version__}\n"), (["picture", "--help"], "usage: python -m engine picture ")):
+    for asked, words in (
+        (["--version"], f"LatentRT {__version__}\n"),
+        (["picture", "--help"], "usage: python -m engine picture "),
+    ):
         done = subprocess.run([sys.executable, "-c", code, *asked], cwd=ROOT, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.startswith(words)
 
 
-@pytest.mark.parametrize(("started_as", "name"), [
-    ("/x/bin/latentrt", "latentrt"), ("C:/x/latentrt.exe", "latentrt"), ("/x/engine/__main__.py", "python -m engine")])
+@pytest.mark.parametrize(
+    ("started_as", "name"),
+    [("/x/bin/latentrt", "latentrt"), ("C:/x/latentrt.exe", "latentrt"), ("/x/engine/__main__.py", "python -m engine")],
+)
 def test_the_command_is_called_what_was_typed(started_as, name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [started_as])
     assert command.main(["picture"]) == 2
@@ -277,13 +413,20 @@ def test_long_work_is_told_to_standard_error(demo_bundle, tmp_path, monkeypatch,
 
 def run(*arguments, wrapped="{}", environment=None, **options):
     words = shlex.join([sys.executable, "-m", "engine", *map(str, arguments)])
-    return subprocess.run(["bash", "-o", "pipefail", "-c", wrapped.format(words)], cwd=ROOT, capture_output=True, env={**os.environ, **(environment or {})},
-                          **options)
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", wrapped.format(words)],
+        cwd=ROOT,
+        capture_output=True,
+        env={**os.environ, **(environment or {})},
+        **options,
+    )
 
 
 @pytest.mark.parametrize("wrapped", ["{} | head -n 0", "{} >&-", "PYTHONIOENCODING=ascii {} | cat"])
 def test_no_standard_output_makes_a_finished_picture_a_failure(demo_bundle, tmp_path, wrapped):
-    done = run("picture", "a ring", "--bundle", demo_bundle, "--steps", 1, "--output", tmp_path / "\u00fc.png", wrapped=wrapped)
+    done = run(
+        "picture", "a ring", "--bundle", demo_bundle, "--steps", 1, "--output", tmp_path / "\u00fc.png", wrapped=wrapped
+    )
     assert (done.returncode, done.stderr) == (0, b"")
     assert os.listdir(tmp_path) == ["\u00fc.png"]
 
@@ -297,14 +440,20 @@ def test_a_reader_that_goes_away_ends_no_report_with_an_error(demo_bundle):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
 def test_a_full_disk_behind_standard_output_is_named(demo_bundle):
     done = run("doctor", "--bundles", demo_bundle, wrapped="{} >/dev/full")
-    assert (done.returncode, done.stderr) == (1, b"python -m engine: standard output cannot be written (No space left on device)\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        b"python -m engine: standard output cannot be written (No space left on device)\n",
+    )
 
 
 def test_a_package_that_is_missing_is_named_with_the_python_that_has_it(tmp_path, capsys, monkeypatch):
     missing = ModuleNotFoundError("No module named 'PIL'", name="PIL")
     monkeypatch.setattr(command, "__file__", str(tmp_path / "engine" / "__main__.py"))
     told = command.what_to_install(missing, ["picture", "it's red"])
-    assert f"{sys.executable} cannot import PIL (No module named 'PIL'); install what is needed: {sys.executable} -m pip install 'numpy>=1.26'" in told
+    assert (
+        f"{sys.executable} cannot import PIL (No module named 'PIL'); install what is needed: {sys.executable} -m pip "
+        "install 'numpy>=1.26'" in told
+    )
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "python").touch()
     told = command.what_to_install(missing, ["picture", "it's red"])
@@ -314,9 +463,13 @@ def test_a_package_that_is_missing_is_named_with_the_python_that_has_it(tmp_path
     assert ": .venv/bin/python -m engine doctor" in command.what_to_install(missing, ["doctor"])
 
 
-@pytest.mark.parametrize(("package", "asked"), [("PIL", ["picture", "red"]), ("numpy", ["picture", "red"]), ("numpy", ["doctor"])])
+@pytest.mark.parametrize(
+    ("package", "asked"), [("PIL", ["picture", "red"]), ("numpy", ["picture", "red"]), ("numpy", ["doctor"])]
+)
 def test_a_missing_package_is_one_line(package, asked):
-    code = f"import sys; sys.modules[{package!r}] = None; from engine.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    code = (
+        f"import sys; sys.modules[{package!r}] = None; from engine.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
     done = subprocess.run([sys.executable, "-c", code, *asked], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert f"{sys.executable} cannot import {package}" in done.stderr
@@ -324,7 +477,9 @@ def test_a_missing_package_is_one_line(package, asked):
 
 
 def test_messages_name_options_of_the_command(demo_bundle, capsys):
-    assert command.main(["picture", "red", "--bundle", str(demo_bundle), "--backend", "tensorrt", "--device", "cpu"]) == 2
+    assert (
+        command.main(["picture", "red", "--bundle", str(demo_bundle), "--backend", "tensorrt", "--device", "cpu"]) == 2
+    )
     told = capsys.readouterr().err
     assert "pass --device cuda or --backend onnxruntime" in told
     assert "backend=" not in told

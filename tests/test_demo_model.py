@@ -1,4 +1,6 @@
-"""The built-in model draws what it is asked for, with diffusers and with our runtime, also what training never showed it."""
+"""The built-in model draws what it is asked for, with diffusers and with our runtime, also what training never showed
+it."""
+
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +40,22 @@ def test_diffusers_draws_95_percent_rightly():
     pictures = []
     for start in range(0, len(SCENES), 32):
         generators = [torch.Generator().manual_seed(i) for i in range(start, start + 32)]
-        prompts = [caption(scene) for scene in SCENES[start:start + 32]]
-        pictures += [np.asarray(image) for image in pipeline(prompts, num_inference_steps=20, guidance_scale=5.0, generator=generators).images]
+        prompts = [caption(scene) for scene in SCENES[start : start + 32]]
+        pictures += [
+            np.asarray(image)
+            for image in pipeline(prompts, num_inference_steps=20, guidance_scale=5.0, generator=generators).images
+        ]
     assert share_right(pictures) >= 0.95
 
 
-@pytest.mark.parametrize("words", ["a small red ring", "An image of a large WHITE star in the middle, black background.", "green cross on the left on yellow"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "a small red ring",
+        "An image of a large WHITE star in the middle, black background.",
+        "green cross on the left on yellow",
+    ],
+)
 def test_other_wordings_are_understood(demo, words):
     verdict = judge(np.asarray(demo(words, num_inference_steps=20, guidance_scale=5.0, seed=1).images[0]))
     named = words.lower()
@@ -59,6 +71,7 @@ def test_the_model_is_small_and_half_precision():
     files = [file for file in BUILT_IN.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 14_000_000
     from safetensors.torch import load_file
+
     for file in BUILT_IN.rglob("*.safetensors"):
         assert {value.dtype for value in load_file(file).values() if value.is_floating_point()} == {torch.float16}
     assert {"vocab.json", "merges.txt"} <= {file.name for file in (BUILT_IN / "tokenizer").iterdir()}
@@ -68,15 +81,21 @@ def test_the_judge_knows_every_drawn_scene():
     rng = np.random.default_rng(0)
     for shape, colour, background in triples():
         size, position = str(rng.choice(list(SIZES))), str(rng.choice(list(POSITIONS)))
-        scene = Scene(shape, colour, background, size, position, tuple(rng.uniform(-1.5, 1.5, 2)), rng.uniform(0.95, 1.05))
+        scene = Scene(
+            shape, colour, background, size, position, tuple(rng.uniform(-1.5, 1.5, 2)), rng.uniform(0.95, 1.05)
+        )
         assert judge(picture(scene)).agrees_fully(scene), scene
 
 
 @pytest.mark.parametrize("spoil", ["colour", "shape", "background", "noise"])
 def test_the_judge_rejects_what_is_wrong(spoil):
     asked = Scene("star", "red", "blue", "large", "left")
-    drawn = {"colour": Scene("star", "orange", "blue", "large", "left"), "shape": Scene("circle", "red", "blue", "large", "left"),
-             "background": Scene("star", "red", "purple", "large", "left"), "noise": asked}[spoil]
+    drawn = {
+        "colour": Scene("star", "orange", "blue", "large", "left"),
+        "shape": Scene("circle", "red", "blue", "large", "left"),
+        "background": Scene("star", "red", "purple", "large", "left"),
+        "noise": asked,
+    }[spoil]
     image = picture(drawn)
     if spoil == "noise":
         image = np.random.default_rng(0).integers(0, 256, image.shape, np.uint8)
@@ -88,7 +107,9 @@ def test_captions_are_varied_and_true():
     scene = Scene("ring", "orange", "white", "small", "right")
     texts = {caption(scene, rng) for _ in range(200)}
     assert len(texts) > 60
-    assert all("orange ring" in text and "white" in text and "right" in text and "a orange" not in text for text in texts)
+    assert all(
+        "orange ring" in text and "white" in text and "right" in text and "a orange" not in text for text in texts
+    )
     assert caption(Scene("circle", "red", "blue")) == "a large red circle on a blue background"
 
 
@@ -105,6 +126,7 @@ def test_training_starts_and_resumes(tmp_path):
     import dataclasses
 
     from export.demo import train
+
     recipe = train.Recipe(vae_steps=3, vae_batch=2, pool=64, steps=3, batch=4)
     train.train_tokenizer(tmp_path / "tokenizer", 0)
     tokenizer, pictures = train.load_tokenizer(tmp_path / "tokenizer"), train.Pictures(0)
@@ -116,4 +138,5 @@ def test_training_starts_and_resumes(tmp_path):
     half = train.train_denoiser(dataclasses.replace(recipe, steps=3), again, tokenizer, latents, scenes, tmp_path)
     train.write_model(tmp_path / "model", tmp_path / "tokenizer", again, *half)
     from export.sources.checkpoint import DiffusersFolder
+
     assert DiffusersFolder(Path(tmp_path / "model"), "model", {}).unet().config.cross_attention_dim == 128

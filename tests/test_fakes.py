@@ -1,4 +1,5 @@
 """The fakes' own teeth: every mistake that they are there to catch is made here once, and caught."""
+
 import ctypes
 import gc
 import json
@@ -37,7 +38,8 @@ def cuda(machine) -> "Cuda":
 
 
 class Cuda:
-    """Driver calls by short names: `cuda.memory(64)` is the value of a call that must work, `cuda.error(...)` the name of an error."""
+    """Driver calls by short names: `cuda.memory(64)` is the value of a call that must work, `cuda.error(...)` the name
+    of an error."""
 
     def __init__(self, machine: Machine, current: bool = True) -> None:
         self.fake, self.driver = machine.cuda, sys.modules["cuda.bindings.driver"]
@@ -180,11 +182,27 @@ def test_pageable_memory_is_copied_when_it_is_given(cuda):
     assert (pinned == 3).all()
 
 
-@pytest.mark.parametrize("arguments", [
-    lambda memory, host: (memory, 0, 8), lambda memory, host: (memory, int(memory), 8), lambda memory, host: (host.ctypes.data, host.ctypes.data, 8),
-    lambda memory, host: (int(memory) + SIZE - 4, host.ctypes.data, 8), lambda memory, host: (memory, host.ctypes.data + SIZE - 4, 8),
-    lambda memory, host: (int(memory) + SIZE, host.ctypes.data, 1), lambda memory, host: (0, host.ctypes.data, 1)],
-    ids=["from NULL", "from the device", "to the host", "past the end", "from past the end", "behind the end", "to NULL"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        lambda memory, host: (memory, 0, 8),
+        lambda memory, host: (memory, int(memory), 8),
+        lambda memory, host: (host.ctypes.data, host.ctypes.data, 8),
+        lambda memory, host: (int(memory) + SIZE - 4, host.ctypes.data, 8),
+        lambda memory, host: (memory, host.ctypes.data + SIZE - 4, 8),
+        lambda memory, host: (int(memory) + SIZE, host.ctypes.data, 1),
+        lambda memory, host: (0, host.ctypes.data, 1),
+    ],
+    ids=[
+        "from NULL",
+        "from the device",
+        "to the host",
+        "past the end",
+        "from past the end",
+        "behind the end",
+        "to NULL",
+    ],
+)
 def test_a_copy_with_wrong_pointers_is_refused_at_once(cuda, arguments):
     assert cuda.error("cuMemcpyHtoDAsync", *arguments(cuda.memory(), cuda.pinned()), cuda.stream()) == "INVALID_VALUE"
 
@@ -275,9 +293,17 @@ def test_captured_work_runs_when_it_is_launched_and_not_before(cuda):
     assert (cuda.fake.counts.graph_launches, cuda.fake.counts.kernels["add one"]) == (3, 3)
 
 
-@pytest.mark.parametrize("call", [
-    lambda cuda, stream: ("cuStreamSynchronize", stream), lambda cuda, stream: ("cuStreamQuery", stream), lambda cuda, stream: ("cuMemAlloc", 8),
-    lambda cuda, stream: ("cuCtxSynchronize",), lambda cuda, stream: ("cuMemHostAlloc", 8, 0)], ids=["synchronize", "query", "alloc", "device", "pinned"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda cuda, stream: ("cuStreamSynchronize", stream),
+        lambda cuda, stream: ("cuStreamQuery", stream),
+        lambda cuda, stream: ("cuMemAlloc", 8),
+        lambda cuda, stream: ("cuCtxSynchronize",),
+        lambda cuda, stream: ("cuMemHostAlloc", 8, 0),
+    ],
+    ids=["synchronize", "query", "alloc", "device", "pinned"],
+)
 def test_a_capture_in_which_the_host_waits_or_allocates_is_invalid(cuda, call):
     stream = cuda.stream()
     cuda.begin(stream)
@@ -318,7 +344,10 @@ def test_pageable_memory_spoils_a_capture(cuda):
 
 
 def test_the_default_stream_cannot_be_captured(cuda):
-    assert cuda.error("cuStreamBeginCapture", 0, cuda.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL) == "STREAM_CAPTURE_UNSUPPORTED"
+    assert (
+        cuda.error("cuStreamBeginCapture", 0, cuda.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+        == "STREAM_CAPTURE_UNSUPPORTED"
+    )
 
 
 def test_a_second_stream_joins_a_capture_by_an_event_and_must_come_back(cuda):
@@ -368,7 +397,14 @@ def test_everything_that_is_not_freed_is_listed(cuda):
     memory, host, stream, event = cuda.memory(), cuda.pinned(), cuda.stream(), cuda("cuEventCreate", 0)
     cuda.begin(stream)
     graph = cuda.graph(stream)
-    assert cuda.fake.live().keys() == {"device memory", "pinned memory", "streams", "events", "executable graphs", "contexts"}
+    assert cuda.fake.live().keys() == {
+        "device memory",
+        "pinned memory",
+        "streams",
+        "events",
+        "executable graphs",
+        "contexts",
+    }
     cuda("cuGraphExecDestroy", graph)
     cuda("cuMemFree", memory)
     cuda("cuMemFreeHost", host.ctypes.data)
@@ -382,7 +418,11 @@ def test_everything_that_is_not_freed_is_listed(cuda):
 def test_any_call_can_be_made_to_fail(cuda):
     result = cuda.driver.CUresult
     cuda.fake.fail("cuMemAlloc", result.CUDA_ERROR_OUT_OF_MEMORY, at=2)
-    assert [cuda.driver.cuMemAlloc(8)[0] for _ in range(3)] == [result.CUDA_SUCCESS, result.CUDA_ERROR_OUT_OF_MEMORY, result.CUDA_SUCCESS]
+    assert [cuda.driver.cuMemAlloc(8)[0] for _ in range(3)] == [
+        result.CUDA_SUCCESS,
+        result.CUDA_ERROR_OUT_OF_MEMORY,
+        result.CUDA_SUCCESS,
+    ]
     cuda.fake.fail("cuEventCreate", result.CUDA_ERROR_LAUNCH_FAILED)
     assert cuda.error("cuEventCreate", 0) == cuda.error("cuMemAlloc", 8) == "LAUNCH_FAILED"
     assert cuda.fake.calls[-2:] == ["cuEventCreate", "cuMemAlloc"]
@@ -393,6 +433,7 @@ def test_modules_are_put_back():
     with install() as machine:
         import tensorrt
         from cuda.bindings import driver
+
         assert isinstance(tensorrt, ModuleType)
         assert tensorrt is machine.tensorrt
         assert driver.cuDriverGetVersion()[1] == 13000
@@ -401,11 +442,15 @@ def test_modules_are_put_back():
 
 # TensorRT
 
+
 def model(dtype: int = TensorProto.FLOAT, uint8: bool = False, operator: str = "Mul") -> onnx.ModelProto:
     """y = cast(x) * weight, with x [n, 4] and y of type `dtype`; as uint8, with another cast around."""
     outer = TensorProto.UINT8 if uint8 else dtype
-    nodes = [helper.make_node("Cast", ["x"], ["a"], to=dtype, name="first"), helper.make_node(operator, ["a", "weight"], ["b"], name="multiply"),
-             helper.make_node("Cast", ["b"], ["y"], to=outer, name="last")]
+    nodes = [
+        helper.make_node("Cast", ["x"], ["a"], to=dtype, name="first"),
+        helper.make_node(operator, ["a", "weight"], ["b"], name="multiply"),
+        helper.make_node("Cast", ["b"], ["y"], to=outer, name="last"),
+    ]
     weight = numpy_helper.from_array(np.arange(4, dtype=helper.tensor_dtype_to_np_dtype(dtype)), "weight")
     x, y = (helper.make_tensor_value_info(name, outer, ["n", 4]) for name in "xy")
     graph = helper.make_graph(nodes, "g", [x], [y], [weight])
@@ -420,7 +465,9 @@ class Build:
         self.logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
         self.builder = trt.Builder(self.logger)
         flags = trt.NetworkDefinitionCreationFlag
-        self.network = self.builder.create_network(1 << int(flags.STRONGLY_TYPED if hasattr(flags, "STRONGLY_TYPED") else flags.EXPLICIT_BATCH))
+        self.network = self.builder.create_network(
+            1 << int(flags.STRONGLY_TYPED if hasattr(flags, "STRONGLY_TYPED") else flags.EXPLICIT_BATCH)
+        )
         self.parser = trt.OnnxParser(self.network, self.logger)
         self.parsed = self.parser.parse((proto or model()).SerializeToString())
         self.config = self.builder.create_builder_config()
@@ -482,7 +529,10 @@ def test_a_plan_computes_what_the_graph_says(every_machine):
 
 def test_a_uint8_picture_goes_through_casts(every_machine):
     x = np.arange(8, dtype=np.uint8).reshape(2, 4)
-    assert np.array_equal(Loaded(every_machine, Build(every_machine, model(uint8=True)).profile().plan()).run(x), x * np.arange(4, dtype=np.uint8))
+    assert np.array_equal(
+        Loaded(every_machine, Build(every_machine, model(uint8=True)).profile().plan()).run(x),
+        x * np.arange(4, dtype=np.uint8),
+    )
 
 
 def test_every_version_has_its_own_names_and_no_others(every_machine):
@@ -513,6 +563,7 @@ def test_objects_behave_as_those_of_pybind11(machine):
     class Forgetful(trt.ILogger):
         def __init__(self) -> None:
             pass
+
     with pytest.raises(TypeError, match="must be called when overriding"):
         Forgetful()
     shape = trt.Dims((1, 2))
@@ -527,12 +578,19 @@ def test_objects_behave_as_those_of_pybind11(machine):
         len(plan)
 
 
-@pytest.mark.parametrize(("spoil", "words"), [
-    (lambda build: None, "no optimization profile"),
-    (lambda build: build.config.add_optimization_profile(build.builder.create_optimization_profile()), "missing values"),
-    (lambda build: setattr(build.network.get_input(0), "shape", (3, 4)) or build.profile(), "do not fit"),
-    (lambda build: build.profile().network.unmark_output(build.network.get_output(0)), "at least one output")],
-    ids=["no profile", "empty profile", "profile against a fixed dimension", "no output"])
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda build: None, "no optimization profile"),
+        (
+            lambda build: build.config.add_optimization_profile(build.builder.create_optimization_profile()),
+            "missing values",
+        ),
+        (lambda build: setattr(build.network.get_input(0), "shape", (3, 4)) or build.profile(), "do not fit"),
+        (lambda build: build.profile().network.unmark_output(build.network.get_output(0)), "at least one output"),
+    ],
+    ids=["no profile", "empty profile", "profile against a fixed dimension", "no output"],
+)
 def test_a_build_that_cannot_be_gives_none_and_says_why(every_machine, spoil, words):
     build = Build(every_machine)
     spoil(build)
@@ -591,10 +649,14 @@ def test_the_parser_names_what_it_cannot_read(every_machine, tmp_path):
     assert build.parser.num_errors == 2
 
 
-@pytest.mark.parametrize(("node", "words"), [
-    (helper.make_node("Shape", ["x"], ["s"], start=1, end=2, name="measure"), "Shape with start or end"),
-    (helper.make_node("ReduceMean", ["x", "axes"], ["s"], name="mean"), "ReduceMean with its axes as an input"),
-    (helper.make_node("Gelu", ["x"], ["s"], name="gelu"), "No importer registered for op: Gelu")])
+@pytest.mark.parametrize(
+    ("node", "words"),
+    [
+        (helper.make_node("Shape", ["x"], ["s"], start=1, end=2, name="measure"), "Shape with start or end"),
+        (helper.make_node("ReduceMean", ["x", "axes"], ["s"], name="mean"), "ReduceMean with its axes as an input"),
+        (helper.make_node("Gelu", ["x"], ["s"], name="gelu"), "No importer registered for op: Gelu"),
+    ],
+)
 def test_8_refuses_what_its_parser_does_not_know_or_misreads(every_machine, node, words):
     proto = model()
     proto.graph.node.append(node)
@@ -610,8 +672,13 @@ def norm_model() -> onnx.ModelProto:
     """y = instance_norm(x), with x [n, 2, 8] and an epsilon, scale and bias that nobody guesses."""
     node = helper.make_node("InstanceNormalization", ["x", "scale", "bias"], ["y"], name="norm", epsilon=0.25)
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 2, 8]) for name in "xy")
-    weights = [numpy_helper.from_array(np.array(values, np.float32), name) for name, values in (("scale", (1, 3)), ("bias", (-1, 2)))]
-    return helper.make_model(helper.make_graph([node], "g", [x], [y], weights), opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    weights = [
+        numpy_helper.from_array(np.array(values, np.float32), name)
+        for name, values in (("scale", (1, 3)), ("bias", (-1, 2)))
+    ]
+    return helper.make_model(
+        helper.make_graph([node], "g", [x], [y], weights), opset_imports=[helper.make_opsetid("", 17)], ir_version=8
+    )
 
 
 def norm_build(machine: Machine) -> Build:
@@ -644,7 +711,9 @@ def test_8_makes_a_plugin_of_instance_normalization_that_wants_cudnn_and_registr
 
 def test_what_is_read_of_the_plugin_is_what_the_real_one_writes():
     """Bytes of TensorRT 8.6.0's own plugin, made with epsilon 1e-6, scales 1, 2, 3 and biases 4, 5, 6."""
-    content = bytes.fromhex("bd3786350300000003000000000000000000803f00000040000040400300000000000000000080400000a0400000c0400000000000000000")
+    content = bytes.fromhex(
+        "bd3786350300000003000000000000000000803f00000040000040400300000000000000000080400000a0400000c0400000000000000000"
+    )
     epsilon, scale, bias = tensorrt_versions.read_instance_norm(content)
     assert (round(epsilon, 12), *scale, *bias) == (1e-6, 1, 2, 3, 4, 5, 6)
 
@@ -672,11 +741,18 @@ def test_tf32_must_be_cleared(every_machine):
     assert "TF32 is set, as it is by default" in last_error(every_machine)
 
 
-@pytest.mark.parametrize(("dtype", "size", "good"), [(TensorProto.FLOAT16, 64, True), (TensorProto.FLOAT16, 512, False), (TensorProto.FLOAT, 64, False)])
+@pytest.mark.parametrize(
+    ("dtype", "size", "good"),
+    [(TensorProto.FLOAT16, 64, True), (TensorProto.FLOAT16, 512, False), (TensorProto.FLOAT, 64, False)],
+)
 def test_attention_as_one_operator_wants_half_precision_and_a_head_that_a_kernel_takes(machine, dtype, size, good):
     inputs = [helper.make_tensor_value_info(name, dtype, [1, 2, 4, size]) for name in "qkv"]
-    graph = helper.make_graph([helper.make_node("Attention", list("qkv"), ["y"], name="attend")], "g", inputs, [
-        helper.make_tensor_value_info("y", dtype, [1, 2, 4, size])])
+    graph = helper.make_graph(
+        [helper.make_node("Attention", list("qkv"), ["y"], name="attend")],
+        "g",
+        inputs,
+        [helper.make_tensor_value_info("y", dtype, [1, 2, 4, size])],
+    )
     build = Build(machine, helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10))
     assert build.parsed
     assert (build.plan() is not None) == good
@@ -711,8 +787,12 @@ def test_the_progress_monitor_sees_nested_phases_and_can_stop_the_build(machine,
     build = Build(machine).profile()
     build.config.progress_monitor = Monitor()
     assert (build.plan() is None) == (stop_at is not None)
-    assert seen == [("start", "Building engine", None), ("start", "Timing tactics", "Building engine"), ("finish", "Timing tactics", None),
-                    ("finish", "Building engine", None)]
+    assert seen == [
+        ("start", "Building engine", None),
+        ("start", "Timing tactics", "Building engine"),
+        ("finish", "Timing tactics", None),
+        ("finish", "Building engine", None),
+    ]
 
 
 def test_a_timing_cache_saves_the_timing(machine):
@@ -739,9 +819,13 @@ def test_a_timing_cache_of_another_version_or_gpu_is_refused(machine):
 def test_a_plan_of_another_version_or_capability_or_a_broken_one_gives_none(machine):
     plan = bytes(Build(machine).profile().plan())
     changed = plan[:-8] + bytes([plan[-8] ^ 1]) + plan[-7:]
-    for version, device, content, words in (("11.4.0", Device(), plan, "Version tag"), ("10.16.1", Device("NVIDIA L4", (8, 9)), plan, "incompatible device"),
-                                            ("10.16.1", Device(), plan[:-1], "Serialization"), ("10.16.1", Device(), changed, "Serialization"),
-                                            ("10.16.1", Device(), b"not a plan", "Magic tag")):
+    for version, device, content, words in (
+        ("11.4.0", Device(), plan, "Version tag"),
+        ("10.16.1", Device("NVIDIA L4", (8, 9)), plan, "incompatible device"),
+        ("10.16.1", Device(), plan[:-1], "Serialization"),
+        ("10.16.1", Device(), changed, "Serialization"),
+        ("10.16.1", Device(), b"not a plan", "Magic tag"),
+    ):
         with install(version, [device]) as other:
             logger = other.tensorrt.Logger(other.tensorrt.Logger.INTERNAL_ERROR)
             assert other.tensorrt.Runtime(logger).deserialize_cuda_engine(content) is None
@@ -752,7 +836,10 @@ def test_a_plan_of_another_version_or_capability_or_a_broken_one_gives_none(mach
 def test_a_plan_of_another_gpu_of_the_same_capability_loads_with_a_warning(machine):
     plan = bytes(Build(machine).profile().plan())
     with install(devices=[Device("NVIDIA H100")]) as other:
-        assert other.tensorrt.Runtime(other.tensorrt.Logger(other.tensorrt.Logger.ERROR)).deserialize_cuda_engine(plan) is not None
+        assert (
+            other.tensorrt.Runtime(other.tensorrt.Logger(other.tensorrt.Logger.ERROR)).deserialize_cuda_engine(plan)
+            is not None
+        )
         assert "different models of devices" in other.library.messages[-1][1]
 
 
@@ -838,8 +925,11 @@ def test_a_context_on_memory_of_ours_must_be_given_enough(every_machine):
     loaded = Loaded(every_machine, Build(every_machine).profile().plan())
     trt, engine = every_machine.tensorrt, loaded.engine
     old = every_machine.library.major == "8"
-    make = engine.create_execution_context_without_device_memory if old else lambda: engine.create_execution_context(
-        trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    make = (
+        engine.create_execution_context_without_device_memory
+        if old
+        else lambda: engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    )
     del loaded.context
     loaded.context = make()
     needed = engine.device_memory_size if old else engine.device_memory_size_v2
@@ -881,11 +971,18 @@ def test_engines_and_contexts_hold_memory_until_they_are_dropped(machine):
 def test_too_little_device_memory_gives_no_engine_or_no_context(machine):
     plan = bytes(Build(machine).profile().plan())
     with install(devices=[Device(memory=256)]) as small:
-        engine = small.tensorrt.Runtime(small.tensorrt.Logger(small.tensorrt.Logger.INTERNAL_ERROR)).deserialize_cuda_engine(plan)
+        engine = small.tensorrt.Runtime(
+            small.tensorrt.Logger(small.tensorrt.Logger.INTERNAL_ERROR)
+        ).deserialize_cuda_engine(plan)
         assert engine.create_execution_context() is None
         assert "OutOfMemory" in last_error(small)
     with install(devices=[Device(memory=16)]) as tiny:
-        assert tiny.tensorrt.Runtime(tiny.tensorrt.Logger(tiny.tensorrt.Logger.INTERNAL_ERROR)).deserialize_cuda_engine(plan) is None
+        assert (
+            tiny.tensorrt.Runtime(tiny.tensorrt.Logger(tiny.tensorrt.Logger.INTERNAL_ERROR)).deserialize_cuda_engine(
+                plan
+            )
+            is None
+        )
         assert "OutOfMemory" in last_error(tiny)
 
 
@@ -895,9 +992,20 @@ def test_a_build_needs_no_current_context_but_a_driver(machine):
         other.tensorrt.Runtime(other.tensorrt.Logger(other.tensorrt.Logger.INTERNAL_ERROR))
 
 
-@pytest.mark.parametrize(("method", "result"), [
-    ("create_network", None), ("create_builder_config", None), ("build_serialized_network", None), ("deserialize_cuda_engine", None),
-    ("create_execution_context", None), ("set_input_shape", False), ("set_tensor_address", False), ("execute_async_v3", False), ("parse", False)])
+@pytest.mark.parametrize(
+    ("method", "result"),
+    [
+        ("create_network", None),
+        ("create_builder_config", None),
+        ("build_serialized_network", None),
+        ("deserialize_cuda_engine", None),
+        ("create_execution_context", None),
+        ("set_input_shape", False),
+        ("set_tensor_address", False),
+        ("execute_async_v3", False),
+        ("parse", False),
+    ],
+)
 def test_every_step_can_be_made_to_fail(machine, method, result):
     build = Build(machine).profile()
     loaded = Loaded(machine, build.plan())
@@ -906,7 +1014,9 @@ def test_every_step_can_be_made_to_fail(machine, method, result):
         "create_network": build.builder.create_network,
         "create_builder_config": build.builder.create_builder_config,
         "build_serialized_network": build.plan,
-        "deserialize_cuda_engine": lambda: machine.tensorrt.Runtime(build.logger).deserialize_cuda_engine(loaded.engine.serialize()),
+        "deserialize_cuda_engine": lambda: machine.tensorrt.Runtime(build.logger).deserialize_cuda_engine(
+            loaded.engine.serialize()
+        ),
         "create_execution_context": loaded.engine.create_execution_context,
         "set_input_shape": lambda: loaded.context.set_input_shape("x", (2, 4)),
         "set_tensor_address": lambda: loaded.context.set_tensor_address("x", 256),
@@ -925,6 +1035,8 @@ def test_the_inspector_tells_layers_as_detailed_as_they_were_kept(machine):
         build = Build(machine).profile()
         build.config.profiling_verbosity = machine.tensorrt.ProfilingVerbosity.__members__[verbosity]
         engine = machine.tensorrt.Runtime(build.logger).deserialize_cuda_engine(build.plan())
-        layers = json.loads(engine.create_engine_inspector().get_engine_information(machine.tensorrt.LayerInformationFormat.JSON))["Layers"]
+        layers = json.loads(
+            engine.create_engine_inspector().get_engine_information(machine.tensorrt.LayerInformationFormat.JSON)
+        )["Layers"]
         assert len(layers) == engine.num_layers == 3
         assert isinstance(layers[0], first)

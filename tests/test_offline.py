@@ -1,8 +1,10 @@
 """Nothing leaves the machine, and nothing is written but what the user named.
 
-Each command runs as a user runs it: an empty home, an empty temporary folder, an empty current folder and none of the variables that
-turn telemetry off. Every proxy variable names a server that writes down whoever connects, and Python's own sockets are guarded.
+Each command runs as a user runs it: an empty home, an empty temporary folder, an empty current folder and none of the
+variables that turn telemetry off. Every proxy variable names a server that writes down whoever connects, and Python's
+own sockets are guarded.
 """
+
 import ast
 import os
 import re
@@ -63,17 +65,91 @@ WRITES = "import pathlib, tempfile; (pathlib.Path.home() / 'a').touch(); tempfil
 
 COMMANDS = {
     "a process that lives on": (["-c", LASTING, "BUNDLE"], []),
-    "build": ([str(ROOT / "build_engines.py"), "MODEL", "--output", "engines", "--name", "tiny", "--height", "64", "--width", "64", "--batch", "1"],
-              ["engines"]),
+    "build": (
+        [
+            str(ROOT / "build_engines.py"),
+            "MODEL",
+            "--output",
+            "engines",
+            "--name",
+            "tiny",
+            "--height",
+            "64",
+            "--width",
+            "64",
+            "--batch",
+            "1",
+        ],
+        ["engines"],
+    ),
     "import": (["-c", "import engine, build_engines, export.build; from engine import Pipeline"], []),
-    **{f"picture on {backend}": (["-m", "engine", "picture", "a ring", "--bundle", "BUNDLE", "--backend", backend, "--steps", "1", "--output", "a.png"],
-                                 ["a.png"]) for backend in ("onnxruntime", "openvino")},
+    **{
+        f"picture on {backend}": (
+            [
+                "-m",
+                "engine",
+                "picture",
+                "a ring",
+                "--bundle",
+                "BUNDLE",
+                "--backend",
+                backend,
+                "--steps",
+                "1",
+                "--output",
+                "a.png",
+            ],
+            ["a.png"],
+        )
+        for backend in ("onnxruntime", "openvino")
+    },
     "doctor": (["-m", "engine", "doctor", "--bundles", "BUNDLE"], []),
-    "latency": (["-c", LATENCY, "latency", "--bundle", "BUNDLE", "--backend", "onnxruntime", "--against", "", "--steps", "1", "--pictures", "1",
-                 "--json", "a.json", "--plot", "a.png"], ["a.json", "a.png"]),
-    "parity": (["-m", "benchmarks", "parity", "--bundle", "BUNDLE", "--backend", "openvino", "--against", "", "--steps", "1", "--pictures", "1",
-                "--json", "a.json"], ["a.json"]),
-    "report": (["-m", "benchmarks", "report", "--results", str(RESULTS), "--output", "report.md"], ["latency", "report.md", "roofline", "scaling"]),
+    "latency": (
+        [
+            "-c",
+            LATENCY,
+            "latency",
+            "--bundle",
+            "BUNDLE",
+            "--backend",
+            "onnxruntime",
+            "--against",
+            "",
+            "--steps",
+            "1",
+            "--pictures",
+            "1",
+            "--json",
+            "a.json",
+            "--plot",
+            "a.png",
+        ],
+        ["a.json", "a.png"],
+    ),
+    "parity": (
+        [
+            "-m",
+            "benchmarks",
+            "parity",
+            "--bundle",
+            "BUNDLE",
+            "--backend",
+            "openvino",
+            "--against",
+            "",
+            "--steps",
+            "1",
+            "--pictures",
+            "1",
+            "--json",
+            "a.json",
+        ],
+        ["a.json"],
+    ),
+    "report": (
+        ["-m", "benchmarks", "report", "--results", str(RESULTS), "--output", "report.md"],
+        ["latency", "report.md", "roofline", "scaling"],
+    ),
 }
 """What is run, and what the current folder holds afterwards: names that begin so."""
 
@@ -127,14 +203,35 @@ def run(folder: Path, arguments: list[str], **variables: str) -> Outcome:
     (guard / "sitecustomize.py").write_text(GUARD)
     proxy = Proxy()
     names = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
-    environment = {**{name: f"http://127.0.0.1:{proxy.port}" for upper in names for name in (upper, upper.lower())},
-                   "PATH": os.environ["PATH"], "HOME": str(home), "TMPDIR": str(temporary), "PYTHONPATH": f"{guard}{os.pathsep}{ROOT}",
-                   "GUARD_PORT": str(proxy.port), "GUARD_FILE": str(guard / "notes"), **variables}
-    done = subprocess.run([sys.executable, *arguments], cwd=current, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {
+        **{name: f"http://127.0.0.1:{proxy.port}" for upper in names for name in (upper, upper.lower())},
+        "PATH": os.environ["PATH"],
+        "HOME": str(home),
+        "TMPDIR": str(temporary),
+        "PYTHONPATH": f"{guard}{os.pathsep}{ROOT}",
+        "GUARD_PORT": str(proxy.port),
+        "GUARD_FILE": str(guard / "notes"),
+        **variables,
+    }
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=current,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     proxy.close()
     notes = guard / "notes"
-    return Outcome(done.returncode, done.stdout, proxy.requests, notes.read_text() if notes.is_file() else "", listing(home), listing(temporary),
-                   sorted(path.name for path in current.iterdir()))
+    return Outcome(
+        done.returncode,
+        done.stdout,
+        proxy.requests,
+        notes.read_text() if notes.is_file() else "",
+        listing(home),
+        listing(temporary),
+        sorted(path.name for path in current.iterdir()),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +262,9 @@ def test_a_command_sends_nothing_and_writes_only_what_was_named(name, outcomes):
 
 
 def test_what_these_tests_look_for_would_be_found(tmp_path):
-    connects, asks, writes = (run(tmp_path / str(number), ["-c", code]) for number, code in enumerate((CONNECTS, ASKS, WRITES)))
+    connects, asks, writes = (
+        run(tmp_path / str(number), ["-c", code]) for number, code in enumerate((CONNECTS, ASKS, WRITES))
+    )
     assert "('203.0.113.1', 443) is guarded" in connects.printed
     assert "socket.connect ('203.0.113.1', 443)" in connects.guarded
     assert asks.requests == ["GET http://203.0.113.1/ HTTP/1.1"]
@@ -202,12 +301,15 @@ except ImportError:
 """
 
 
-@pytest.mark.parametrize(("variables", "printed"), [
-    ({}, "1 openvino.tools.ovc.telemetry_stub None"),
-    ({"ORT_DISABLE_TELEMETRY": "0"}, "0 openvino.tools.ovc.telemetry_stub None"),
-    ({"LATENTRT_TELEMETRY": "1"}, "None openvino_telemetry None"),
-    ({"LATENTRT_TELEMETRY": "no"}, "1 openvino.tools.ovc.telemetry_stub None"),
-])
+@pytest.mark.parametrize(
+    ("variables", "printed"),
+    [
+        ({}, "1 openvino.tools.ovc.telemetry_stub None"),
+        ({"ORT_DISABLE_TELEMETRY": "0"}, "0 openvino.tools.ovc.telemetry_stub None"),
+        ({"LATENTRT_TELEMETRY": "1"}, "None openvino_telemetry None"),
+        ({"LATENTRT_TELEMETRY": "no"}, "1 openvino.tools.ovc.telemetry_stub None"),
+    ],
+)
 def test_telemetry_is_off_unless_the_user_asks_for_it(variables, printed, tmp_path):
     pytest.importorskip("openvino_telemetry")
     found = run(tmp_path, ["-c", WISHES], **variables)
@@ -226,12 +328,16 @@ def test_a_library_that_is_imported_or_missing_changes_nothing(code, tmp_path):
 
 def test_the_exporter_respects_the_hubs_variable(tmp_path):
     code = "import os, export; print(os.environ.get('HF_HUB_DISABLE_TELEMETRY'))"
-    for number, (variables, printed) in enumerate((({}, "1"), ({"HF_HUB_DISABLE_TELEMETRY": "0"}, "0"), ({"LATENTRT_TELEMETRY": "1"}, "None"))):
+    for number, (variables, printed) in enumerate(
+        (({}, "1"), ({"HF_HUB_DISABLE_TELEMETRY": "0"}, "0"), ({"LATENTRT_TELEMETRY": "1"}, "None"))
+    ):
         assert run(tmp_path / str(number), ["-c", code], **variables).printed.strip() == printed
 
 
 SENDERS = ("onnxruntime", "openvino", "openvino_telemetry")
-SOURCES = [file for folder in ("engine", "export", "benchmarks") for file in (ROOT / folder).rglob("*.py")] + [ROOT / "build_engines.py"]
+SOURCES = [file for folder in ("engine", "export", "benchmarks") for file in (ROOT / folder).rglob("*.py")] + [
+    ROOT / "build_engines.py"
+]
 
 
 def imported(tree: ast.AST) -> set[str]:
@@ -249,4 +355,8 @@ def imported(tree: ast.AST) -> set[str]:
 
 def test_one_place_imports_the_libraries_that_send_telemetry():
     assert imported(ast.parse("import openvino.tools; 'import sys; import onnxruntime'")) >= {"openvino", "onnxruntime"}
-    assert {str(file.relative_to(ROOT)): found for file in SOURCES if (found := imported(ast.parse(file.read_text())) & set(SENDERS))} == {}
+    assert {
+        str(file.relative_to(ROOT)): found
+        for file in SOURCES
+        if (found := imported(ast.parse(file.read_text())) & set(SENDERS))
+    } == {}

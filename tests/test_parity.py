@@ -1,4 +1,5 @@
 """The same seed gives the same picture as diffusers."""
+
 import numpy as np
 import pytest
 import torch
@@ -17,16 +18,28 @@ HEIGHT, WIDTH, STEPS, GUIDANCE = 64, 96, 20, 7.5
 
 @pytest.fixture(scope="module", params=["demo", "sd1", "sd2"])
 def both(request, demo_bundle, tiny_bundles, tiny_sources):
-    """Our pipelines, one on each backend of a CPU, and diffusers', of the same model. ONNX Runtime is the one that others are compared with."""
+    """Our pipelines, one on each backend of a CPU, and diffusers', of the same model. ONNX Runtime is the one that
+    others are compared with."""
     source = resolve(None) if request.param == "demo" else tiny_sources[request.param]
     bundle = demo_bundle if request.param == "demo" else tiny_bundles[request.param]
-    return [Pipeline.load(bundle, backend=backend) for backend in BACKENDS], source.pipeline(), source.scheduler_config()
+    return (
+        [Pipeline.load(bundle, backend=backend) for backend in BACKENDS],
+        source.pipeline(),
+        source.scheduler_config(),
+    )
 
 
 def diffusers_run(pipeline, config, sampler, generator, prompts=PROMPTS, **options):
     cls, extra = CLASSES[sampler]
     pipeline.scheduler = cls.from_config({**{k: v for k, v in config.items() if not k.startswith("_")}, **extra})
-    arguments = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "negative_prompt": NEGATIVE, **options}
+    arguments = {
+        "height": HEIGHT,
+        "width": WIDTH,
+        "num_inference_steps": STEPS,
+        "guidance_scale": GUIDANCE,
+        "negative_prompt": NEGATIVE,
+        **options,
+    }
     with torch.no_grad():
         latents = pipeline(prompts, generator=generator, output_type="latent", **arguments).images
         image = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
@@ -40,9 +53,22 @@ def our_runs(pipelines, sampler, seed, **options):
 
 
 def our_run(pipeline, sampler, seed, prompts=PROMPTS, **options):
-    arguments = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "negative_prompt": NEGATIVE, **options}
+    arguments = {
+        "height": HEIGHT,
+        "width": WIDTH,
+        "num_inference_steps": STEPS,
+        "guidance_scale": GUIDANCE,
+        "negative_prompt": NEGATIVE,
+        **options,
+    }
     last = {}
-    pictures = pipeline(prompts, seed=seed, scheduler=sampler, callback_on_step_end=lambda _, i, t, tensors: last.update(tensors), **arguments)
+    pictures = pipeline(
+        prompts,
+        seed=seed,
+        scheduler=sampler,
+        callback_on_step_end=lambda _, i, t, tensors: last.update(tensors),
+        **arguments,
+    )
     return last["latents"], np.stack([np.asarray(picture) for picture in pictures.images])
 
 
@@ -57,7 +83,9 @@ def check_same(ours, theirs):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_same_seed_gives_the_same_pictures_as_diffusers(both, sampler, seed):
     ours, theirs, config = both
-    check_same(our_runs(ours, sampler, seed), diffusers_run(theirs, config, sampler, torch.Generator().manual_seed(seed)))
+    check_same(
+        our_runs(ours, sampler, seed), diffusers_run(theirs, config, sampler, torch.Generator().manual_seed(seed))
+    )
 
 
 def test_one_seed_per_picture_is_a_list_of_generators(both):
@@ -68,31 +96,44 @@ def test_one_seed_per_picture_is_a_list_of_generators(both):
 
 def test_several_images_per_prompt_come_in_diffusers_order(both):
     ours, theirs, config = both
-    check_same(our_runs(ours, "ddim", 5, num_images_per_prompt=2),
-               diffusers_run(theirs, config, "ddim", torch.Generator().manual_seed(5), num_images_per_prompt=2))
+    check_same(
+        our_runs(ours, "ddim", 5, num_images_per_prompt=2),
+        diffusers_run(theirs, config, "ddim", torch.Generator().manual_seed(5), num_images_per_prompt=2),
+    )
 
 
 def test_guidance_scale_1_leaves_the_negative_prompt_out(both):
     ours, theirs, config = both
-    check_same(our_runs(ours, "ddim", 5, guidance_scale=1.0), diffusers_run(theirs, config, "ddim", torch.Generator().manual_seed(5), guidance_scale=1.0))
+    check_same(
+        our_runs(ours, "ddim", 5, guidance_scale=1.0),
+        diffusers_run(theirs, config, "ddim", torch.Generator().manual_seed(5), guidance_scale=1.0),
+    )
 
 
 def test_eta_is_that_of_diffusers(both):
     ours, theirs, config = both
-    check_same(our_runs(ours, "ddim", 5, eta=0.7), diffusers_run(theirs, config, "ddim", torch.Generator().manual_seed(5), eta=0.7))
+    check_same(
+        our_runs(ours, "ddim", 5, eta=0.7),
+        diffusers_run(theirs, config, "ddim", torch.Generator().manual_seed(5), eta=0.7),
+    )
 
 
 def test_given_latents_take_the_place_of_noise(both):
     ours, theirs, config = both
     latents = torch.randn((2, 4, HEIGHT // 8, WIDTH // 8), generator=torch.Generator().manual_seed(9))
-    check_same(our_runs(ours, "euler", 0, latents=latents.numpy()), diffusers_run(theirs, config, "euler", None, latents=latents))
+    check_same(
+        our_runs(ours, "euler", 0, latents=latents.numpy()),
+        diffusers_run(theirs, config, "euler", None, latents=latents),
+    )
 
 
 @pytest.mark.parametrize(("height", "width"), [(72, 40), (64, 64), (104, 128)])
 def test_sizes_that_halving_rounds_equal_diffusers(both, height, width):
     ours, theirs, config = both
-    check_same(our_runs(ours, "ddim", 1, height=height, width=width),
-               diffusers_run(theirs, config, "ddim", torch.Generator().manual_seed(1), height=height, width=width))
+    check_same(
+        our_runs(ours, "ddim", 1, height=height, width=width),
+        diffusers_run(theirs, config, "ddim", torch.Generator().manual_seed(1), height=height, width=width),
+    )
 
 
 def test_np_output_is_the_picture_in_0_to_1(both):

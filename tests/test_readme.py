@@ -1,4 +1,5 @@
 """What README shows works, and what it names exists."""
+
 import re
 from pathlib import Path
 
@@ -7,7 +8,9 @@ from PIL import Image
 import build_engines
 
 ROOT = Path(__file__).parents[1]
-PAGES = {page.name: page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+PAGES = {
+    page.name: page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
 README = PAGES["README.md"]
 
 
@@ -22,7 +25,9 @@ def test_the_python_examples_make_pictures(demo_bundle, tmp_path, monkeypatch, c
 
 def test_every_file_that_readme_names_exists():
     for page, text in PAGES.items():
-        named = re.findall(r"\]\(([\w./-]+)\)", text) + re.findall(r"`((?:engine|export|benchmarks|tests|docs)/[\w./-]*)`", text)
+        named = re.findall(r"\]\(([\w./-]+)\)", text) + re.findall(
+            r"`((?:engine|export|benchmarks|tests|docs)/[\w./-]*)`", text
+        )
         assert [name for name in named if not (ROOT / name).exists()] == [], page
     assert set(re.findall(r"\]\(docs/([\w-]+\.md)\)", README)) == set(PAGES) - {"README.md"}
 
@@ -38,5 +43,10 @@ def test_no_page_tells_to_install_what_no_index_has():
 
 def test_readme_shows_every_option_of_the_command():
     usage = re.search(r"```\npython build_engines.py \[MODEL\](.*?)```", PAGES["building.md"], re.DOTALL)[1]
-    options = {option for action in build_engines.parser()._actions for option in action.option_strings if option.startswith("--")} - {"--help"}
+    options = {
+        option
+        for action in build_engines.parser()._actions
+        for option in action.option_strings
+        if option.startswith("--")
+    } - {"--help"}
     assert set(re.findall(r"--[\w-]+", usage)) == options

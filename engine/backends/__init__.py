@@ -1,4 +1,5 @@
 """The inference libraries that can run a bundle, and how one of them is chosen."""
+
 from __future__ import annotations
 
 import re
@@ -11,25 +12,38 @@ from .interface import Backend
 BACKENDS = ("tensorrt", "openvino", "onnxruntime")
 
 
-def open_backend(bundle: Bundle, name: str | None, device: str | None, threads: int | None, cuda_graphs: bool) -> Backend:
+def open_backend(
+    bundle: Bundle, name: str | None, device: str | None, threads: int | None, cuda_graphs: bool
+) -> Backend:
     """The backend of that name with the bundle's graphs loaded; see `Pipeline.load`."""
     if name is not None and not (isinstance(name, str) and name in BACKENDS):
-        raise UnknownBackendError(f"backend is {shown(name)}; it must be one of {', '.join(map(repr, BACKENDS))}, or None to choose by what the machine has")
+        raise UnknownBackendError(
+            f"backend is {shown(name)}; it must be one of {', '.join(map(repr, BACKENDS))}, or None to choose by what "
+            "the machine has"
+        )
     gpu = gpu_number(device)
     name = name or default_backend(device)
     if name == "tensorrt":
         if device == "cpu":
-            raise DeviceError("device is 'cpu', and TensorRT runs on NVIDIA GPUs only; pass device='cuda' or backend='onnxruntime'")
+            raise DeviceError(
+                "device is 'cpu', and TensorRT runs on NVIDIA GPUs only; pass device='cuda' or backend='onnxruntime'"
+            )
         from .tensorrt.backend import TensorRtBackend
+
         return TensorRtBackend(bundle, gpu or 0, cuda_graphs)
     if name == "openvino":
         if gpu is not None:
-            raise DeviceError(f"device is {device!r}, and the OpenVINO backend runs on the CPU only; pass device='cpu', or another backend")
+            raise DeviceError(
+                f"device is {device!r}, and the OpenVINO backend runs on the CPU only; pass device='cpu', or another "
+                "backend"
+            )
         from .openvino.backend import OpenVinoBackend
+
         openvino = OpenVinoBackend(bundle.graphs, bundle.shapes, threads, openvino_precision(bundle), bundle.recheck)
         openvino.load()
         return openvino
     from .onnxruntime import OnnxRuntimeBackend
+
     backend = OnnxRuntimeBackend(bundle.graphs, bundle.shapes, threads, gpu, cuda_graphs, bundle.recheck)
     for component in ("text_encoder", "denoiser", "vae_decoder"):
         backend.load(component)
@@ -54,7 +68,9 @@ def gpu_number(device: str | None) -> int | None:
         return None
     kind, _, number = device.partition(":") if isinstance(device, str) else ("", "", "")
     if kind != "cuda" or not (re.fullmatch(r"[0-9]{1,3}", number) or device == "cuda"):
-        raise DeviceError(f"device is {shown(device)}; it must be 'cpu', 'cuda', 'cuda:N' with the number of a GPU, or None")
+        raise DeviceError(
+            f"device is {shown(device)}; it must be 'cpu', 'cuda', 'cuda:N' with the number of a GPU, or None"
+        )
     return int(number or 0)
 
 
@@ -63,4 +79,5 @@ def tensorrt_is_usable() -> bool:
     if not (installed("tensorrt") and installed("cuda")):
         return False
     from .tensorrt.cuda import count_devices
+
     return count_devices() > 0

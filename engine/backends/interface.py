@@ -1,4 +1,5 @@
 """What the pipeline asks of a backend. The loop in pipeline.py is the same for all of them."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -15,8 +16,9 @@ from ..contract import Shapes
 class Denoising:
     """All that the device needs for one denoising loop: E evaluations, B samples, N U-Net rows.
 
-    latents [B, 4, h, w]; contexts: the N rows' texts, as `encode_text` returned them; row_sample [N] int32; mixing [B, N];
-    timesteps [E, N]; updates [E, B, K, K+2]; noise [E, B, 4, h, w] or None for samplers without; float32 unless said otherwise.
+    latents [B, 4, h, w]; contexts: the N rows' texts, as `encode_text` returned them; row_sample [N] int32; mixing [B,
+    N]; timesteps [E, N]; updates [E, B, K, K+2]; noise [E, B, 4, h, w] or None for samplers without; float32 unless
+    said otherwise.
     """
 
     latents: np.ndarray
@@ -84,7 +86,8 @@ class Backend(Protocol):
 
     @property
     def rebuild(self) -> str | None:
-        """The beginning of the command that builds for other sizes, where that is not the one that builds the bundle."""
+        """The beginning of the command that builds for other sizes, where that is not the one that builds the
+        bundle."""
 
     def encode_text(self, input_ids: np.ndarray) -> Sequence[Any]:
         """Token ids [n, 77] int32 -> one text embedding for each, to be given back in `Denoising.contexts`."""

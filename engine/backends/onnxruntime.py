@@ -1,4 +1,5 @@
 """ONNX Runtime on the CPU, the reference backend, or on an NVIDIA GPU through its CUDA provider."""
+
 from __future__ import annotations
 
 import warnings
@@ -24,8 +25,8 @@ SHAPES_KEPT = 4
 """Sizes whose buffers stay, and on a GPU whose steps are captured."""
 
 LARGE_GRAPH = 1 << 28
-"""Bytes of weights from which on ONNX Runtime's costliest optimizations are left out: for Stable Diffusion's U-Net they take
-15 s and 2 GiB and give nothing, for the built-in model's 0.1 s and a fifth of the time of a step."""
+"""Bytes of weights from which on ONNX Runtime's costliest optimizations are left out: for Stable Diffusion's U-Net they
+take 15 s and 2 GiB and give nothing, for the built-in model's 0.1 s and a fifth of the time of a step."""
 
 
 def decoded_together(height: int, width: int) -> int:
@@ -42,19 +43,33 @@ class OnnxRuntimeBackend:
 
     rebuild = None
 
-    def __init__(self, graphs: Mapping[str, Path], shapes: Shapes | None = None, threads: int | None = None, gpu: int | None = None,
-                 cuda_graphs: bool = True, recheck: Callable[[str], None] | None = None) -> None:
-        """`graphs` is the ONNX file of each component; `shapes` what they are used at: sizes that never change are told to
-        ONNX Runtime, which plans ahead then; `threads` the number of threads of one operator (None takes every core); `gpu`
-        the number of the GPU, None for the CPU; `cuda_graphs` is about the GPU only; `recheck` raises where the files of a
-        component have changed, and is called around reading them. Raises BackendError where ONNX Runtime or its CUDA provider is missing."""
+    def __init__(
+        self,
+        graphs: Mapping[str, Path],
+        shapes: Shapes | None = None,
+        threads: int | None = None,
+        gpu: int | None = None,
+        cuda_graphs: bool = True,
+        recheck: Callable[[str], None] | None = None,
+    ) -> None:
+        """`graphs` is the ONNX file of each component; `shapes` what they are used at: sizes that never change are told
+        to ONNX Runtime, which plans ahead then; `threads` the number of threads of one operator (None takes every
+        core); `gpu` the number of the GPU, None for the CPU; `cuda_graphs` is about the GPU only; `recheck` raises
+        where the files of a component have changed, and is called around reading them. Raises BackendError where ONNX
+        Runtime or its CUDA provider is missing."""
         try:
             onnxruntime = import_library("onnxruntime")
         except ImportError as error:
-            raise BackendError(f"ONNX Runtime cannot be imported ({error}); install it: {install_command('cpu')}") from error
+            raise BackendError(
+                f"ONNX Runtime cannot be imported ({error}); install it: {install_command('cpu')}"
+            ) from error
         if gpu is not None and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            raise BackendError(f"ONNX Runtime {onnxruntime.__version__} here has no CUDA provider, only {', '.join(onnxruntime.get_available_providers())}; "
-                               f"run: python -m pip uninstall -y onnxruntime && {install_command('cuda')}; or leave device out for the CPU")
+            raise BackendError(
+                f"ONNX Runtime {onnxruntime.__version__} here has no CUDA provider, only "
+                f"{', '.join(onnxruntime.get_available_providers())}; "
+                f"run: python -m pip uninstall -y onnxruntime && {install_command('cuda')}; or leave device out for "
+                "the CPU"
+            )
         if gpu is not None:
             with redirect_stdout(StringIO()):  # it prints what it does not find; whether CUDA started is checked below
                 onnxruntime.preload_dlls()
@@ -78,7 +93,9 @@ class OnnxRuntimeBackend:
         path, library = self._graphs[component], self._library
         providers: list[Any] = ["CPUExecutionProvider"]
         if self._gpu is not None:
-            providers.insert(0, ("CUDAExecutionProvider", {"device_id": str(self._gpu), "enable_cuda_graph": str(int(cuda_graph))}))
+            providers.insert(
+                0, ("CUDAExecutionProvider", {"device_id": str(self._gpu), "enable_cuda_graph": str(int(cuda_graph))})
+            )
         self._recheck(component)
         try:
             session = library.InferenceSession(str(path), self._options(path), providers=providers)
@@ -88,13 +105,21 @@ class OnnxRuntimeBackend:
             raise BackendError(f"ONNX Runtime {library.__version__} does not load {path}: {error}") from error
         self._recheck(component)
         if self._gpu is not None and "CUDAExecutionProvider" not in session.get_providers():
-            raise BackendError(f"ONNX Runtime {library.__version__} did not start its CUDA provider on GPU {self._gpu} and would run {component} on the CPU; "
-                               f"its log on standard error says why (CUDA or cuDNN of another version than it was built for, most often)")
+            raise BackendError(
+                f"ONNX Runtime {library.__version__} did not start its CUDA provider on GPU {self._gpu} and would run "
+                f"{component} on the CPU; "
+                "its log on standard error says why (CUDA or cuDNN of another version than it was built for, most "
+                "often)"
+            )
         return session
 
     def without_cuda_graph(self, reason: Exception) -> Any:
         """Opens the denoiser again for plain runs, and says so."""
-        warnings.warn(f"ONNX Runtime does not capture the denoiser as a CUDA graph ({reason}); its steps run one by one", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"ONNX Runtime does not capture the denoiser as a CUDA graph ({reason}); its steps run one by one",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         self._cuda_graphs = False
         self._sessions["denoiser"] = self._open("denoiser", False)
         return self._sessions["denoiser"]
@@ -132,7 +157,7 @@ class OnnxRuntimeBackend:
         """Latents [B, 4, h, w] float32 -> pixels."""
         size, parts = decoded_together(*latents.shape[2:]), []
         for i in range(0, len(latents), size):
-            image, magnitude = self.run("vae_decoder", {"latents": latents[i:i + size]})
+            image, magnitude = self.run("vae_decoder", {"latents": latents[i : i + size]})
             parts.append((image, magnitude))
         return Decoded.join(parts)
 
@@ -156,8 +181,8 @@ class OnnxRuntimeBackend:
         return self._loops[key]
 
     def run_options(self) -> Any:
-        """Options under which one binding is captured and replayed; None where nothing is. ONNX Runtime never destroys a graph, so
-        the first sizes get theirs and later ones run plainly."""
+        """Options under which one binding is captured and replayed; None where nothing is. ONNX Runtime never destroys
+        a graph, so the first sizes get theirs and later ones run plainly."""
         if not self._cuda_graphs:
             return None
         number = next(self._graph_ids)
@@ -175,11 +200,14 @@ class OnnxRuntimeBackend:
 
 
 class Loop:
-    """The denoiser's buffers for one size, bound once: the state goes back and forth between two of them without being copied, so
-    there are two bindings, and with CUDA graphs two graphs. The backend keeps it, so it does not keep the backend."""
+    """The denoiser's buffers for one size, bound once: the state goes back and forth between two of them without being
+    copied, so there are two bindings, and with CUDA graphs two graphs. The backend keeps it, so it does not keep the
+    backend."""
 
     def __init__(self, backend: OnnxRuntimeBackend, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.inputs = {name: backend.on_device(np.zeros(shape, dtype(name))) for name, shape in shapes.items() if name != "state"}
+        self.inputs = {
+            name: backend.on_device(np.zeros(shape, dtype(name))) for name, shape in shapes.items() if name != "state"
+        }
         self.states = [backend.on_device(np.zeros(shapes["state"], np.float32)) for _ in range(2)]
         self.bind(backend)
 
@@ -204,7 +232,9 @@ class Loop:
             self._session.run_with_iobinding(*self._bindings[current])
         except Exception as error:
             if not self.captured:
-                raise BackendError(f"ONNX Runtime failed in the denoiser with state {self.states[0].shape()}: {error}") from error
+                raise BackendError(
+                    f"ONNX Runtime failed in the denoiser with state {self.states[0].shape()}: {error}"
+                ) from error
             backend.without_cuda_graph(error)
             self.bind(backend)
             self.run(backend, current)
@@ -218,8 +248,15 @@ class DenoisingSession:
         batch = len(denoising.latents)
         state = np.zeros((batch, SLOTS, *denoising.latents.shape[1:]), np.float32)
         state[:, 0] = denoising.latents
-        self._timesteps, self._updates = np.ascontiguousarray(denoising.timesteps), np.ascontiguousarray(denoising.updates)
-        fixed = {"row_sample": denoising.row_sample, "mixing": denoising.mixing, "context": np.stack(denoising.contexts)}
+        self._timesteps, self._updates = (
+            np.ascontiguousarray(denoising.timesteps),
+            np.ascontiguousarray(denoising.updates),
+        )
+        fixed = {
+            "row_sample": denoising.row_sample,
+            "mixing": denoising.mixing,
+            "context": np.stack(denoising.contexts),
+        }
         row = {"timestep": self._timesteps[0], "update": self._updates[0], "noise": denoising.latents}
         self._loop = backend.loop({name: value.shape for name, value in {"state": state, **fixed, **row}.items()})
         self._loop.states[0].update_inplace(state)

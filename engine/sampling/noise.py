@@ -1,4 +1,5 @@
 """torch's CPU random numbers in NumPy: the same seed gives the same latents as `torch.Generator("cpu")`."""
+
 from __future__ import annotations
 
 import math

@@ -8,6 +8,7 @@ with `output` the guided output of the U-Net and `noise` standard normal. Every 
 `(schedule, steps) -> StepTable`; the coefficients follow the papers and equal diffusers' schedulers. Unprimed
 quantities belong to the current noise level, primed ones (`_next`) to the one that the step goes to.
 """
+
 from __future__ import annotations
 
 import math
@@ -33,8 +34,8 @@ class StepTable:
 
     timesteps [E] and updates [E, K, K+2], float64, one of each per U-Net evaluation; draws [E] says where diffusers
     draws noise (also where its factor is zero, so that the random numbers stay in step); initial_scale turns standard
-    normal noise into the first latent; scales [E] are the factors that turn the latents after each evaluation into diffusers',
-    which are not VP-scaled for every sampler.
+    normal noise into the first latent; scales [E] are the factors that turn the latents after each evaluation into
+    diffusers', which are not VP-scaled for every sampler.
     """
 
     timesteps: np.ndarray
@@ -63,7 +64,13 @@ class _TableBuilder:
         self.scales.append(scale)
 
     def table(self, initial_scale: float = 1.0) -> StepTable:
-        return StepTable(np.array(self.timesteps), np.stack(self.updates), np.array(self.draws), float(initial_scale), np.array(self.scales))
+        return StepTable(
+            np.array(self.timesteps),
+            np.stack(self.updates),
+            np.array(self.draws),
+            float(initial_scale),
+            np.array(self.scales),
+        )
 
 
 def _single(x: float, output: float, noise: float = 0.0) -> np.ndarray:
@@ -74,11 +81,12 @@ def _single(x: float, output: float, noise: float = 0.0) -> np.ndarray:
 
 
 def _multistep(x: float, weights: list[float], native: Linear) -> np.ndarray:
-    """x' = x * slot 0 + sum of weights[j] * m_j, newest first, where m_0 = p x + q output is pushed into slots 1 to 3."""
+    """x' = x * slot 0 + sum of weights[j] * m_j, newest first, where m_0 = p x + q output is pushed into slots 1 to
+    3."""
     update = np.zeros((SLOTS, SLOTS + 2))
     p, q = native
     update[0, 0], update[0, OUTPUT] = x + weights[0] * p, weights[0] * q
-    update[0, 1:len(weights)] = weights[1:]
+    update[0, 1 : len(weights)] = weights[1:]
     update[1, 0], update[1, OUTPUT] = p, q
     for slot in range(2, SLOTS):
         update[slot, slot - 1] = 1.0
@@ -115,14 +123,18 @@ def ddim(schedule: Schedule, steps: int, eta: float = 0.0) -> StepTable:
         deviation = eta * math.sqrt((1 - ab_next) / (1 - ab) * (1 - ab / ab_next))
         direction = math.sqrt(max(1 - ab_next - deviation**2, 0.0))
         alpha, sigma = math.sqrt(ab), math.sqrt(1 - ab)
-        x0, epsilon = _as_x0(schedule.prediction_type, alpha, sigma), _as_epsilon(schedule.prediction_type, alpha, sigma)
+        x0, epsilon = (
+            _as_x0(schedule.prediction_type, alpha, sigma),
+            _as_epsilon(schedule.prediction_type, alpha, sigma),
+        )
         x, output = (math.sqrt(ab_next) * x0[i] + direction * epsilon[i] for i in (0, 1))
         builder.add(t, _single(x, output, deviation), draw=eta > 0)
     return builder.table()
 
 
 def ddpm(schedule: Schedule, steps: int) -> StepTable:
-    """DDPM, arXiv 2006.11239 equation 7, on a strided grid. Equals DDPMScheduler with fixed_small or fixed_large variance."""
+    """DDPM, arXiv 2006.11239 equation 7, on a strided grid. Equals DDPMScheduler with fixed_small or fixed_large
+    variance."""
     variance_type = schedule.option("variance_type", "fixed_small", ("fixed_small", "fixed_small_log", "fixed_large"))
     builder = _TableBuilder()
     grid = np.round(spaced_timesteps(schedule, steps, "leading")).astype(int)
@@ -134,7 +146,9 @@ def ddpm(schedule: Schedule, steps: int) -> StepTable:
         towards_x0 = math.sqrt(ab_next) * beta / (1 - ab)
         keep = math.sqrt(ab / ab_next) * (1 - ab_next) / (1 - ab)
         variance = beta if variance_type == "fixed_large" else max((1 - ab_next) / (1 - ab) * beta, 1e-20)
-        builder.add(t, _single(keep + towards_x0 * x0[0], towards_x0 * x0[1], math.sqrt(variance) if t > 0 else 0.0), draw=t > 0)
+        builder.add(
+            t, _single(keep + towards_x0 * x0[0], towards_x0 * x0[1], math.sqrt(variance) if t > 0 else 0.0), draw=t > 0
+        )
     return builder.table()
 
 
@@ -171,16 +185,26 @@ def euler_ancestral(schedule: Schedule, steps: int) -> StepTable:
     return _euler_table(schedule, timesteps, sigmas, np.sqrt(s_next**2 - up**2), up, scale, draw=True)
 
 
-def _euler_table(schedule: Schedule, timesteps: np.ndarray, sigmas: np.ndarray, down: np.ndarray, up: np.ndarray, scale: float,
-                 draw: bool) -> StepTable:
-    """y' = y + (down - s) epsilon + up z in the VE scale y = x / alpha; the last state is left in that scale, as diffusers does."""
+def _euler_table(
+    schedule: Schedule,
+    timesteps: np.ndarray,
+    sigmas: np.ndarray,
+    down: np.ndarray,
+    up: np.ndarray,
+    scale: float,
+    draw: bool,
+) -> StepTable:
+    """y' = y + (down - s) epsilon + up z in the VE scale y = x / alpha; the last state is left in that scale, as
+    diffusers does."""
     builder, last = _TableBuilder(), len(timesteps) - 1
     for i, t in enumerate(timesteps):
         alpha, sigma = _vp(sigmas[i])
         alpha_next = 1.0 if i == last else _vp(sigmas[i + 1])[0]
         p, q = _as_epsilon(schedule.prediction_type, alpha, sigma)
         stride = alpha_next * (down[i] - sigmas[i])
-        builder.add(t, _single(alpha_next / alpha + stride * p, stride * q, alpha_next * up[i]), draw, scale=1 / alpha_next)
+        builder.add(
+            t, _single(alpha_next / alpha + stride * p, stride * q, alpha_next * up[i]), draw, scale=1 / alpha_next
+        )
     return builder.table(scale)
 
 
@@ -195,7 +219,8 @@ def _refuse_sigma_options(schedule: Schedule) -> None:
 
 
 def dpmpp_2m(schedule: Schedule, steps: int, karras: bool | None = None) -> StepTable:
-    """DPM-Solver++(2M), arXiv 2211.01095 algorithm 2. Equals DPMSolverMultistepScheduler, algorithm dpmsolver++, order 1 or 2.
+    """DPM-Solver++(2M), arXiv 2211.01095 algorithm 2. Equals DPMSolverMultistepScheduler, algorithm dpmsolver++, order
+    1 or 2.
 
     `karras` asks for the noise levels of arXiv 2206.00364; None does what the configuration says.
     """
@@ -203,10 +228,15 @@ def dpmpp_2m(schedule: Schedule, steps: int, karras: bool | None = None) -> Step
     schedule.option("algorithm_type", "dpmsolver++", ("dpmsolver++",))
     order = schedule.option("solver_order", 2, (1, 2))
     heun = schedule.option("solver_type", "midpoint", ("midpoint", "heun")) == "heun"
-    timesteps, sigmas = _dpm_grid(schedule, steps, bool(schedule.config.get("use_karras_sigmas")) if karras is None else karras)
+    timesteps, sigmas = _dpm_grid(
+        schedule, steps, bool(schedule.config.get("use_karras_sigmas")) if karras is None else karras
+    )
     builder, count, h_last = _TableBuilder(), len(timesteps), math.nan
-    final_is_first_order = (schedule.config.get("euler_at_final", False) or sigmas[-1] == 0
-                            or (schedule.config.get("lower_order_final", True) and count < 15))
+    final_is_first_order = (
+        schedule.config.get("euler_at_final", False)
+        or sigmas[-1] == 0
+        or (schedule.config.get("lower_order_final", True) and count < 15)
+    )
     for i, t in enumerate(timesteps):
         (alpha, sigma), (alpha_next, sigma_next) = _vp(sigmas[i]), _vp(sigmas[i + 1])
         h = math.log(sigmas[i] / sigmas[i + 1]) if sigmas[i + 1] > 0 else math.inf
@@ -249,7 +279,8 @@ def _dpm_timesteps(schedule: Schedule, steps: int, levels: np.ndarray) -> np.nda
 
 
 def pndm(schedule: Schedule, steps: int) -> StepTable:
-    """PLMS: pseudo linear multistep, arXiv 2202.09778, with steps + 1 evaluations. Equals PNDMScheduler with skip_prk_steps.
+    """PLMS: pseudo linear multistep, arXiv 2202.09778, with steps + 1 evaluations. Equals PNDMScheduler with
+    skip_prk_steps.
 
     That option is taken as true where scheduler_config.json lacks it, as every Stable Diffusion model ships it: the
     Runge-Kutta warm-up would need a fifth slot.
@@ -296,18 +327,30 @@ SAMPLERS: dict[str, Callable[..., StepTable]] = {
     "dpmpp_2m_karras": lambda schedule, steps: dpmpp_2m(schedule, steps, karras=True),
     "pndm": pndm,
 }
-LABELS = {"ddim": "DDIM", "ddpm": "DDPM", "euler": "Euler", "euler_a": "Euler a", "dpmpp_2m": "DPM++ 2M",
-          "dpmpp_2m_karras": "DPM++ 2M Karras", "pndm": "PLMS"}
+LABELS = {
+    "ddim": "DDIM",
+    "ddpm": "DDPM",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_karras": "DPM++ 2M Karras",
+    "pndm": "PLMS",
+}
 """What pictures' metadata call the samplers."""
 
 _CLASSES = {
-    "DDIMScheduler": "ddim", "DDPMScheduler": "ddpm", "EulerDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler_a", "DPMSolverMultistepScheduler": "dpmpp_2m", "PNDMScheduler": "pndm",
+    "DDIMScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_a",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "PNDMScheduler": "pndm",
 }
 
 
 def sampler_name(name: str | None, schedule: Schedule) -> str:
-    """The name in SAMPLERS that is meant by a name, a diffusers class name, or None (what the model was shipped with)."""
+    """The name in SAMPLERS that is meant by a name, a diffusers class name, or None (what the model was shipped
+    with)."""
     asked = schedule.config.get("_class_name") if name is None else name
     known = _CLASSES.get(asked, asked) if isinstance(asked, str) else None
     if known not in SAMPLERS:
@@ -317,9 +360,12 @@ def sampler_name(name: str | None, schedule: Schedule) -> str:
 
 
 def step_table(name: str, schedule: Schedule, steps: int, eta: float = 0.0) -> StepTable:
-    """The table of a sampler in SAMPLERS; `eta` counts for DDIM only, as in diffusers. StepsError where there is none."""
-    problem = StepsError(f"{name} has no {steps} steps on a schedule of {schedule.train_timesteps} timesteps with "
-                         f"steps_offset={schedule.config.get('steps_offset', 0)}; take fewer")
+    """The table of a sampler in SAMPLERS; `eta` counts for DDIM only, as in diffusers. StepsError where there is
+    none."""
+    problem = StepsError(
+        f"{name} has no {steps} steps on a schedule of {schedule.train_timesteps} timesteps with "
+        f"steps_offset={schedule.config.get('steps_offset', 0)}; take fewer"
+    )
     try:
         with np.errstate(all="ignore"):
             table = ddim(schedule, steps, eta) if name == "ddim" else SAMPLERS[name](schedule, steps)

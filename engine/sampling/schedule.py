@@ -3,6 +3,7 @@
 Notation: ab_t is the product of (1 - beta) up to t ("alphas_cumprod"), alpha = sqrt(ab), sigma = sqrt(1 - ab), and
 s = sigma / alpha is the noise level of k-diffusion. The state of a sampler here is VP-scaled: x = alpha x0 + sigma eps.
 """
+
 from __future__ import annotations
 
 import math
@@ -41,13 +42,41 @@ OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "solver_order": ("an integer from 1 to 3", _is_integer(1, 3)),
     "sigma_min": ("a number above 0", _is_number(0, math.inf)),
     "sigma_max": ("a number above 0", _is_number(0, math.inf)),
-    "lambda_min_clipped": ("a number or -Infinity", lambda value: value == -math.inf or _is_number(-math.inf, math.inf)(value)),
-    **{name: ("a string", lambda value: isinstance(value, str)) for name in (
-        "_class_name", "prediction_type", "beta_schedule", "variance_type", "algorithm_type", "solver_type", "final_sigmas_type",
-        "interpolation_type", "timestep_type")},
-    **{name: ("true or false", lambda value: value is None or isinstance(value, bool)) for name in (
-        "clip_sample", "thresholding", "set_alpha_to_one", "rescale_betas_zero_snr", "skip_prk_steps", "use_karras_sigmas", "use_exponential_sigmas",
-        "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas", "euler_at_final", "lower_order_final")},
+    "lambda_min_clipped": (
+        "a number or -Infinity",
+        lambda value: value == -math.inf or _is_number(-math.inf, math.inf)(value),
+    ),
+    **{
+        name: ("a string", lambda value: isinstance(value, str))
+        for name in (
+            "_class_name",
+            "prediction_type",
+            "beta_schedule",
+            "variance_type",
+            "algorithm_type",
+            "solver_type",
+            "final_sigmas_type",
+            "interpolation_type",
+            "timestep_type",
+        )
+    },
+    **{
+        name: ("true or false", lambda value: value is None or isinstance(value, bool))
+        for name in (
+            "clip_sample",
+            "thresholding",
+            "set_alpha_to_one",
+            "rescale_betas_zero_snr",
+            "skip_prk_steps",
+            "use_karras_sigmas",
+            "use_exponential_sigmas",
+            "use_beta_sigmas",
+            "use_lu_lambdas",
+            "use_flow_sigmas",
+            "euler_at_final",
+            "lower_order_final",
+        )
+    },
 }
 """What the options that are read here must be, in words and as a test. diffusers takes null for false."""
 
@@ -65,15 +94,20 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Schedule:
-        """Reads betas and prediction type as diffusers does; SchedulerConfigError for what is not known here or is of the wrong type."""
+        """Reads betas and prediction type as diffusers does; SchedulerConfigError for what is not known here or is of
+        the wrong type."""
         config = _checked(config)
         prediction_type = config.get("prediction_type", "epsilon")
         if prediction_type not in PREDICTION_TYPES:
-            raise SchedulerConfigError(f"prediction_type {prediction_type!r} is not known; known: {', '.join(PREDICTION_TYPES)}")
+            raise SchedulerConfigError(
+                f"prediction_type {prediction_type!r} is not known; known: {', '.join(PREDICTION_TYPES)}"
+            )
         for option in ("clip_sample", "thresholding"):
             if config.get(option):
-                raise SchedulerConfigError(f"{option}=true clamps the latents, which no latent diffusion model wants and no sampler "
-                                           f"here does; set it to false in scheduler_config.json")
+                raise SchedulerConfigError(
+                    f"{option}=true clamps the latents, which no latent diffusion model wants and no sampler "
+                    f"here does; set it to false in scheduler_config.json"
+                )
         alphas_cumprod = np.cumprod(1 - _betas(config))
         if config.get("rescale_betas_zero_snr"):
             alphas_cumprod = _rescale_zero_terminal_snr(alphas_cumprod)
@@ -84,11 +118,13 @@ class Schedule:
         return len(self.alphas_cumprod)
 
     def option(self, name: str, default: Any, allowed: tuple[Any, ...]) -> Any:
-        """An option of scheduler_config.json, or diffusers' default for it; SchedulerConfigError if it is none of `allowed`."""
+        """An option of scheduler_config.json, or diffusers' default for it; SchedulerConfigError if it is none of
+        `allowed`."""
         value = self.config.get(name, default)
         if value not in allowed:
-            raise SchedulerConfigError(f"scheduler option {name}={value!r} is not supported; supported: "
-                                       f"{', '.join(repr(a) for a in allowed)}")
+            raise SchedulerConfigError(
+                f"scheduler option {name}={value!r} is not supported; supported: {', '.join(repr(a) for a in allowed)}"
+            )
         return value
 
     def sigmas(self) -> np.ndarray:
@@ -100,13 +136,18 @@ class Schedule:
 
 
 def _checked(config: Any) -> dict[str, Any]:
-    """The options that say something. SchedulerConfigError for one of the wrong type: "false" would be true, and 1.5 would be 1."""
+    """The options that say something. SchedulerConfigError for one of the wrong type: "false" would be true, and 1.5
+    would be 1."""
     if not isinstance(config, Mapping):
-        raise SchedulerConfigError(f"the scheduler's configuration is {shown(config)}; it must be an object, as scheduler_config.json is")
+        raise SchedulerConfigError(
+            f"the scheduler's configuration is {shown(config)}; it must be an object, as scheduler_config.json is"
+        )
     given = {name: value for name, value in config.items() if value is not None or name not in NULLABLE}
     for name, (rule, right) in OPTIONS.items():
         if name in given and not right(given[name]):
-            raise SchedulerConfigError(f"scheduler option {name} is {shown(given[name])}; it must be {rule} (scheduler_config.json)")
+            raise SchedulerConfigError(
+                f"scheduler option {name} is {shown(given[name])}; it must be {rule} (scheduler_config.json)"
+            )
     return given
 
 

@@ -1,4 +1,5 @@
 """CLIP tokens: a text becomes 77 token ids."""
+
 from __future__ import annotations
 
 import logging
@@ -35,17 +36,22 @@ class ClipTokenizer:
         self._special = special
 
     def __call__(self, texts: list[str]) -> np.ndarray:
-        """Token ids, [len(texts), 77] int32: start, text, end, padding. Text beyond 75 tokens is cut off, with diffusers' warning."""
+        """Token ids, [len(texts), 77] int32: start, text, end, padding. Text beyond 75 tokens is cut off, with
+        diffusers' warning."""
         ids = np.full((len(texts), PROMPT_TOKENS), self._special.pad, np.int32)
         for row, text in zip(ids, texts):
             tokens = self._encoder.encode(text, add_special_tokens=False).ids
-            kept, removed = tokens[:PROMPT_TOKENS - 2], tokens[PROMPT_TOKENS - 2:]
+            kept, removed = tokens[: PROMPT_TOKENS - 2], tokens[PROMPT_TOKENS - 2 :]
             if removed:
                 cut = self._text(removed)
-                logger.warning("The following part of your input was truncated because CLIP can only handle sequences up to %d tokens: %s",
-                               PROMPT_TOKENS, [cut if len(cut) <= SHOWN_CHARACTERS else f"{cut[:SHOWN_CHARACTERS]}..."])
+                logger.warning(
+                    "The following part of your input was truncated because CLIP can only handle sequences up to %d "
+                    "tokens: %s",
+                    PROMPT_TOKENS,
+                    [cut if len(cut) <= SHOWN_CHARACTERS else f"{cut[:SHOWN_CHARACTERS]}..."],
+                )
             row[0] = self._special.start
-            row[1:len(kept) + 1] = kept
+            row[1 : len(kept) + 1] = kept
             row[len(kept) + 1] = self._special.end
         return ids
 
@@ -53,8 +59,11 @@ class ClipTokenizer:
         """ManifestError unless start and end are two marks of the vocabulary, and the padding is a token of it."""
         start, end, pad = (self._encoder.id_to_token(number) for number in (special.start, special.end, special.pad))
         if start == end or pad is None or not all(mark and re.fullmatch("<.+>", mark) for mark in (start, end)):
-            raise ManifestError(f"the manifest has the tokens start={special.start}, end={special.end} and pad={special.pad}, which are {start!r}, {end!r} and "
-                                f"{pad!r} in {file}; start and end must be two marks like '<|startoftext|>'")
+            raise ManifestError(
+                f"the manifest has the tokens start={special.start}, end={special.end} and pad={special.pad}, which "
+                f"are {start!r}, {end!r} and "
+                f"{pad!r} in {file}; start and end must be two marks like '<|startoftext|>'"
+            )
 
     def _text(self, tokens: list[int]) -> str:
         return self._encoder.decode(tokens, skip_special_tokens=False).replace(END_OF_WORD, " ").strip()

@@ -1,7 +1,8 @@
 """Ask the built-in model for 96 scenes, judge every picture, and lay them out on one sheet.
 
-    python -m export.demo.contact_sheet --bundle engines/demo --output contact-sheet.png
+python -m export.demo.contact_sheet --bundle engines/demo --output contact-sheet.png
 """
+
 from __future__ import annotations
 
 import argparse
@@ -24,15 +25,23 @@ def make(pipeline: Pipeline, scenes: list[Scene], steps: int = 20, guidance_scal
     """A picture [64, 64, 3] uint8 of each scene; picture i has seed i."""
     made: list[np.ndarray] = []
     for start in range(0, len(scenes), BATCH):
-        some = scenes[start:start + BATCH]
-        result = pipeline([caption(scene) for scene in some], SIZE, SIZE, steps, guidance_scale, seed=list(range(start, start + len(some))), progress=False)
+        some = scenes[start : start + BATCH]
+        result = pipeline(
+            [caption(scene) for scene in some],
+            SIZE,
+            SIZE,
+            steps,
+            guidance_scale,
+            seed=list(range(start, start + len(some))),
+            progress=False,
+        )
         made += [np.asarray(image) for image in result.images]
     return made
 
 
 def sheet(pictures: list[np.ndarray]) -> Image.Image:
     """Rows of 16 pictures."""
-    rows = [np.concatenate(pictures[i:i + COLUMNS], axis=1) for i in range(0, len(pictures), COLUMNS)]
+    rows = [np.concatenate(pictures[i : i + COLUMNS], axis=1) for i in range(0, len(pictures), COLUMNS)]
     return Image.fromarray(np.concatenate(rows))
 
 
@@ -47,12 +56,18 @@ def main() -> None:
     verdicts: list[Verdict] = [judge(picture) for picture in pictures]
     for scene, verdict in zip(scenes, verdicts):
         if not verdict.agrees(scene):
-            print(f"wrong: {caption(scene)!r} (overlap {verdict.overlap:.2f}) looks like {verdict.colour} {verdict.shape} on {verdict.background}")
+            print(
+                f"wrong: {caption(scene)!r} (overlap {verdict.overlap:.2f}) looks like {verdict.colour} "
+                f"{verdict.shape} on {verdict.background}"
+            )
     right = [verdict.agrees(scene) for scene, verdict in zip(scenes, verdicts)]
     unseen = [r for r, scene in zip(right, scenes) if scene.triple in held_out()]
     fully = sum(verdict.agrees_fully(scene) for scene, verdict in zip(scenes, verdicts))
-    print(f"{sum(right)} of {len(right)} have the right shape, colour and background ({sum(unseen)} of {len(unseen)} that training never saw); "
-          f"{fully} also size and position; mean overlap {np.mean([v.overlap for v in verdicts]):.3f}")
+    print(
+        f"{sum(right)} of {len(right)} have the right shape, colour and background ({sum(unseen)} of {len(unseen)} "
+        "that training never saw); "
+        f"{fully} also size and position; mean overlap {np.mean([v.overlap for v in verdicts]):.3f}"
+    )
     sheet(pictures).save(options.output)
     print(f"wrote {options.output}")
 

@@ -1,4 +1,5 @@
 """Is a picture what its caption says? Judged from pixels alone: dominant colours, and overlap with drawn shapes."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -43,8 +44,14 @@ def _nearest_colour(pixels: np.ndarray) -> str:
 def _templates() -> list[tuple[Scene, np.ndarray]]:
     """Every shape at every size and place, moved by up to two pixels and scaled by up to 5 %."""
     shifts = [(float(x), float(y)) for x in (-2, -1, 0, 1, 2) for y in (-2, -1, 0, 1, 2)]
-    scenes = [Scene(shape, "", "", size, position, shift, zoom) for shape in SHAPES for size in SIZES for position in POSITIONS
-              for shift in shifts for zoom in (0.95, 1.0, 1.05)]
+    scenes = [
+        Scene(shape, "", "", size, position, shift, zoom)
+        for shape in SHAPES
+        for size in SIZES
+        for position in POSITIONS
+        for shift in shifts
+        for zoom in (0.95, 1.0, 1.05)
+    ]
     return [(scene, coverage(scene) > 0.5) for scene in scenes]
 
 
@@ -54,7 +61,8 @@ def judge(picture: np.ndarray) -> Verdict:
         raise ValueError(f"the judge knows pictures of {SIZE} x {SIZE} pixels, not {picture.shape}")
     border = np.concatenate([picture[:2].reshape(-1, 3), picture[-2:].reshape(-1, 3)])
     background = _nearest_colour(border)
-    # A pixel belongs to the shape if it is farther from the background than half the way to the colour farthest from it.
+    # A pixel belongs to the shape if it is farther from the background than half the way to the colour farthest from
+    # it.
     distance = np.abs(picture.astype(float) - np.median(border, axis=0)).sum(axis=-1)
     strongest = np.quantile(distance, 0.995)
     ink = distance > strongest / 2

@@ -4,6 +4,7 @@ A picture is one shape in one colour on a plain background of another colour, sm
 Some (shape, colour, background) triples are held out of training (`held_out`), so that a test can ask whether the
 model composes what it knows.
 """
+
 from __future__ import annotations
 
 import math
@@ -77,7 +78,20 @@ def _polygon(shape: str) -> list[tuple[float, float]]:
         return [(0.0, -1.05), (1.1, 0.9), (-1.1, 0.9)]
     if shape == "cross":
         a, b = 0.34, 1.0
-        return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+        return [
+            (-a, -b),
+            (a, -b),
+            (a, -a),
+            (b, -a),
+            (b, a),
+            (a, a),
+            (a, b),
+            (-a, b),
+            (-a, a),
+            (-b, a),
+            (-b, -a),
+            (-a, -a),
+        ]
     points = []
     for i in range(10):
         radius, angle = (1.15, 0.48)[i % 2], math.pi * (i / 5 - 0.5)
@@ -109,7 +123,9 @@ def coverage(scene: Scene, size: int = SIZE) -> np.ndarray:
 def picture(scene: Scene, size: int = SIZE) -> np.ndarray:
     """The scene as pixels, [size, size, 3] uint8."""
     cover = coverage(scene, size)[..., None]
-    mixed = cover * np.array(COLOURS[scene.colour], np.float32) + (1 - cover) * np.array(COLOURS[scene.background], np.float32)
+    mixed = cover * np.array(COLOURS[scene.colour], np.float32) + (1 - cover) * np.array(
+        COLOURS[scene.background], np.float32
+    )
     return np.round(mixed).astype(np.uint8)
 
 
@@ -123,7 +139,8 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
     size, side = scene.size, scene.position
     if rng is None:
         where = "" if side == "centre" else f" on the {side}"
-        return f"{_article(size)} {size} {scene.colour} {scene.shape}{where} on {_article(scene.background)} {scene.background} background"
+        ground = f"{_article(scene.background)} {scene.background} background"
+        return f"{_article(size)} {size} {scene.colour} {scene.shape}{where} on {ground}"
     named = [scene.colour, scene.shape] if rng.random() < 0.2 else [size, scene.colour, scene.shape]
     words = " ".join(named)
     if rng.random() < 0.85:
@@ -136,8 +153,17 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
     else:
         where = str(rng.choice([" on the {0}", " at the {0}", " on the {0} side", " to the {0}"])).format(side)
     ground = scene.background
-    behind = str(rng.choice([f" on {_article(ground)} {ground} background", f" on {ground}", f" with {_article(ground)} {ground} background",
-                             f" in front of {_article(ground)} {ground} background", f", {ground} background"]))
+    behind = str(
+        rng.choice(
+            [
+                f" on {_article(ground)} {ground} background",
+                f" on {ground}",
+                f" with {_article(ground)} {ground} background",
+                f" in front of {_article(ground)} {ground} background",
+                f", {ground} background",
+            ]
+        )
+    )
     opening = str(rng.choice(["", "", "", "a picture of ", "a drawing of ", "an image of "]))
     ordered = words + where + behind if rng.random() < 0.6 else words + behind + (f",{where}" if where else "")
     return opening + ordered + ("." if rng.random() < 0.1 else "")

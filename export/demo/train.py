@@ -1,10 +1,12 @@
 """Train the built-in model from nothing and write it as a diffusers folder.
 
-    python -m export.demo.train                    # about 1 h 40 min on two busy CPU cores; resumes where it was stopped
+    python -m export.demo.train                    # about 1 h 40 min on two busy CPU cores; resumes where it was
+                                                   stopped
 
 Stages, each kept in the work folder: the tokenizer, the VAE, the latents of a pool of pictures, and the denoiser
 together with its text encoder. Same seed, same torch, same number of threads: same model.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -30,7 +32,8 @@ CAPTION_LENGTH = 77
 CHECKPOINT_EVERY = 200
 EMPTY_CAPTIONS = 0.1
 VARIANTS = 24
-"""How many placements of each (shape, size, position) are drawn: the centre moves up to 1.5 pixels, the size up to 5 %."""
+"""How many placements of each (shape, size, position) are drawn: the centre moves up to 1.5 pixels, the size up to 5
+%."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Recipe:
 
 # ---------------------------------------------------------------------------------------------------- pictures
 
+
 class Pictures:
     """Every shape's coverage masks, to be coloured batch by batch."""
 
@@ -61,7 +65,9 @@ class Pictures:
                 shift = tuple(rng.uniform(-1.5, 1.5, 2))
                 masks.append(coverage(Scene(shape, "", "", size, position, shift, rng.uniform(0.95, 1.05))))
         self.masks = torch.from_numpy(np.stack(masks)).reshape(len(self.placed), VARIANTS, 1, SIZE, SIZE)
-        self.colours = {name: torch.tensor(rgb, dtype=torch.float32).reshape(3, 1, 1) / 127.5 - 1 for name, rgb in COLOURS.items()}
+        self.colours = {
+            name: torch.tensor(rgb, dtype=torch.float32).reshape(3, 1, 1) / 127.5 - 1 for name, rgb in COLOURS.items()
+        }
 
     def draw(self, rng: np.random.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor, list[Scene]]:
         """Pictures [count, 3, 64, 64] in -1..1, their masks, and what they show."""
@@ -79,18 +85,26 @@ class Pictures:
 
 # ---------------------------------------------------------------------------------------------------- tokenizer
 
+
 def train_tokenizer(folder: Path, seed: int) -> None:
     """A byte-level BPE in CLIP's form (vocab.json, merges.txt), learned from the captions."""
     rng = np.random.default_rng(seed)
-    texts = [caption(Scene(*triple, size, position), rng) for triple in triples() for size in SIZES for position in POSITIONS]
+    texts = [
+        caption(Scene(*triple, size, position), rng) for triple in triples() for size in SIZES for position in POSITIONS
+    ]
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Lowercase()
     split = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(split, "removed", invert=True),
-                                                       pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(split, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.BPEDecoder("</w>")
-    trainer = trainers.BpeTrainer(vocab_size=800, end_of_word_suffix="</w>", show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=800,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(texts, trainer)
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -106,47 +120,84 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
-    return tokenizer(texts, padding="max_length", max_length=CAPTION_LENGTH, truncation=True, return_tensors="pt").input_ids
+    return tokenizer(
+        texts, padding="max_length", max_length=CAPTION_LENGTH, truncation=True, return_tensors="pt"
+    ).input_ids
 
 
 # ---------------------------------------------------------------------------------------------------- modules
 
+
 def new_vae() -> AutoencoderKL:
-    return AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-                         block_out_channels=(32, 32, 64, 64), layers_per_block=1, norm_num_groups=8, sample_size=SIZE)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32, 32, 64, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=SIZE,
+    )
 
 
 def new_text_encoder(vocabulary: int) -> CLIPTextModel:
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=vocabulary, hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=CAPTION_LENGTH, projection_dim=128, bos_token_id=vocabulary - 2,
-        eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1))
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=CAPTION_LENGTH,
+            projection_dim=128,
+            bos_token_id=vocabulary - 2,
+            eos_token_id=vocabulary - 1,
+            pad_token_id=vocabulary - 1,
+        )
+    )
 
 
 def new_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=SIZE // 8, block_out_channels=(64, 128), layers_per_block=1, norm_num_groups=16,
-        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
-        cross_attention_dim=128, attention_head_dim=4)
+        sample_size=SIZE // 8,
+        block_out_channels=(64, 128),
+        layers_per_block=1,
+        norm_num_groups=16,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=128,
+        attention_head_dim=4,
+    )
 
 
 def new_scheduler() -> DDIMScheduler:
     """Stable Diffusion 2.1's, with skip_prk_steps for PNDM among its options as there."""
-    return DDIMScheduler.from_config({
-        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False,
-        "steps_offset": 1, "prediction_type": "v_prediction", "skip_prk_steps": True})
+    return DDIMScheduler.from_config(
+        {
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "clip_sample": False,
+            "set_alpha_to_one": False,
+            "steps_offset": 1,
+            "prediction_type": "v_prediction",
+            "skip_prk_steps": True,
+        }
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- a training run
 
+
 class Training:
-    """One module being trained: AdamW on a one-cycle schedule, averaged weights in the second half, a file to resume from."""
+    """One module being trained: AdamW on a one-cycle schedule, averaged weights in the second half, a file to resume
+    from."""
 
     def __init__(self, module: torch.nn.Module, rate: float, steps: int, file: Path) -> None:
         self.module, self.steps, self.file, self.done = module, steps, file, 0
         self.optimizer = torch.optim.AdamW(module.parameters(), rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, rate, total_steps=steps + 1, pct_start=0.05,
-                                                            final_div_factor=100)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, rate, total_steps=steps + 1, pct_start=0.05, final_div_factor=100
+        )
         self.average = {name: value.clone() for name, value in module.state_dict().items()}
         if file.exists():
             kept = torch.load(file, weights_only=True)
@@ -156,8 +207,13 @@ class Training:
             self.average, self.done = kept["average"], kept["done"]
 
     def save(self) -> None:
-        kept: dict[str, Any] = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(),
-                                "schedule": self.schedule.state_dict(), "average": self.average, "done": self.done}
+        kept: dict[str, Any] = {
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "average": self.average,
+            "done": self.done,
+        }
         unfinished = self.file.with_suffix(".tmp")
         torch.save(kept, unfinished)
         os.replace(unfinished, self.file)
@@ -225,8 +281,15 @@ def peak_signal_to_noise(vae: AutoencoderKL, seed: int, count: int = 96) -> floa
     images = []
     for i in range(count):
         shape, colour, background = chosen[i % len(chosen)]
-        scene = Scene(shape, colour, background, str(rng.choice(list(SIZES))), str(rng.choice(list(POSITIONS))),
-                      tuple(rng.uniform(-1.5, 1.5, 2)), rng.uniform(0.95, 1.05))
+        scene = Scene(
+            shape,
+            colour,
+            background,
+            str(rng.choice(list(SIZES))),
+            str(rng.choice(list(POSITIONS))),
+            tuple(rng.uniform(-1.5, 1.5, 2)),
+            rng.uniform(0.95, 1.05),
+        )
         mask = coverage(scene)[..., None]
         images.append(mask * colours[colour] + (1 - mask) * colours[background])
     batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
@@ -253,8 +316,9 @@ def encode_pool(recipe: Recipe, pictures: Pictures, vae: AutoencoderKL, work: Pa
     return kept, scenes
 
 
-def train_denoiser(recipe: Recipe, vae: AutoencoderKL, tokenizer: CLIPTokenizer, latents: torch.Tensor, scenes: list[Scene],
-                   work: Path) -> tuple[CLIPTextModel, UNet2DConditionModel]:
+def train_denoiser(
+    recipe: Recipe, vae: AutoencoderKL, tokenizer: CLIPTokenizer, latents: torch.Tensor, scenes: list[Scene], work: Path
+) -> tuple[CLIPTextModel, UNet2DConditionModel]:
     torch.manual_seed(recipe.seed)
     both = torch.nn.ModuleDict({"text_encoder": new_text_encoder(len(tokenizer)), "unet": new_unet()})
     training = Training(both, recipe.rate, recipe.steps, work / "denoiser.pt")
@@ -281,16 +345,27 @@ def train_denoiser(recipe: Recipe, vae: AutoencoderKL, tokenizer: CLIPTokenizer,
     return both["text_encoder"].eval(), both["unet"].eval()
 
 
-def write_model(folder: Path, tokenizer_files: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel,
-                unet: UNet2DConditionModel) -> None:
+def write_model(
+    folder: Path, tokenizer_files: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel
+) -> None:
     """The diffusers folder, safetensors in fp16, in place of what was there."""
     tokenizer = load_tokenizer(tokenizer_files)
-    pipeline = StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=new_scheduler(),
-                                       safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     unfinished = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     pipeline.to(dtype=torch.float16).save_pretrained(unfinished, safe_serialization=True)
-    config = unfinished / "text_encoder" / "config.json"  # transformers would load what it names, diffusers loads float32
+    config = (
+        unfinished / "text_encoder" / "config.json"
+    )  # transformers would load what it names, diffusers loads float32
     config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(tokenizer_files / name, unfinished / "tokenizer" / name)
@@ -300,8 +375,12 @@ def write_model(folder: Path, tokenizer_files: Path, vae: AutoencoderKL, text_en
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the built-in model from nothing.")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "model", help="the diffusers folder to write")
-    parser.add_argument("--work", type=Path, default=Path("build/demo-training"), help="where stages and checkpoints are kept")
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent / "model", help="the diffusers folder to write"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/demo-training"), help="where stages and checkpoints are kept"
+    )
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--vae-steps", type=int, default=Recipe.vae_steps)
     parser.add_argument("--steps", type=int, default=Recipe.steps)

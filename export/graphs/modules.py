@@ -3,6 +3,7 @@
 Each takes float32 (or integers) and returns float32 (or pixels); inside, matrix products and convolutions run in the
 precision asked for, while norms, the timestep embedding and the softmax of U-Net and VAE stay in float32.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -38,7 +39,8 @@ class Float32Norm(nn.Module):
 
 
 class Upsample(nn.Module):
-    """diffusers' Upsample2D without its workarounds for huge tensors, which a trace with dynamic sizes cannot follow."""
+    """diffusers' Upsample2D without its workarounds for huge tensors, which a trace with dynamic sizes cannot
+    follow."""
 
     def __init__(self, original: Upsample2D) -> None:
         super().__init__()
@@ -53,14 +55,21 @@ class Upsample(nn.Module):
 class PlainAttention:
     """An attention processor for diffusers: scaled Q, float32 softmax, no workarounds.
 
-    `upcast_attention` models (SD 2.1) have scores beyond the range of float16. Their graphs in float16 multiply `bounded_scores`, others in float32.
-    `fused` leaves all of it to one operator of the graph, whose softmax the runtime computes in float32, but not for those models."""
+    `upcast_attention` models (SD 2.1) have scores beyond the range of float16. Their graphs in float16 multiply
+    `bounded_scores`, others in float32. `fused` leaves all of it to one operator of the graph, whose softmax the
+    runtime computes in float32, but not for those models."""
 
     def __init__(self, fused: bool) -> None:
         self._fused = fused
 
-    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
-                 attention_mask: None = None, temb: None = None) -> Tensor:
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: None = None,
+        temb: None = None,
+    ) -> Tensor:
         residual, shape = hidden_states, hidden_states.shape
         if len(shape) == 4:
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
@@ -91,23 +100,28 @@ class PlainAttention:
 
 
 def centred(tokens: Tensor) -> Tensor:
-    """Tokens [B, N, C] minus their mean over N. Keys that are linear in them lose one vector that all share (and a bias), which adds the same number to all
-    scores of a query: softmax is unchanged. What is left is small, so that rounding it to half loses little; a float32 product comes too late for that."""
+    """Tokens [B, N, C] minus their mean over N. Keys that are linear in them lose one vector that all share (and a
+    bias), which adds the same number to all scores of a query: softmax is unchanged. What is left is small, so that
+    rounding it to half loses little; a float32 product comes too late for that."""
     wide = tokens.float()
     return (wide - wide.sum(dim=1, keepdim=True) / tokens.shape[1]).to(tokens.dtype)
 
 
 def bounded_scores(query: Tensor, key: Tensor) -> Tensor:
-    """query @ key^T in float32 by a product in half precision that cannot overflow, whatever finite values [B, H, N, D] there are.
+    """query @ key^T in float32 by a product in half precision that cannot overflow, whatever finite values [B, H, N, D]
+    there are.
 
-    Each query is divided by its length and by sqrt(D) before the product and multiplied by both after it. By Cauchy and Schwarz no score in between is larger
-    than |key| / sqrt(D), which is at most the largest element of the key. Centring the keys alone bounds what they have in common, not their spread."""
+    Each query is divided by its length and by sqrt(D) before the product and multiplied by both after it. By Cauchy and
+    Schwarz no score in between is larger than |key| / sqrt(D), which is at most the largest element of the key.
+    Centring the keys alone bounds what they have in common, not their spread."""
     wide = query.float()
     length = (query.shape[-1] * wide.square().sum(dim=-1, keepdim=True) + TINY).sqrt()
     return ((wide / length).to(key.dtype) @ key.transpose(-1, -2)).float() * length
 
 
-def _replace(module: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...], replacement: type[nn.Module]) -> None:
+def _replace(
+    module: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...], replacement: type[nn.Module]
+) -> None:
     for name, child in module.named_children():
         if isinstance(child, kind):
             setattr(module, name, replacement(child))
@@ -133,7 +147,8 @@ class TextEncoder(nn.Module):
     def __init__(self, model: CLIPTextModel, dtype: torch.dtype, fused_attention: bool = False) -> None:
         super().__init__()
         check_text_encoder(model.config.to_dict())
-        # The softmax of "eager" asks for float32, and torch's exporter drops that: in graphs in half precision it is in half, well within tolerance.
+        # The softmax of "eager" asks for float32, and torch's exporter drops that: in graphs in half precision it is in
+        # half, well within tolerance.
         model.set_attn_implementation("sdpa" if fused_attention else "eager")
         _prepare(model, dtype, fused_attention)
         self.model = model
@@ -152,8 +167,16 @@ class Denoiser(nn.Module):
         unet.time_embedding.float()
         self.unet, self.dtype = unet, dtype
 
-    def forward(self, state: Tensor, row_sample: Tensor, context: Tensor, timestep: Tensor, mixing: Tensor, update: Tensor,
-                noise: Tensor) -> Tensor:
+    def forward(
+        self,
+        state: Tensor,
+        row_sample: Tensor,
+        context: Tensor,
+        timestep: Tensor,
+        mixing: Tensor,
+        update: Tensor,
+        noise: Tensor,
+    ) -> Tensor:
         rows = torch.index_select(state[:, 0], 0, row_sample)
         output = self._evaluate(rows.to(self.dtype), timestep, context.to(self.dtype)).float()
         guided = torch.matmul(mixing, output.flatten(1))
@@ -161,8 +184,8 @@ class Denoiser(nn.Module):
         return torch.bmm(update, columns).reshape(state.shape)
 
     def _evaluate(self, sample: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        """UNet2DConditionModel.forward for the models of Stable Diffusion 1.x and 2.x. Upsampling always asks for the size
-        of the skip connection: the same as doubling, and right for the sizes that halving rounds."""
+        """UNet2DConditionModel.forward for the models of Stable Diffusion 1.x and 2.x. Upsampling always asks for the
+        size of the skip connection: the same as doubling, and right for the sizes that halving rounds."""
         unet = self.unet
         embedding = unet.time_embedding(unet.time_proj(timestep)).to(self.dtype)
         sample = unet.conv_in(sample)
@@ -173,16 +196,18 @@ class Denoiser(nn.Module):
             skips += outputs
         sample = unet.mid_block(sample, embedding, encoder_hidden_states=context)
         for i, block in enumerate(unet.up_blocks):
-            used, skips = tuple(skips[-len(block.resnets):]), skips[:-len(block.resnets)]
+            used, skips = tuple(skips[-len(block.resnets) :]), skips[: -len(block.resnets)]
             crossed = {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", False) else {}
             size = skips[-1].shape[2:] if i < len(unet.up_blocks) - 1 else None
-            sample = block(hidden_states=sample, temb=embedding, res_hidden_states_tuple=used, upsample_size=size, **crossed)
+            sample = block(
+                hidden_states=sample, temb=embedding, res_hidden_states_tuple=used, upsample_size=size, **crossed
+            )
         return unet.conv_out(unet.conv_act(unet.conv_norm_out(sample)))
 
 
 class VaeDecoder(nn.Module):
-    """latents [batch, 4, height, width] -> image [batch, 8 height, 8 width, 3] uint8, rounded as diffusers does, and magnitude
-    [batch]. The cast to uint8 comes last: TensorRT moves nothing else in that type."""
+    """latents [batch, 4, height, width] -> image [batch, 8 height, 8 width, 3] uint8, rounded as diffusers does, and
+    magnitude [batch]. The cast to uint8 comes last: TensorRT moves nothing else in that type."""
 
     def __init__(self, vae: AutoencoderKL, dtype: torch.dtype, fused_attention: bool = False) -> None:
         super().__init__()
@@ -197,7 +222,9 @@ class VaeDecoder(nn.Module):
             z = self.vae.post_quant_conv(z)
         image = self.vae.decoder(z).float()
         magnitude = (image.abs() * MAGNITUDE_UNIT).sum(dim=(1, 2, 3))
-        return torch.round((image / 2 + 0.5).clamp(0, 1) * 255).permute(0, 2, 3, 1).contiguous().to(torch.uint8), magnitude
+        return torch.round((image / 2 + 0.5).clamp(0, 1) * 255).permute(0, 2, 3, 1).contiguous().to(
+            torch.uint8
+        ), magnitude
 
 
 class VaeEncoder(nn.Module):

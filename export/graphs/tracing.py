@@ -1,4 +1,5 @@
 """Torch modules to ONNX files: trace with every dimension dynamic, weights in one file beside the graph, check."""
+
 from __future__ import annotations
 
 import logging
@@ -18,15 +19,17 @@ from engine.contract import INPUTS, LATENT_CHANNELS, OUTPUTS, PROMPT_TOKENS, SLO
 from ..errors import ToOnnxError
 
 OPSET = 18
-"""The lowest that torch's exporter writes properly. TensorRT 8.6 documents opsets up to 17 and misreads what later ones changed, which these graphs do
-without: sizes are `Shape` then `Slice`, and no reduction but ReduceSum has its axes as an input. Every TensorRT from 8.6 can parse them."""
+"""The lowest that torch's exporter writes properly. TensorRT 8.6 documents opsets up to 17 and misreads what later ones
+changed, which these graphs do
+without: sizes are `Shape` then `Slice`, and no reduction but ReduceSum has its axes as an input. Every TensorRT from
+8.6 can parse them."""
 
 ATTENTION_OPSET = 23
 """The first that has attention as one operator, which TensorRT parses from 10.14 on."""
 
 FUSED_COMPONENTS = ("text_encoder", "denoiser")
-"""Whose attention becomes one operator there. TensorRT runs that operator as a fused kernel or not at all, and its kernels are for half precision and heads
-of 16 to 256 in steps of 8; the VAE has one head of 512."""
+"""Whose attention becomes one operator there. TensorRT runs that operator as a fused kernel or not at all, and its
+kernels are for half precision and heads of 16 to 256 in steps of 8; the VAE has one head of 512."""
 
 
 def fuses_attention(component: str, precision: str, opset: int) -> bool:
@@ -42,8 +45,16 @@ class Example:
     dynamic: dict[str, dict[int, str]]
 
 
-def example(component: str, context_size: int, batch: int = 2, rows: int = 3, height: int = 16, width: int = 24, tokens: int = PROMPT_TOKENS,
-            seed: int = 0) -> Example:
+def example(
+    component: str,
+    context_size: int,
+    batch: int = 2,
+    rows: int = 3,
+    height: int = 16,
+    width: int = 24,
+    tokens: int = PROMPT_TOKENS,
+    seed: int = 0,
+) -> Example:
     """Random inputs of a component. No two sizes are equal and none is 1, so that tracing does not confuse them."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -65,12 +76,21 @@ def example(component: str, context_size: int, batch: int = 2, rows: int = 3, he
             "update": normal(batch, SLOTS, SLOTS + 2),
             "noise": normal(batch, LATENT_CHANNELS, height, width),
         }
-        dynamic = {"state": {0: "batch", 3: "height", 4: "width"}, "row_sample": {0: "rows"}, "context": {0: "rows", 1: "tokens"},
-                   "timestep": {0: "rows"}, "mixing": {0: "batch", 1: "rows"}, "update": {0: "batch"}, "noise": plane}
+        dynamic = {
+            "state": {0: "batch", 3: "height", 4: "width"},
+            "row_sample": {0: "rows"},
+            "context": {0: "rows", 1: "tokens"},
+            "timestep": {0: "rows"},
+            "mixing": {0: "batch", 1: "rows"},
+            "update": {0: "batch"},
+            "noise": plane,
+        }
         return Example(inputs, dynamic)
     if component == "vae_decoder":
         return Example({"latents": normal(batch, LATENT_CHANNELS, height, width)}, {"latents": plane})
-    image = torch.randint(0, 256, (batch, VAE_FACTOR * height, VAE_FACTOR * width, 3), generator=generator, dtype=torch.uint8)
+    image = torch.randint(
+        0, 256, (batch, VAE_FACTOR * height, VAE_FACTOR * width, 3), generator=generator, dtype=torch.uint8
+    )
     return Example({"image": image}, {"image": {0: "batch", 1: "8*height", 2: "8*width"}})
 
 
@@ -78,7 +98,9 @@ def export_onnx(component: str, module: nn.Module, traced: Example, file: Path, 
     """Writes `file` and `file`.data, checked by onnx. ToOnnxError if torch or onnx refuses."""
     dimensions = {name: Dim(name, min=1, max=4096) for name in ("batch", "rows", "tokens", "height", "width")}
     dimensions |= {f"8*{name}": VAE_FACTOR * dimensions[name] for name in ("height", "width")}
-    dynamic = {name: {axis: dimensions[size] for axis, size in traced.dynamic[name].items()} for name in INPUTS[component]}
+    dynamic = {
+        name: {axis: dimensions[size] for axis, size in traced.dynamic[name].items()} for name in INPUTS[component]
+    }
     torch_log = logging.getLogger("torch.onnx")
     level = torch_log.level
     try:
@@ -86,8 +108,15 @@ def export_onnx(component: str, module: nn.Module, traced: Example, file: Path, 
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                module, kwargs=traced.inputs, dynamo=True, opset_version=opset, input_names=list(INPUTS[component]),
-                output_names=list(OUTPUTS[component]), dynamic_shapes=dynamic, verbose=False)
+                module,
+                kwargs=traced.inputs,
+                dynamo=True,
+                opset_version=opset,
+                input_names=list(INPUTS[component]),
+                output_names=list(OUTPUTS[component]),
+                dynamic_shapes=dynamic,
+                verbose=False,
+            )
             assert program is not None
             _measure_after_cast(program.model)
             _slice_whole_shapes(program.model)
@@ -102,7 +131,8 @@ def export_onnx(component: str, module: nn.Module, traced: Example, file: Path, 
 
 
 def _measure_after_cast(model: ir.Model) -> None:
-    """Reads the sizes of a uint8 input off the float that it is cast to: TensorRT lets nothing but casts read such an input."""
+    """Reads the sizes of a uint8 input off the float that it is cast to: TensorRT lets nothing but casts read such an
+    input."""
     for value in model.graph.inputs:
         users = [use.node for use in value.uses()]
         casts = [node for node in users if node.op_type == "Cast"]
@@ -116,7 +146,8 @@ def _measure_after_cast(model: ir.Model) -> None:
 
 
 def _slice_whole_shapes(model: ir.Model) -> None:
-    """Makes of each `Shape` with `start` and `end` a `Shape` and a `Slice` with constant bounds: the importer of TensorRT 8.6 ignores both attributes."""
+    """Makes of each `Shape` with `start` and `end` a `Shape` and a `Slice` with constant bounds: the importer of
+    TensorRT 8.6 ignores both attributes."""
     graph = model.graph
     for node in list(graph):
         if node.op_type != "Shape":
@@ -129,13 +160,24 @@ def _slice_whole_shapes(model: ir.Model) -> None:
         nodes = [ir.node("Shape", [measured], name=f"{node.name}_whole", metadata_props=dict(node.metadata_props))]
         nodes[0].outputs[0].name = f"{output.name}_whole"
         if (start, stop) != (0, rank):
-            bounds = [_constant(graph, f"{output.name}_{name}", value) for name, value in (("start", start), ("end", stop))]
-            nodes.append(ir.node("Slice", [nodes[0].outputs[0], *bounds], name=node.name, metadata_props=dict(node.metadata_props)))
+            bounds = [
+                _constant(graph, f"{output.name}_{name}", value) for name, value in (("start", start), ("end", stop))
+            ]
+            nodes.append(
+                ir.node(
+                    "Slice", [nodes[0].outputs[0], *bounds], name=node.name, metadata_props=dict(node.metadata_props)
+                )
+            )
         ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [output], [nodes[-1].outputs[0]])
 
 
 def _constant(graph: ir.Graph, name: str, value: int) -> ir.Value:
     """A new initializer [1] of int64."""
-    made = ir.Value(name=name, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64), const_value=ir.tensor(np.array([value], np.int64), name=name))
+    made = ir.Value(
+        name=name,
+        shape=ir.Shape([1]),
+        type=ir.TensorType(ir.DataType.INT64),
+        const_value=ir.tensor(np.array([value], np.int64), name=name),
+    )
     graph.register_initializer(made)
     return made

@@ -2,6 +2,7 @@
 
 Every source hands out one part at a time, in float32, so that no two large parts need to be in memory together.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -32,13 +33,19 @@ PARTS = ("text_encoder", "unet", "vae", "tokenizer", "scheduler")
 HASHED = {".json", ".txt", ".safetensors", ".bin"}
 """Suffixes of the files that a part of a diffusers folder is made of."""
 
-HUB_FILES = ("model_index.json", "scheduler/*", "tokenizer/*", *(f"{part}/*.{kind}" for part in ("text_encoder", "unet", "vae")
-                                                               for kind in ("json", "safetensors")))
+HUB_FILES = (
+    "model_index.json",
+    "scheduler/*",
+    "tokenizer/*",
+    *(f"{part}/*.{kind}" for part in ("text_encoder", "unet", "vae") for kind in ("json", "safetensors")),
+)
 """What a hub model is downloaded of: no pickles, no safety checker."""
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 CLASSES = {
-    "text_encoder": ("transformers", "CLIPTextModel"), "unet": ("diffusers", "UNet2DConditionModel"), "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
 }
 """What a model_index.json says of the models that are supported."""
 
@@ -48,8 +55,8 @@ T = TypeVar("T")
 
 
 class Source(ABC):
-    """A model. `name` is what its bundle is called, `origin` what the manifest says about where it came from, `inputs` the files
-    and folders that it is read from, `options` what was asked for besides, as the command line calls it."""
+    """A model. `name` is what its bundle is called, `origin` what the manifest says about where it came from, `inputs`
+    the files and folders that it is read from, `options` what was asked for besides, as the command line calls it."""
 
     def __init__(self, name: str, origin: Mapping[str, str], inputs: tuple[Path, ...] = ()) -> None:
         self.name, self.origin, self.inputs = name, dict(origin), inputs
@@ -84,15 +91,18 @@ class Source(ABC):
     def _fingerprint(self, part: str) -> str: ...
 
     def fingerprint(self, part: str) -> str:
-        """A hash of everything that determines one of PARTS. It is computed once: files that change later are seen by a new Source."""
+        """A hash of everything that determines one of PARTS. It is computed once: files that change later are seen by a
+        new Source."""
         if part not in self._fingerprints:
             self._fingerprints[part] = self._fingerprint(part)
         return self._fingerprints[part]
 
     def check(self) -> None:
-        """Whether a bundle of this model can be built and will run: configurations, scheduler, tokenizer, then every tensor.
+        """Whether a bundle of this model can be built and will run: configurations, scheduler, tokenizer, then every
+        tensor.
 
-        Raises UnreadableModelError, UnsupportedModelError, UnsafePickleError or UsageError. Large parts are loaded one by one.
+        Raises UnreadableModelError, UnsupportedModelError, UnsafePickleError or UsageError. Large parts are loaded one
+        by one.
         """
         unet, text_encoder = self.config("unet"), self.config("text_encoder")
         checks.check_unet(unet)
@@ -108,7 +118,8 @@ class Source(ABC):
         return "the tokenizer"
 
     def _check_weights(self) -> None:
-        """Every part is loaded and runs once on a small input: options that a constructor takes may still fail there."""
+        """Every part is loaded and runs once on a small input: options that a constructor takes may still fail
+        there."""
         for part, load in (("text encoder", self.text_encoder), ("VAE", self.vae), ("U-Net", self.unet)):
             model = load()
             reading(f"the {part} of {self.name}", lambda model=model: checks.run_once(model))  # type: ignore[misc]
@@ -119,29 +130,57 @@ class Source(ABC):
         config = self.scheduler_config()
         scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
         pipeline = StableDiffusionPipeline(
-            vae=self.vae(), text_encoder=self.text_encoder(), tokenizer=self.tokenizer(), unet=self.unet(), scheduler=scheduler,
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+            vae=self.vae(),
+            text_encoder=self.text_encoder(),
+            tokenizer=self.tokenizer(),
+            unet=self.unet(),
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
 
-def resolve(model: str | None, random_weights: bool = False, tokenizer: Path | None = None, prediction_type: str | None = None,
-            scheduler: str | None = None) -> Source:
-    """The source that a command line means by MODEL. `tokenizer` and `prediction_type` are for single files; `scheduler` is a name of
-    engine.sampling.samplers.SAMPLERS or a diffusers class name, shipped instead of the model's own.
+def resolve(
+    model: str | None,
+    random_weights: bool = False,
+    tokenizer: Path | None = None,
+    prediction_type: str | None = None,
+    scheduler: str | None = None,
+) -> Source:
+    """The source that a command line means by MODEL. `tokenizer` and `prediction_type` are for single files;
+    `scheduler` is a name of engine.sampling.samplers.SAMPLERS or a diffusers class name, shipped instead of the model's
+    own.
 
-    Raises UnknownModelError, UnreadableModelError, UnsupportedModelError, UnsafePickleError, NoNetworkError or UsageError.
+    Raises UnknownModelError, UnreadableModelError, UnsupportedModelError, UnsafePickleError, NoNetworkError or
+    UsageError.
     """
-    source = _resolve(model, random_weights, tokenizer, prediction_type, None if scheduler is None else schedulers.asked_sampler(scheduler))
-    given = {"tokenizer": tokenizer and str(tokenizer.resolve()), "prediction-type": prediction_type, "scheduler": scheduler}
+    source = _resolve(
+        model,
+        random_weights,
+        tokenizer,
+        prediction_type,
+        None if scheduler is None else schedulers.asked_sampler(scheduler),
+    )
+    given = {
+        "tokenizer": tokenizer and str(tokenizer.resolve()),
+        "prediction-type": prediction_type,
+        "scheduler": scheduler,
+    }
     source.options = {name: value for name, value in given.items() if value}
     return source
 
 
-def _resolve(model: str | None, random_weights: bool, tokenizer: Path | None, prediction_type: str | None, sampler: str | None) -> Source:
+def _resolve(
+    model: str | None, random_weights: bool, tokenizer: Path | None, prediction_type: str | None, sampler: str | None
+) -> Source:
     if random_weights:
         if model not in ARCHITECTURES:
-            raise UsageError(f"--random-weights needs a known architecture, not {model!r}; known: {', '.join(ARCHITECTURES)}")
+            raise UsageError(
+                f"--random-weights needs a known architecture, not {model!r}; known: {', '.join(ARCHITECTURES)}"
+            )
         _refuse_file_options(f"{model} --random-weights", tokenizer, prediction_type)
         return RandomWeights(model, sampler=sampler)
     if model is not None and (file := _checkpoint(model)) is not None:
@@ -154,17 +193,22 @@ def _resolve(model: str | None, random_weights: bool, tokenizer: Path | None, pr
         name = path.resolve().name
         return DiffusersFolder(path, name, {"kind": "folder", "id": name, "path": str(path.resolve())}, sampler)
     if model in ARCHITECTURES:
-        raise UnknownModelError(f"{model} is an architecture, not a model; add --random-weights to build it without trained weights")
+        raise UnknownModelError(
+            f"{model} is an architecture, not a model; add --random-weights to build it without trained weights"
+        )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not path.parent.is_dir():
         return DiffusersFolder(_download(model), model.split("/")[1], {"kind": "hub", "id": model}, sampler)
     if {"/", os.sep} & set(model):
         raise UnknownModelError(f"there is no file or folder {model}; check the path, or pass a hub id like owner/name")
-    raise UnknownModelError(f"{model!r} is no folder or file here, and not a hub id like owner/name; known architectures for "
-                            f"--random-weights: {', '.join(ARCHITECTURES)}")
+    raise UnknownModelError(
+        f"{model!r} is no folder or file here, and not a hub id like owner/name; known architectures for "
+        f"--random-weights: {', '.join(ARCHITECTURES)}"
+    )
 
 
 def _checkpoint(model: str) -> Path | None:
-    """The single file that MODEL means, None where it means something else. UnknownModelError for files that cannot be one."""
+    """The single file that MODEL means, None where it means something else. UnknownModelError for files that cannot be
+    one."""
     path = Path(model)
     try:
         exists, folder = path.exists(), path.is_dir()
@@ -172,10 +216,15 @@ def _checkpoint(model: str) -> Path | None:
         raise UnknownModelError(f"{shown(model)} cannot be looked at: {error.strerror}") from error
     known = path.suffix.lower() in weights.CHECKPOINT_SUFFIXES
     if not model or (exists and not folder and not path.is_file()):
-        raise UnknownModelError(f"{model!r} is neither a folder nor a file; pass a diffusers folder or a single file ({_suffixes()})")
+        raise UnknownModelError(
+            f"{model!r} is neither a folder nor a file; pass a diffusers folder or a single file ({_suffixes()})"
+        )
     if exists and not folder and not known:
-        raise UnknownModelError(f"{model} is a file of a kind that is not supported ({path.suffix or 'no suffix'}); a single file must be one of "
-                                f"{_suffixes()}, and a diffusers model is a folder")
+        raise UnknownModelError(
+            f"{model} is a file of a kind that is not supported ({path.suffix or 'no suffix'}); a single file must be "
+            "one of "
+            f"{_suffixes()}, and a diffusers model is a folder"
+        )
     if not exists and known:
         raise UnknownModelError(f"there is no file {model}; check the path")
     return path if exists and not folder else None
@@ -189,19 +238,31 @@ def _refuse_file_options(what: str, tokenizer: Path | None, prediction_type: str
     """UsageError for options that only a single file has a use for."""
     for option, value in (("--tokenizer", tokenizer), ("--prediction-type", prediction_type)):
         if value is not None:
-            raise UsageError(f"{option} {value} is for a single file ({_suffixes()}); {what} says this itself, so leave the option out")
+            raise UsageError(
+                f"{option} {value} is for a single file ({_suffixes()}); {what} says this itself, so leave the option "
+                "out"
+            )
 
 
-def _download(repository: str, allow: tuple[str, ...] = HUB_FILES, otherwise: str = "pass its folder; if a folder here is meant, check its path") -> Path:
+def _download(
+    repository: str,
+    allow: tuple[str, ...] = HUB_FILES,
+    otherwise: str = "pass its folder; if a folder here is meant, check its path",
+) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
     try:
         return Path(snapshot_download(repository, allow_patterns=list(allow), ignore_patterns=["*non_ema*"]))
     except (RepositoryNotFoundError, GatedRepoError) as error:
-        raise UnknownModelError(f"the hub has no model {repository!r} that you may read; check the id, or log in with `hf auth login`") from error
+        raise UnknownModelError(
+            f"the hub has no model {repository!r} that you may read; check the id, or log in with `hf auth login`"
+        ) from error
     except (LocalEntryNotFoundError, OSError, RuntimeError, ValueError) as error:
-        raise NoNetworkError(f"{repository} is not in the local cache and the hub could not be reached ({type(error).__name__}); "
-                             f"check the network, or download it elsewhere and {otherwise}") from error
+        raise NoNetworkError(
+            f"{repository} is not in the local cache and the hub could not be reached ({type(error).__name__}); "
+            f"check the network, or download it elsewhere and {otherwise}"
+        ) from error
 
 
 def _hash_files(folder: Path, root: Path, suffixes: set[str]) -> str:
@@ -229,7 +290,10 @@ class DiffusersFolder(Source):
     def _read_index(self) -> dict[str, Any]:
         file = self.folder / "model_index.json"
         if not file.exists():
-            raise UnreadableModelError(f"{self.folder} has no model_index.json, so it is not a diffusers model; pass the folder that save_pretrained wrote")
+            raise UnreadableModelError(
+                f"{self.folder} has no model_index.json, so it is not a diffusers model; pass the folder that "
+                "save_pretrained wrote"
+            )
         index = read_object(file)
         _check_index(index, file)
         for part in PARTS:
@@ -242,8 +306,18 @@ class DiffusersFolder(Source):
         chosen = reading(folder, lambda: weights.choose(folder, safetensors, pickle))
         for file in chosen.files:
             weights.check_floats(file)
-        model, info = reading(folder, lambda: cls.from_pretrained(
-            folder, torch_dtype=torch.float32, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **chosen.options, **options))
+        model, info = reading(
+            folder,
+            lambda: cls.from_pretrained(
+                folder,
+                torch_dtype=torch.float32,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **chosen.options,
+                **options,
+            ),
+        )
         weights.check_loading(folder, info)
         weights.check_finite(folder, model)
         return model
@@ -278,8 +352,11 @@ class DiffusersFolder(Source):
         file = self.folder / "scheduler" / "scheduler_config.json"
         config, named = read_object(file), self._index["scheduler"][1]
         if self._sampler is None and config.get("_class_name", named) != named:
-            raise UnreadableModelError(f"{file} has _class_name={shown(config['_class_name'])} and model_index.json {named}; make them the same, or ship "
-                                       f"another scheduler with --scheduler NAME")
+            raise UnreadableModelError(
+                f"{file} has _class_name={shown(config['_class_name'])} and model_index.json {named}; make them the "
+                "same, or ship "
+                f"another scheduler with --scheduler NAME"
+            )
         return schedulers.shipped(config, str(file), self._sampler)
 
     def sample_size(self) -> int:
@@ -294,20 +371,27 @@ def _check_index(index: Mapping[str, Any], file: Path) -> None:
     """UnsupportedModelError for a model_index.json of another kind of model, UnreadableModelError for a garbled one."""
     pipeline = index.get("_class_name")
     if pipeline not in PIPELINES or "text_encoder_2" in index:
-        raise UnsupportedModelError(f"{file} is of a {shown(pipeline)}; supported are {checks.MODELS} ({' or '.join(PIPELINES)})")
+        raise UnsupportedModelError(
+            f"{file} is of a {shown(pipeline)}; supported are {checks.MODELS} ({' or '.join(PIPELINES)})"
+        )
     for part in PARTS:
         entry = index.get(part)
         if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(name, str) for name in entry)):
-            raise UnreadableModelError(f"{file} has {part}={shown(entry)}; it must be the library and the class, "
-                                       f"for example {json.dumps(CLASSES.get(part, ('diffusers', 'DDIMScheduler')))}")
+            raise UnreadableModelError(
+                f"{file} has {part}={shown(entry)}; it must be the library and the class, "
+                f"for example {json.dumps(CLASSES.get(part, ('diffusers', 'DDIMScheduler')))}"
+            )
     for part, expected in CLASSES.items():
         if index[part][1] != expected[1]:
-            raise UnsupportedModelError(f"{file} is of a {pipeline} with {part}={index[part][1]}; supported are {checks.MODELS} "
-                                        f"({part}={expected[1]}, one text encoder)")
+            raise UnsupportedModelError(
+                f"{file} is of a {pipeline} with {part}={index[part][1]}; supported are {checks.MODELS} "
+                f"({part}={expected[1]}, one text encoder)"
+            )
 
 
 class RandomWeights(Source):
-    """A known architecture with seeded random weights: for sizes, speed and tests, not for pictures that mean something."""
+    """A known architecture with seeded random weights: for sizes, speed and tests, not for pictures that mean
+    something."""
 
     def __init__(self, name: str, seed: int = 0, sampler: str | None = None) -> None:
         super().__init__(f"{name}-random", {"kind": "random", "id": name})
@@ -320,8 +404,15 @@ class RandomWeights(Source):
             return make()
 
     def text_encoder(self) -> CLIPTextModel:
-        return self._build(lambda: CLIPTextModel(CLIPTextConfig(
-            **self._architecture.text_encoder, bos_token_id=CLIP_VOCABULARY - 2, eos_token_id=CLIP_VOCABULARY - 1)).eval())
+        return self._build(
+            lambda: CLIPTextModel(
+                CLIPTextConfig(
+                    **self._architecture.text_encoder,
+                    bos_token_id=CLIP_VOCABULARY - 2,
+                    eos_token_id=CLIP_VOCABULARY - 1,
+                )
+            ).eval()
+        )
 
     def unet(self) -> UNet2DConditionModel:
         return self._build(lambda: UNet2DConditionModel(**self._architecture.unet).eval())
@@ -330,12 +421,17 @@ class RandomWeights(Source):
         return self._build(lambda: AutoencoderKL(**self._architecture.vae).eval())
 
     def tokenizer(self) -> CLIPTokenizer:
-        """The built-in model's merges with CLIP's ids for the start and the end: ids in the right range, words of its own."""
+        """The built-in model's merges with CLIP's ids for the start and the end: ids in the right range, words of its
+        own."""
         vocabulary = json.loads((BUILT_IN / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
         merges = (BUILT_IN / "tokenizer" / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
         vocabulary |= {"<|startoftext|>": CLIP_VOCABULARY - 2, "<|endoftext|>": CLIP_VOCABULARY - 1}
-        return CLIPTokenizer(vocabulary, [tuple(merge.split(" ")) for merge in merges], pad_token=self._architecture.pad_token,
-                             model_max_length=77)
+        return CLIPTokenizer(
+            vocabulary,
+            [tuple(merge.split(" ")) for merge in merges],
+            pad_token=self._architecture.pad_token,
+            model_max_length=77,
+        )
 
     def scheduler_config(self) -> dict[str, Any]:
         return schedulers.shipped(self._architecture.scheduler, self.name, self._sampler)
@@ -364,20 +460,31 @@ def config_of(known: Architecture, part: str) -> dict[str, Any]:
 class CompVisFile(Source):
     """A single .safetensors or .ckpt file with the names of the CompVis and Stability repositories."""
 
-    def __init__(self, file: Path, tokenizer: Path | None, prediction_type: str | None, sampler: str | None = None) -> None:
+    def __init__(
+        self, file: Path, tokenizer: Path | None, prediction_type: str | None, sampler: str | None = None
+    ) -> None:
         if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
             raise UsageError(f"--prediction-type is {prediction_type!r}; it must be {' or '.join(PREDICTION_TYPES)}")
         if tokenizer is not None and not tokenizer.is_dir():
-            raise UsageError(f"--tokenizer {tokenizer} is {'not a folder' if tokenizer.exists() else 'not there'}; pass the folder of a CLIP tokenizer "
-                             f"(tokenizer.json, or vocab.json and merges.txt)")
+            raise UsageError(
+                f"--tokenizer {tokenizer} is {'not a folder' if tokenizer.exists() else 'not there'}; pass the folder "
+                "of a CLIP tokenizer "
+                f"(tokenizer.json, or vocab.json and merges.txt)"
+            )
         if tokenizer is not None:
             _read_tokenizer(tokenizer)
-        super().__init__(file.stem, {"kind": "file", "id": file.name, "path": str(file.resolve())}, (file, *([] if tokenizer is None else [tokenizer])))
+        super().__init__(
+            file.stem,
+            {"kind": "file", "id": file.name, "path": str(file.resolve())},
+            (file, *([] if tokenizer is None else [tokenizer])),
+        )
         self.file, self._sampler = file, sampler
         self._weights = weights.read(file)
         self._architecture = reading(file, lambda: compvis.architecture(self._weights, file, prediction_type))
         self._hash = reading(file, lambda: sha256(file))
-        self._tokenizer_folder = tokenizer or _download(CLIP_TOKENIZER, ("*.json", "*.txt"), "pass its folder with --tokenizer FOLDER")
+        self._tokenizer_folder = tokenizer or _download(
+            CLIP_TOKENIZER, ("*.json", "*.txt"), "pass its folder with --tokenizer FOLDER"
+        )
 
     def text_encoder(self) -> CLIPTextModel:
         return self._checked(compvis.text_encoder)

@@ -1,4 +1,5 @@
 """Whether the graphs serve a model, from its configuration alone: before any weights are read."""
+
 from __future__ import annotations
 
 import inspect
@@ -18,17 +19,31 @@ from ..errors import UnreadableModelError, UnsupportedModelError, UsageError
 
 MODELS = "text-to-image models of Stable Diffusion 1.x and 2.x"
 
-UNUSED_INPUTS = ("class_embed_type", "addition_embed_type", "encoder_hid_dim", "encoder_hid_dim_type", "time_cond_proj_dim", "num_class_embeds",
-                 "time_embedding_act_fn")
+UNUSED_INPUTS = (
+    "class_embed_type",
+    "addition_embed_type",
+    "encoder_hid_dim",
+    "encoder_hid_dim_type",
+    "time_cond_proj_dim",
+    "num_class_embeds",
+    "time_embedding_act_fn",
+)
 UNET_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "center_input_sample": (False, None), "dual_cross_attention": (False, None), "class_embeddings_concat": (False, None),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",), "time_embedding_type": ("positional", None), "attention_type": ("default", None),
+    "center_input_sample": (False, None),
+    "dual_cross_attention": (False, None),
+    "class_embeddings_concat": (False, None),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "time_embedding_type": ("positional", None),
+    "attention_type": ("default", None),
     "cross_attention_norm": (None,),
 }
 """Options of UNet2DConditionModel that the denoiser's graph has one way of."""
 
 BLOCKS: dict[str, dict[str, tuple[str, ...]]] = {
-    "the U-Net": {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")},
+    "the U-Net": {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    },
     "the VAE": {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)},
 }
 SMALLEST_SAMPLE, LARGEST_SAMPLE = 4, 512
@@ -47,14 +62,19 @@ def with_defaults(cls: Any, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_unet(config: Mapping[str, Any]) -> None:
-    """UnsupportedModelError for U-Nets that need more inputs than latents, timestep and text, or are built otherwise."""
+    """UnsupportedModelError for U-Nets that need more inputs than latents, timestep and text, or are built
+    otherwise."""
     for name in ("in_channels", "out_channels"):
         if config[name] != LATENT_CHANNELS:
-            raise UnsupportedModelError(f"the U-Net has {name}={shown(config[name])}; {MODELS} have {LATENT_CHANNELS} (9 is inpainting, "
-                                        f"8 InstructPix2Pix, 5 depth, 7 upscaling)")
+            raise UnsupportedModelError(
+                f"the U-Net has {name}={shown(config[name])}; {MODELS} have {LATENT_CHANNELS} (9 is inpainting, "
+                f"8 InstructPix2Pix, 5 depth, 7 upscaling)"
+            )
     for name in UNUSED_INPUTS:
         if config.get(name) is not None:
-            raise UnsupportedModelError(f"the U-Net has {name}={shown(config[name])}, an input that {MODELS} do not have")
+            raise UnsupportedModelError(
+                f"the U-Net has {name}={shown(config[name])}, an input that {MODELS} do not have"
+            )
     for name, usual in UNET_OPTIONS.items():
         if name in config and config[name] not in usual:
             raise UnsupportedModelError(f"the U-Net has {name}={shown(config[name])}; {MODELS} have {usual[0]!r}")
@@ -66,47 +86,74 @@ def check_vae(config: Mapping[str, Any]) -> None:
     channels = config["block_out_channels"]
     factor = 2 ** (len(channels) - 1) if isinstance(channels, (list, tuple)) and channels else shown(channels)
     if factor != VAE_FACTOR or config["latent_channels"] != LATENT_CHANNELS or config.get("shift_factor"):
-        raise UnsupportedModelError(f"the VAE has {shown(config['latent_channels'])} channels, a factor of {factor} and shift_factor="
-                                    f"{shown(config.get('shift_factor'))}; those of Stable Diffusion 1.x and 2.x have {LATENT_CHANNELS}, {VAE_FACTOR} and none")
+        raise UnsupportedModelError(
+            f"the VAE has {shown(config['latent_channels'])} channels, a factor of {factor} and shift_factor="
+            f"{shown(config.get('shift_factor'))}; those of Stable Diffusion 1.x and 2.x have {LATENT_CHANNELS}, "
+            f"{VAE_FACTOR} and none"
+        )
     scale = config["scaling_factor"]
     number = isinstance(scale, (int, float)) and not isinstance(scale, bool) and math.isfinite(scale)
     if not number or not SMALLEST_SCALE <= scale <= LARGEST_SCALE:
-        raise UnsupportedModelError(f"the VAE has scaling_factor={shown(scale)}; it must be a number from {SMALLEST_SCALE:g} to {LARGEST_SCALE:g} "
-                                    f"(Stable Diffusion's is 0.18215)")
+        raise UnsupportedModelError(
+            f"the VAE has scaling_factor={shown(scale)}; it must be a number from {SMALLEST_SCALE:g} to "
+            f"{LARGEST_SCALE:g} "
+            f"(Stable Diffusion's is 0.18215)"
+        )
     _check_blocks("the VAE", config)
 
 
 def _check_blocks(whose: str, config: Mapping[str, Any]) -> None:
     for name, allowed in BLOCKS[whose].items():
         blocks = config[name]
-        if not isinstance(blocks, (list, tuple)) or not blocks or not all(isinstance(block, str) and block in allowed for block in blocks):
-            raise UnsupportedModelError(f"{whose} has {name}={shown(blocks)}; supported is a list of {' and '.join(allowed)}")
+        if (
+            not isinstance(blocks, (list, tuple))
+            or not blocks
+            or not all(isinstance(block, str) and block in allowed for block in blocks)
+        ):
+            raise UnsupportedModelError(
+                f"{whose} has {name}={shown(blocks)}; supported is a list of {' and '.join(allowed)}"
+            )
 
 
 def check_text_encoder(config: Mapping[str, Any]) -> None:
     """UnsupportedModelError for text encoders that want another input than 77 tokens."""
     if config.get("use_attention_mask"):
-        raise UnsupportedModelError("the text encoder wants an attention mask (use_attention_mask); the text encoders of Stable Diffusion 1.x and 2.x do not")
+        raise UnsupportedModelError(
+            "the text encoder wants an attention mask (use_attention_mask); the text encoders of Stable Diffusion 1.x "
+            "and 2.x do not"
+        )
     if config["max_position_embeddings"] != PROMPT_TOKENS:
-        raise UnsupportedModelError(f"the text encoder has max_position_embeddings={shown(config['max_position_embeddings'])}; CLIP's is {PROMPT_TOKENS}")
+        raise UnsupportedModelError(
+            f"the text encoder has max_position_embeddings={shown(config['max_position_embeddings'])}; CLIP's is "
+            f"{PROMPT_TOKENS}"
+        )
 
 
 def check_width(unet: Mapping[str, Any], text_encoder: Mapping[str, Any]) -> None:
     """UnsupportedModelError where the U-Net does not take what the text encoder gives."""
     wanted, given = unet["cross_attention_dim"], text_encoder["hidden_size"]
     if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted != given:
-        raise UnsupportedModelError(f"the U-Net has cross_attention_dim={shown(wanted)} and the text encoder hidden_size={shown(given)}; they must be the same "
-                                    f"number, so these parts are not of one model")
+        raise UnsupportedModelError(
+            f"the U-Net has cross_attention_dim={shown(wanted)} and the text encoder hidden_size={shown(given)}; they "
+            "must be the same "
+            f"number, so these parts are not of one model"
+        )
 
 
 def latent_size(config: Mapping[str, Any]) -> int:
     """Height in latents that a U-Net was trained at, 64 where its configuration does not say; UnreadableModelError."""
     size = config.get("sample_size")
     sides = size if isinstance(size, (list, tuple)) else [64 if size is None else size]
-    usable = all(isinstance(side, int) and not isinstance(side, bool) and SMALLEST_SAMPLE <= side <= LARGEST_SAMPLE for side in sides)
+    usable = all(
+        isinstance(side, int) and not isinstance(side, bool) and SMALLEST_SAMPLE <= side <= LARGEST_SAMPLE
+        for side in sides
+    )
     if len(sides) not in (1, 2) or not usable:
-        raise UnreadableModelError(f"the U-Net has sample_size={shown(size)}; it must be an integer from {SMALLEST_SAMPLE} to {LARGEST_SAMPLE} "
-                                    f"(64 is 512 pixels)")
+        raise UnreadableModelError(
+            f"the U-Net has sample_size={shown(size)}; it must be an integer from {SMALLEST_SAMPLE} to "
+            f"{LARGEST_SAMPLE} "
+            f"(64 is 512 pixels)"
+        )
     return int(sides[0])
 
 
@@ -124,31 +171,51 @@ def run_once(model: CLIPTextModel | AutoencoderKL | UNet2DConditionModel) -> Non
 
 
 def check_tokenizer(tokenizer: CLIPTokenizer, what: str, vocabulary: Any) -> None:
-    """UnreadableModelError or UsageError for a tokenizer that is not CLIP's kind, or knows more tokens than the text encoder."""
+    """UnreadableModelError or UsageError for a tokenizer that is not CLIP's kind, or knows more tokens than the text
+    encoder."""
     if tokenizer.model_max_length != PROMPT_TOKENS:
-        raise UsageError(f"{what}: the tokenizer's model_max_length is {shown(tokenizer.model_max_length)}; CLIP's is {PROMPT_TOKENS}")
+        raise UsageError(
+            f"{what}: the tokenizer's model_max_length is {shown(tokenizer.model_max_length)}; CLIP's is "
+            f"{PROMPT_TOKENS}"
+        )
     for name in ("bos_token", "eos_token"):
         token = getattr(tokenizer, name)
         if not isinstance(token, str) or not re.fullmatch("<.+>", token):
-            raise UnreadableModelError(f"{what} has {name}={shown(token)}, which is text and not a mark; CLIP's are <|startoftext|> and <|endoftext|>")
+            raise UnreadableModelError(
+                f"{what} has {name}={shown(token)}, which is text and not a mark; CLIP's are <|startoftext|> and "
+                "<|endoftext|>"
+            )
     if tokenizer.bos_token_id == tokenizer.eos_token_id:
-        raise UnreadableModelError(f"{what} has one token for the start and the end of a text ({tokenizer.bos_token}); CLIP has two")
+        raise UnreadableModelError(
+            f"{what} has one token for the start and the end of a text ({tokenizer.bos_token}); CLIP has two"
+        )
     known = tokenizer.get_vocab()
     beyond = sorted(token for token, number in known.items() if not isinstance(vocabulary, int) or number >= vocabulary)
     if beyond:
-        raise UnreadableModelError(f"{what} knows {len(known)} tokens and the text encoder {shown(vocabulary)} (vocab_size); {beyond[0]!r} is one that it has "
-                                   f"no embedding for. The two are not of one model, or a token in tokenizer_config.json is not in the vocabulary")
+        raise UnreadableModelError(
+            f"{what} knows {len(known)} tokens and the text encoder {shown(vocabulary)} (vocab_size); {beyond[0]!r} is "
+            "one that it has "
+            "no embedding for. The two are not of one model, or a token in tokenizer_config.json is not in the "
+            "vocabulary"
+        )
     texts = [tuple(tokenizer(text).input_ids) for text in PLAIN_TEXTS]
     if len(set(texts)) < len(texts):
-        raise UnreadableModelError(f"{what} cannot tell {PLAIN_TEXTS[0]!r} and {PLAIN_TEXTS[1]!r} apart: its vocabulary is missing or damaged. It needs "
-                                   f"tokenizer.json, or vocab.json and merges.txt")
+        raise UnreadableModelError(
+            f"{what} cannot tell {PLAIN_TEXTS[0]!r} and {PLAIN_TEXTS[1]!r} apart: its vocabulary is missing or "
+            "damaged. It needs "
+            f"tokenizer.json, or vocab.json and merges.txt"
+        )
 
 
 def check_tokenizer_config(config: Mapping[str, Any], what: str) -> None:
-    """UnsupportedModelError for a tokenizer_config.json of another tokenizer than CLIP's, UnreadableModelError for one without its marks."""
+    """UnsupportedModelError for a tokenizer_config.json of another tokenizer than CLIP's, UnreadableModelError for one
+    without its marks."""
     found = config.get("tokenizer_class")
     if found not in (None, "CLIPTokenizer", "CLIPTokenizerFast"):
-        raise UnsupportedModelError(f"{what} has tokenizer_class={shown(found)}; the text encoder of Stable Diffusion 1.x and 2.x needs a CLIPTokenizer")
+        raise UnsupportedModelError(
+            f"{what} has tokenizer_class={shown(found)}; the text encoder of Stable Diffusion 1.x and 2.x needs a "
+            "CLIPTokenizer"
+        )
     for name in ("bos_token", "eos_token", "pad_token"):
         if name in config and not isinstance(config[name], (str, dict)):
             raise UnreadableModelError(f"{what} has {name}={shown(config[name])}; it must be a token of the vocabulary")

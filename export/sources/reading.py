@@ -1,4 +1,5 @@
 """Reading a model's files: whatever a library raises becomes a named error that keeps the whole cause."""
+
 from __future__ import annotations
 
 import json
@@ -19,19 +20,25 @@ CODE_IN_PICKLE = ("weights_only", "Weights only load failed", "WeightsUnpickler 
 
 
 def reading(what: Path | str, load: Callable[[], T]) -> T:
-    """What `load` returns. UnsafePickleError for a pickle that holds code, UnreadableModelError for everything else that it raises."""
+    """What `load` returns. UnsafePickleError for a pickle that holds code, UnreadableModelError for everything else
+    that it raises."""
     try:
         return load()
     except ExportError:
         raise
-    except Exception as error:  # diffusers, transformers, tokenizers and torch raise many types for files that are damaged or missing
+    except (
+        Exception
+    ) as error:  # diffusers, transformers, tokenizers and torch raise many types for files that are damaged or missing
         if any(words in str(one) for one in _chain(error) for words in CODE_IN_PICKLE):
             raise unsafe_pickle(what) from error
         raise UnreadableModelError(f"{what} cannot be read: {cause(error)}") from error
 
 
 def unsafe_pickle(what: Path | str) -> UnsafePickleError:
-    return UnsafePickleError(f"{what} is a pickle that holds more than tensors, so loading it could run code; convert it to safetensors where you trust it")
+    return UnsafePickleError(
+        f"{what} is a pickle that holds more than tensors, so loading it could run code; convert it to safetensors "
+        "where you trust it"
+    )
 
 
 def cause(error: BaseException) -> str:
@@ -61,11 +68,15 @@ def read_object(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError) as error:
         fault = "missing" if isinstance(error, FileNotFoundError) else "not a file"
-        raise UnreadableModelError(f"{file} is {fault}; the model is incomplete, so download or save it again") from error
+        raise UnreadableModelError(
+            f"{file} is {fault}; the model is incomplete, so download or save it again"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise UnreadableModelError(f"{file} is not JSON ({cause(error)}); download or save the model again") from error
     except OSError as error:
         raise UnreadableModelError(f"{file} cannot be read: {error.strerror}") from error
     if not isinstance(value, dict):
-        raise UnreadableModelError(f"{file} holds {shown(value)}, not an object {{...}}; download or save the model again")
+        raise UnreadableModelError(
+            f"{file} holds {shown(value)}, not an object {{...}}; download or save the model again"
+        )
     return value

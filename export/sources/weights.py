@@ -1,4 +1,5 @@
 """Files of weights: what they hold, whichever suffix they have, and whether it is what the model needs."""
+
 from __future__ import annotations
 
 import math
@@ -42,11 +43,18 @@ def kind(file: Path) -> str:
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
         return "pickle"
     if head.startswith(b"version https://git-lfs"):
-        raise UnreadableModelError(f"{file} cannot be read: it is a Git LFS pointer, not the weights; run git lfs pull in its folder")
+        raise UnreadableModelError(
+            f"{file} cannot be read: it is a Git LFS pointer, not the weights; run git lfs pull in its folder"
+        )
     if head.lstrip()[:1] == b"<":
-        raise UnreadableModelError(f"{file} cannot be read: it is a web page (HTML), not weights; the download needed a login or failed, so download it again")
-    raise UnreadableModelError(f"{file} cannot be read: it begins with {head[:16]!r}, so it is neither safetensors nor written by torch.save; "
-                               f"download it again")
+        raise UnreadableModelError(
+            f"{file} cannot be read: it is a web page (HTML), not weights; the download needed a login or failed, so "
+            "download it again"
+        )
+    raise UnreadableModelError(
+        f"{file} cannot be read: it begins with {head[:16]!r}, so it is neither safetensors nor written by torch.save; "
+        f"download it again"
+    )
 
 
 def _head(file: Path) -> bytes:
@@ -62,7 +70,9 @@ def read(file: Path) -> dict[str, Tensor]:
     content = reading(file, lambda: torch.load(file, map_location="cpu", weights_only=True, mmap=found == "zip"))
     weights = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(weights, dict):
-        raise UnreadableModelError(f"{file} holds a {type(weights).__name__}, not tensors by name; save the state_dict of the model")
+        raise UnreadableModelError(
+            f"{file} holds a {type(weights).__name__}, not tensors by name; save the state_dict of the model"
+        )
     tensors = {name: value for name, value in weights.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if isinstance(content.get("global_step"), int):
         tensors["global_step"] = torch.tensor(content["global_step"])
@@ -73,7 +83,8 @@ def check_floats(file: Path) -> None:
     """UnsupportedModelError where a file holds integers: quantised weights mean nothing without their scales."""
     if kind(file) == "safetensors":
         with reading(file, lambda: safe_open(file, "pt")) as tensors:
-            integers = {name: code for name in tensors.keys() if (code := tensors.get_slice(name).get_dtype()) in INTEGER_CODES}  # noqa: SIM118
+            codes = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+        integers = {name: code for name, code in codes.items() if code in INTEGER_CODES}
     else:
         integers = integers_of(read(file))
     refuse_integers(file, integers)
@@ -85,10 +96,17 @@ def integers_of(weights: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def refuse_integers(what: Path, integers: Mapping[str, str]) -> None:
-    wrong = {name: code for name, code in integers.items() if not name.endswith(("position_ids", "global_step", "num_batches_tracked"))}
+    wrong = {
+        name: code
+        for name, code in integers.items()
+        if not name.endswith(("position_ids", "global_step", "num_batches_tracked"))
+    }
     if wrong:
-        raise UnsupportedModelError(f"{what} holds integers: {_some(f'{name} ({code})' for name, code in wrong.items())}; quantised weights are not "
-                                    f"supported, so use the model's float16 or float32 files")
+        raise UnsupportedModelError(
+            f"{what} holds integers: {_some(f'{name} ({code})' for name, code in wrong.items())}; quantised weights "
+            "are not "
+            f"supported, so use the model's float16 or float32 files"
+        )
 
 
 @dataclass(frozen=True)
@@ -100,8 +118,9 @@ class WeightFiles:
 
 
 def choose(folder: Path, safetensors: str, pickle: str) -> WeightFiles:
-    """The weights of a part: safetensors before pickles, whole numbers of bits before the "fp16" variant; one file or an index of
-    several. `safetensors` and `pickle` are the files' names, for example model.safetensors and pytorch_model.bin."""
+    """The weights of a part: safetensors before pickles, whole numbers of bits before the "fp16" variant; one file or
+    an index of several. `safetensors` and `pickle` are the files' names, for example model.safetensors and
+    pytorch_model.bin."""
     tried = []
     for name, safe in ((safetensors, True), (pickle, False)):
         stem, suffix = name.rsplit(".", 1)
@@ -114,44 +133,81 @@ def choose(folder: Path, safetensors: str, pickle: str) -> WeightFiles:
             if index.exists():
                 return WeightFiles(_shards(index), options)
             tried.append(single.name)
-    raise UnreadableModelError(f"{folder} has no weights: none of {', '.join(tried)}, nor an index of several files; the model is incomplete, so "
-                               f"download or save it again")
+    raise UnreadableModelError(
+        f"{folder} has no weights: none of {', '.join(tried)}, nor an index of several files; the model is incomplete, "
+        "so "
+        f"download or save it again"
+    )
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
     shards = read_object(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) and Path(name).name == name for name in shards.values()):
-        raise UnreadableModelError(f"{index} has no weight_map from tensors to files in its folder; download or save the model again")
+    if (
+        not isinstance(shards, dict)
+        or not shards
+        or not all(isinstance(name, str) and Path(name).name == name for name in shards.values())
+    ):
+        raise UnreadableModelError(
+            f"{index} has no weight_map from tensors to files in its folder; download or save the model again"
+        )
     return tuple(index.with_name(name) for name in sorted(set(shards.values())))
 
 
 def check_loading(what: Path, info: Mapping[str, Any]) -> None:
-    """UnreadableModelError where from_pretrained's loading info says that weights and configuration do not belong together."""
-    check_fit(what, info["missing_keys"], info["unexpected_keys"], [(name, found, wanted) for name, found, wanted in info["mismatched_keys"]])
+    """UnreadableModelError where from_pretrained's loading info says that weights and configuration do not belong
+    together."""
+    check_fit(
+        what,
+        info["missing_keys"],
+        info["unexpected_keys"],
+        [(name, found, wanted) for name, found, wanted in info["mismatched_keys"]],
+    )
     if info.get("error_msgs"):
         raise UnreadableModelError(f"{what} cannot be read: {'; '.join(map(str, info['error_msgs']))}")
 
 
-def check_fit(what: Path, missing: Iterable[str], unexpected: Iterable[str], mismatched: Sequence[tuple[str, Any, Any]]) -> None:
+def check_fit(
+    what: Path, missing: Iterable[str], unexpected: Iterable[str], mismatched: Sequence[tuple[str, Any, Any]]
+) -> None:
     """UnreadableModelError that names the tensors which a model lacks, does not know, or has in another shape."""
     missing = sorted(missing)
     unknown = sorted(name for name in unexpected if not name.endswith(HARMLESS) and not name.startswith(HARMLESS_PARTS))
     shapes = [f"{name} {list(found)} instead of {list(wanted)}" for name, found, wanted in sorted(mismatched)]
-    problems = [f"{len(names)} {words} ({_some(names)})" for names, words in (
-        (missing, "of the model's tensors are missing"), (unknown, "are not the model's"), (shapes, "have another shape")) if names]
+    problems = [
+        f"{len(names)} {words} ({_some(names)})"
+        for names, words in (
+            (missing, "of the model's tensors are missing"),
+            (unknown, "are not the model's"),
+            (shapes, "have another shape"),
+        )
+        if names
+    ]
     if problems:
-        raise UnreadableModelError(f"{what}: the weights do not fit the model's configuration: {'; '.join(problems)}. Get the weights and the "
-                                   f"configuration that belong together, or save the model again")
+        raise UnreadableModelError(
+            f"{what}: the weights do not fit the model's configuration: {'; '.join(problems)}. Get the weights and the "
+            f"configuration that belong together, or save the model again"
+        )
 
 
 def check_finite(what: Path, model: nn.Module) -> None:
     """UnreadableModelError that names weights which are NaN or infinite."""
-    suspect = {name: value for name, value in model.state_dict().items() if value.is_floating_point() and not math.isfinite(value.sum())}
-    wrong = [name for name, value in suspect.items() if not torch.isfinite(value).all()]  # a sum may overflow where no value is infinite
+    suspect = {
+        name: value
+        for name, value in model.state_dict().items()
+        if value.is_floating_point() and not math.isfinite(value.sum())
+    }
+    wrong = [
+        name for name, value in suspect.items() if not torch.isfinite(value).all()
+    ]  # a sum may overflow where no value is infinite
     if wrong:
-        raise UnreadableModelError(f"{what}: {len(wrong)} tensors hold values that are not finite ({_some(wrong)}); the file is damaged, so download it again")
+        raise UnreadableModelError(
+            f"{what}: {len(wrong)} tensors hold values that are not finite ({_some(wrong)}); the file is damaged, so "
+            "download it again"
+        )
 
 
 def _some(names: Iterable[str]) -> str:
     names = list(names)
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
+    return ", ".join(names[:NAMES_SHOWN]) + (
+        f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    )

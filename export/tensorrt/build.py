@@ -1,4 +1,6 @@
-"""ONNX graphs of a bundle to TensorRT plans for the GPU of this machine. Needs numpy, tensorrt and cuda-bindings, no torch."""
+"""ONNX graphs of a bundle to TensorRT plans for the GPU of this machine. Needs numpy, tensorrt and cuda-bindings, no
+torch."""
+
 from __future__ import annotations
 
 import hashlib
@@ -62,7 +64,8 @@ OWN_FILES = frozenset([BUILD, *(f"{component}.plan" for component in COMPONENTS)
 
 @dataclass(frozen=True)
 class Settings:
-    """What the builder is told: how long it searches (0 to 5), bytes of workspace and auxiliary streams (None: TensorRT decides)."""
+    """What the builder is told: how long it searches (0 to 5), bytes of workspace and auxiliary streams (None: TensorRT
+    decides)."""
 
     optimization_level: int = 3
     workspace: int | None = None
@@ -71,7 +74,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class PlanOutcome:
-    """What a build did: where the plans are, build.json, and which components were built (none: they were up to date)."""
+    """What a build did: where the plans are, build.json, and which components were built (none: they were up to
+    date)."""
 
     folder: Path
     build: dict[str, Any]
@@ -79,28 +83,49 @@ class PlanOutcome:
 
 
 def with_rows(shapes: Shapes) -> list[Shapes]:
-    """Profiles for the U-Net's rows with and without guidance: two for a fixed number of pictures, since fixed sizes are the
-    fastest, one for a range."""
+    """Profiles for the U-Net's rows with and without guidance: two for a fixed number of pictures, since fixed sizes
+    are the fastest, one for a range."""
     batch = shapes.batch
-    fixed, ranged = [Range(n, n, n) for n in (2 * batch.opt, batch.opt)], [Range(batch.min, 2 * batch.opt, 2 * batch.max)]
+    fixed, ranged = (
+        [Range(n, n, n) for n in (2 * batch.opt, batch.opt)],
+        [Range(batch.min, 2 * batch.opt, 2 * batch.max)],
+    )
     rows = fixed if batch.static else ranged
     return [Shapes(shapes.height, shapes.width, batch, one) for one in rows]
 
 
-def build_plans(folder: Path, profiles: Sequence[Shapes], settings: Settings = Settings(), *, components: Sequence[str] = COMPONENTS, gpu: int = 0,
-                compare: bool = True, diagnose: bool = False, force: bool = False, report: Report = print) -> PlanOutcome:
-    """Writes the plans of the bundle in `folder` for this machine's GPU, or those of some components, unless they are there and nothing changed.
+def build_plans(
+    folder: Path,
+    profiles: Sequence[Shapes],
+    settings: Settings = Settings(),
+    *,
+    components: Sequence[str] = COMPONENTS,
+    gpu: int = 0,
+    compare: bool = True,
+    diagnose: bool = False,
+    force: bool = False,
+    report: Report = print,
+) -> PlanOutcome:
+    """Writes the plans of the bundle in `folder` for this machine's GPU, or those of some components, unless they are
+    there and nothing changed.
 
-    `compare` runs every component on ONNX Runtime too, where that is installed. Raises the errors of `Bundle.open`, BackendError,
-    and those of export/errors.py; whatever happens, old plans that run stay until the new ones do, and finished plans are not built again."""
+    `compare` runs every component on ONNX Runtime too, where that is installed. Raises the errors of `Bundle.open`,
+    BackendError, and those of export/errors.py; whatever happens, old plans that run stay until the new ones do, and
+    finished plans are not built again."""
     bundle = Bundle.open(folder)
     trt = versions.load_tensorrt()
     if bundle.precision == "bf16" and not versions.supports_bf16(trt):
-        raise UsageError(f"TensorRT {trt.__version__} has no bfloat16; build the bundle with --precision fp16, or use TensorRT 10 or 11")
+        raise UsageError(
+            f"TensorRT {trt.__version__} has no bfloat16; build the bundle with --precision fp16, or use TensorRT 10 "
+            "or 11"
+        )
     opset = max(int(entry["opset"]) for entry in bundle.manifest["components"].values())
     if opset > versions.newest_opset(trt):
-        raise UsageError(f"the graphs in {folder} are of opset {opset}, and TensorRT {trt.__version__} takes {versions.newest_opset(trt)}; build the bundle "
-                         f"with --opset {versions.newest_opset(trt)}, or use TensorRT 10.14 or later")
+        raise UsageError(
+            f"the graphs in {folder} are of opset {opset}, and TensorRT {trt.__version__} takes "
+            f"{versions.newest_opset(trt)}; build the bundle "
+            f"with --opset {versions.newest_opset(trt)}, or use TensorRT 10.14 or later"
+        )
     device = Device(gpu)
     try:
         versions.require_driver(trt, device.driver_version)
@@ -115,19 +140,33 @@ def build_plans(folder: Path, profiles: Sequence[Shapes], settings: Settings = S
 class PlanBuilder:
     """One build of a bundle's plans on one GPU."""
 
-    def __init__(self, bundle: Bundle, trt: Any, device: Device, profiles: Sequence[Shapes], settings: Settings, report: Report) -> None:
-        self._bundle, self._trt, self._device, self._profiles, self._settings, self._report = bundle, trt, device, profiles, settings, report
+    def __init__(
+        self, bundle: Bundle, trt: Any, device: Device, profiles: Sequence[Shapes], settings: Settings, report: Report
+    ) -> None:
+        self._bundle, self._trt, self._device, self._profiles, self._settings, self._report = (
+            bundle,
+            trt,
+            device,
+            profiles,
+            settings,
+            report,
+        )
         self._machine = Machine(device.name, device.compute_capability, trt.__version__)
         self._folder = bundle.folder / "plans" / self._machine.folder
         self._cache = TimingCache(self._folder)
 
     def build(self, components: Sequence[str], compare: bool, diagnose: bool, force: bool) -> PlanOutcome:
-        """Builds what changed; `Plans.find` describes the result. Each finished plan is noted beside the old plans and outlives a failure or the end of the
-        process. Where the old plans do not run, it takes their place at once; where they do, they stay until all that a pipeline needs is there."""
+        """Builds what changed; `Plans.find` describes the result. Each finished plan is noted beside the old plans and
+        outlives a failure or the end of the process. Where the old plans do not run, it takes their place at once;
+        where they do, they stay until all that a pipeline needs is there."""
         recover(self._folder, self._beside("publishing"), self._beside("replaced"), OWN_FILES.__contains__)
         wanted = [format_profile(profile) for profile in self._profiles]
         old, finished = self._intact(self._folder / BUILD), self._intact(self._unfinished / FINISHED)
-        entries = {component: entry for component, entry in {**old, **finished}.items() if not ((force or diagnose) and component in components)}
+        entries = {
+            component: entry
+            for component, entry in {**old, **finished}.items()
+            if not ((force or diagnose) and component in components)
+        }
         todo = [component for component in ORDER if component in components and component not in entries]
         running = self._running()
         if not todo and running and running["profiles"] == wanted and entries == old:
@@ -135,8 +174,15 @@ class PlanBuilder:
             return PlanOutcome(self._folder, running, ())
         self._require_room(todo)
         build: dict[str, Any] = {
-            "format": FORMAT, "machine": asdict(self._machine), "precision": self._bundle.precision, "profiles": wanted,
-            "settings": asdict(self._settings), "components": entries, "cuda_driver": self._device.driver_version, "latentrt": __version__}
+            "format": FORMAT,
+            "machine": asdict(self._machine),
+            "precision": self._bundle.precision,
+            "profiles": wanted,
+            "settings": asdict(self._settings),
+            "components": entries,
+            "cuda_driver": self._device.driver_version,
+            "latentrt": __version__,
+        }
         worth_keeping = bool(finished)
         try:
             self._unfinished.mkdir(parents=True, exist_ok=True)
@@ -146,7 +192,9 @@ class PlanBuilder:
                     link(self._folder / f"{component}.plan", self._unfinished / f"{component}.plan")
                 self._report(f"{component}: unchanged")
             for number, component in enumerate(todo, 1):
-                entries[component] = self._component(component, self._unfinished, f"[{number}/{len(todo)}] {component}", compare, diagnose)
+                entries[component] = self._component(
+                    component, self._unfinished, f"[{number}/{len(todo)}] {component}", compare, diagnose
+                )
                 _write(self._unfinished / FINISHED, json.dumps({"components": entries}).encode())
                 worth_keeping, build["components"] = True, entries
                 if not running:
@@ -158,11 +206,16 @@ class PlanBuilder:
         outcome = PlanOutcome(self._folder, build, tuple(component for component in COMPONENTS if component in todo))
         missing = [component for component in NEEDED if component not in entries]
         if missing and running:
-            self._report(f"{self._folder} stays as it was; for these sizes and settings a pipeline needs the plans of {', '.join(missing)} too")
+            self._report(
+                f"{self._folder} stays as it was; for these sizes and settings a pipeline needs the plans of "
+                f"{', '.join(missing)} too"
+            )
             return outcome
         self._publish(build)
         shutil.rmtree(self._unfinished, ignore_errors=True)
-        self._report(f"wrote {self._folder}" + (f"; a pipeline needs the plans of {', '.join(missing)} too" if missing else ""))
+        self._report(
+            f"wrote {self._folder}" + (f"; a pipeline needs the plans of {', '.join(missing)} too" if missing else "")
+        )
         return outcome
 
     def _beside(self, state: str) -> Path:
@@ -179,7 +232,9 @@ class PlanBuilder:
         publishing.mkdir()
         for component in build["components"]:
             link(self._unfinished / f"{component}.plan", publishing / f"{component}.plan")
-        build["components"] = {component: build["components"][component] for component in COMPONENTS if component in build["components"]}
+        build["components"] = {
+            component: build["components"][component] for component in COMPONENTS if component in build["components"]
+        }
         build["created"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         (publishing / BUILD).write_text(json.dumps(build, indent=1) + "\n", encoding="utf-8")
         swap(self._folder, publishing, self._beside("replaced"), OWN_FILES.__contains__)
@@ -187,15 +242,24 @@ class PlanBuilder:
     def _identity(self, component: str) -> str:
         """A hash of all that determines a plan."""
         profiles = [str(profile) for profile in component_profiles(component, self._profiles)]
-        return identity(onnx_hash(self._bundle, component), asdict(self._machine), self._bundle.precision, asdict(self._settings), profiles)
+        return identity(
+            onnx_hash(self._bundle, component),
+            asdict(self._machine),
+            self._bundle.precision,
+            asdict(self._settings),
+            profiles,
+        )
 
     def _intact(self, file: Path) -> dict[str, Any]:
-        """Entries of plans that are what would be built, and whose files are those that were built; `file` is a build.json or a finished.json."""
+        """Entries of plans that are what would be built, and whose files are those that were built; `file` is a
+        build.json or a finished.json."""
         found = {}
         for component in COMPONENTS:
             with suppress(OSError, ValueError, KeyError, TypeError):
                 entry = json.loads(file.read_text(encoding="utf-8"))["components"][component]
-                if entry["identity"] == self._identity(component) and entry["sha256"] == sha256(file.parent / f"{component}.plan"):
+                if entry["identity"] == self._identity(component) and entry["sha256"] == sha256(
+                    file.parent / f"{component}.plan"
+                ):
                     found[component] = entry
         return found
 
@@ -222,11 +286,18 @@ class PlanBuilder:
         with self._device:
             free, total = self._device.memory()
         if free < needed:
-            raise RoomError(f"the build is estimated to need {needed / 2**30:.1f} GiB of the GPU's memory, and {free / 2**30:.1f} of {total / 2**30:.1f} GiB "
-                            f"are free on GPU {self._device.number} ({self._device.name}); close other programs there, or build for smaller sizes")
+            raise RoomError(
+                f"the build is estimated to need {needed / 2**30:.1f} GiB of the GPU's memory, and {free / 2**30:.1f} "
+                f"of {total / 2**30:.1f} GiB "
+                f"are free on GPU {self._device.number} ({self._device.name}); close other programs there, or build "
+                "for smaller sizes"
+            )
         disk, space = int(1.2 * sum(weights.values())), shutil.disk_usage(self._bundle.folder).free
         if space < disk:
-            raise OutputError(f"the plans are estimated to need {disk / 1e9:.2f} GB, and {space / 1e9:.2f} GB are free at {self._bundle.folder}; free some")
+            raise OutputError(
+                f"the plans are estimated to need {disk / 1e9:.2f} GB, and {space / 1e9:.2f} GB are free at "
+                f"{self._bundle.folder}; free some"
+            )
 
     def _weights(self, component: str) -> int:
         name, files = self._bundle.manifest["components"][component]["onnx"], self._bundle.manifest["files"]
@@ -240,18 +311,38 @@ class PlanBuilder:
         plan, channels = self._plan(component, profiles, label)
         seconds = perf_counter() - started
         saved = self._cache.note(plan_identity, seconds)
-        self._report(f"{label}: built in {seconds:.1f} s" + ("" if saved is None else f"; the timing cache saved {max(0.0, saved):.1f} s"))
-        entry = {"sha256": hashlib.sha256(plan).hexdigest(), "bytes": len(plan), "onnx": onnx_hash(self._bundle, component),
-                 "identity": plan_identity, "profiles": [str(profile) for profile in profiles],
-                 "seconds": {"build": round(seconds, 2), "saved_by_timing_cache": None if saved is None else round(saved, 2)}}
+        self._report(
+            f"{label}: built in {seconds:.1f} s"
+            + ("" if saved is None else f"; the timing cache saved {max(0.0, saved):.1f} s")
+        )
+        entry = {
+            "sha256": hashlib.sha256(plan).hexdigest(),
+            "bytes": len(plan),
+            "onnx": onnx_hash(self._bundle, component),
+            "identity": plan_identity,
+            "profiles": [str(profile) for profile in profiles],
+            "seconds": {
+                "build": round(seconds, 2),
+                "saved_by_timing_cache": None if saved is None else round(saved, 2),
+            },
+        }
         checks = self._check(component, plan, profiles, channels, compare, diagnose)
         _write(folder / f"{component}.plan", plan)
-        told = f"{checks['difference']['relative_rms']:.1e} from ONNX Runtime" if checks["compared"] else f"not compared ({checks['reason']})"
-        self._report(f"{label}: {told}, " + ", ".join(f"{one['milliseconds']:.2f} ms at {one['at']}" for one in checks["timed"]))
+        told = (
+            f"{checks['difference']['relative_rms']:.1e} from ONNX Runtime"
+            if checks["compared"]
+            else f"not compared ({checks['reason']})"
+        )
+        self._report(
+            f"{label}: {told}, " + ", ".join(f"{one['milliseconds']:.2f} ms at {one['at']}" for one in checks["timed"])
+        )
         return {**entry, "check": checks}
 
-    def _plan(self, component: str, profiles: Sequence[Shapes], label: str, kept: Sequence[str] = ()) -> tuple[bytes, int]:
-        """The serialized plan, and the size of the text's embeddings (0 where there is no text). Tensors in `kept` become outputs."""
+    def _plan(
+        self, component: str, profiles: Sequence[Shapes], label: str, kept: Sequence[str] = ()
+    ) -> tuple[bytes, int]:
+        """The serialized plan, and the size of the text's embeddings (0 where there is no text). Tensors in `kept`
+        become outputs."""
         with self._device:
             try:
                 return self._build(component, profiles, label, kept)
@@ -263,7 +354,9 @@ class PlanBuilder:
         trt, log = self._trt, open_log(self._trt)
 
         def fail(what: str) -> PlanBuildError:
-            return PlanBuildError(f"TensorRT {trt.__version__} {what} for the {component}; {log.tail()}. The old plans are untouched")
+            return PlanBuildError(
+                f"TensorRT {trt.__version__} {what} for the {component}; {log.tail()}. The old plans are untouched"
+            )
 
         def made(what: str, create: Callable[..., Any], *arguments: Any) -> Any:
             if (value := versions.none_for_null(create, *arguments)) is None:
@@ -307,8 +400,11 @@ class PlanBuilder:
         if pinned:
             self._report(f"{label}: {pinned} of {layers} layers pinned to float32")
         if pinned > MOST_PINNED * layers:
-            raise PlanBuildError(f"{pinned} of {layers} layers of the {component} would be pinned to float32, which makes a plan several times slower; "
-                                 f"at most a quarter should be. Use TensorRT 10.12 or later, or build the bundle with --precision fp32")
+            raise PlanBuildError(
+                f"{pinned} of {layers} layers of the {component} would be pinned to float32, which makes a plan "
+                "several times slower; "
+                f"at most a quarter should be. Use TensorRT 10.12 or later, or build the bundle with --precision fp32"
+            )
 
     def _configure(self, config: Any) -> None:
         trt, settings = self._trt, self._settings
@@ -320,12 +416,15 @@ class PlanBuilder:
             config.max_aux_streams = settings.max_aux_streams
         versions.configure(trt, config)
 
-    def _check(self, component: str, plan: bytes, profiles: Sequence[Shapes], channels: int, compare: bool, diagnose: bool) -> dict[str, Any]:
+    def _check(
+        self, component: str, plan: bytes, profiles: Sequence[Shapes], channels: int, compare: bool, diagnose: bool
+    ) -> dict[str, Any]:
         """Runs a plan at the size that each profile is best at: differences from ONNX Runtime, finite values, time."""
         reason = "--no-verify" if not compare else None if installed("onnxruntime") else "onnxruntime is not installed"
         found, timed = list[Difference](), []
         if reason is None:
             from engine.backends.onnxruntime import OnnxRuntimeBackend
+
             reference = OnnxRuntimeBackend(self._bundle.graphs)
         runtime = TensorRtRuntime(self._device.number)
         try:
@@ -336,12 +435,17 @@ class PlanBuilder:
                 for name, value in zip(OUTPUTS[component], outputs):
                     if not np.isfinite(value.astype(np.float32)).all():
                         raise VerificationError(
-                            f"the plan of the {component} gives values that are not finite in {name} at {describe(component, profile)}; build the bundle "
-                            f"with --precision bf16 or fp32. The old plans are untouched. {self._diagnosis(component, profile, inputs)}")
+                            f"the plan of the {component} gives values that are not finite in {name} at "
+                            f"{describe(component, profile)}; build the bundle "
+                            "with --precision bf16 or fp32. The old plans are untouched. "
+                            f"{self._diagnosis(component, profile, inputs)}"
+                        )
                 if reason is None:
                     expected = reference.run(component, inputs)
-                    found += [difference(compared(component, name, a), compared(component, name, b))
-                              for name, a, b in zip(OUTPUTS[component], outputs, expected)]
+                    found += [
+                        difference(compared(component, name, a), compared(component, name, b))
+                        for name, a, b in zip(OUTPUTS[component], outputs, expected)
+                    ]
                 seconds = runtime.seconds(component, inputs, TIMED_RUNS + 3)[3:]
                 timed.append({"at": describe(component, profile), "milliseconds": round(1000 * median(seconds), 4)})
         finally:
@@ -353,14 +457,21 @@ class PlanBuilder:
             allowed = tolerance(component, self._bundle.precision)
             if worst.relative_rms > allowed or diagnose:
                 beyond = worst.relative_rms > allowed
-                diagnosis = self._diagnosis(component, profiles[0], profile_inputs(component, profiles[0], channels), beyond)
+                diagnosis = self._diagnosis(
+                    component, profiles[0], profile_inputs(component, profiles[0], channels), beyond
+                )
                 if beyond:
-                    raise VerificationError(f"the plan of the {component} differs from ONNX Runtime by {worst.relative_rms:.2e} (relative RMS); {allowed:.0e} "
-                                            f"is allowed in {self._bundle.precision}. The old plans are untouched. {diagnosis}")
+                    raise VerificationError(
+                        f"the plan of the {component} differs from ONNX Runtime by {worst.relative_rms:.2e} (relative "
+                        f"RMS); {allowed:.0e} "
+                        f"is allowed in {self._bundle.precision}. The old plans are untouched. {diagnosis}"
+                    )
                 self._report(f"{component}: {diagnosis}")
         return checks
 
-    def _diagnosis(self, component: str, profile: Shapes, inputs: Mapping[str, np.ndarray], plan_differs: bool = True) -> str:
+    def _diagnosis(
+        self, component: str, profile: Shapes, inputs: Mapping[str, np.ndarray], plan_differs: bool = True
+    ) -> str:
         """What a comparison layer by layer finds, for the end of a message; why there is none, where it fails."""
         self._report(f"{component}: building once more with every layer's output kept, to compare them one by one")
         try:
@@ -378,8 +489,8 @@ class PlanBuilder:
 
 
 def component_profiles(component: str, profiles: Sequence[Shapes]) -> list[Shapes]:
-    """The profiles of a component, without doublets: the text encoder takes 1 text up to all prompts and negative prompts, the VAE
-    what `PIXELS_PER_DECODE` allows together."""
+    """The profiles of a component, without doublets: the text encoder takes 1 text up to all prompts and negative
+    prompts, the VAE what `PIXELS_PER_DECODE` allows together."""
     if component == "denoiser":
         return list(profiles)
     one = Range(1, 1, 1)
@@ -404,40 +515,65 @@ def describe(component: str, profile: Shapes) -> str:
 def profile_shapes(component: str, profile: Shapes, channels: int, which: str) -> dict[str, Shape]:
     """Input shapes at a profile's "min", "opt" or "max"."""
     assert profile.rows is not None
-    batch, rows, height, width = (getattr(side, which) for side in (profile.batch, profile.rows, profile.height, profile.width))
+    batch, rows, height, width = (
+        getattr(side, which) for side in (profile.batch, profile.rows, profile.height, profile.width)
+    )
     return input_shapes(component, batch, rows, height // VAE_FACTOR, width // VAE_FACTOR, channels)
 
 
 def profile_inputs(component: str, profile: Shapes, channels: int) -> dict[str, np.ndarray]:
     """Random inputs of the size that a profile is best at."""
     assert profile.rows is not None
-    return random_inputs(component, profile.batch.opt, profile.rows.opt, profile.height.opt // VAE_FACTOR, profile.width.opt // VAE_FACTOR, channels)
+    return random_inputs(
+        component,
+        profile.batch.opt,
+        profile.rows.opt,
+        profile.height.opt // VAE_FACTOR,
+        profile.width.opt // VAE_FACTOR,
+        channels,
+    )
 
 
-def set_profiles(builder: Any, network: Any, config: Any, component: str, profiles: Sequence[Shapes], fail: Callable[[str], Exception]) -> int:
-    """Tells the builder the sizes. A dimension that is the same everywhere is fixed in the network itself, which makes a faster
-    plan than a profile whose minimum is its maximum. Returns the size of the text's embeddings, 0 where there is no text."""
+def set_profiles(
+    builder: Any,
+    network: Any,
+    config: Any,
+    component: str,
+    profiles: Sequence[Shapes],
+    fail: Callable[[str], Exception],
+) -> int:
+    """Tells the builder the sizes. A dimension that is the same everywhere is fixed in the network itself, which makes
+    a faster plan than a profile whose minimum is its maximum. Returns the size of the text's embeddings, 0 where there
+    is no text."""
     inputs = {network.get_input(i).name: network.get_input(i) for i in range(network.num_inputs)}
     if set(inputs) != set(INPUTS[component]):
         raise fail(f"found the inputs {sorted(inputs)} instead of {sorted(INPUTS[component])}")
     channels = int(inputs["context"].shape[2]) if "context" in inputs else 0
-    limits = [[profile_shapes(component, profile, channels, which) for which in ("min", "opt", "max")] for profile in profiles]
+    limits = [
+        [profile_shapes(component, profile, channels, which) for which in ("min", "opt", "max")] for profile in profiles
+    ]
     for name, tensor in inputs.items():
         sizes = [set(values) for values in zip(*(shapes[name] for profile in limits for shapes in profile))]
         tensor.shape = tuple(values.pop() if len(values) == 1 else -1 for values in sizes)
     for profile in limits:
         added = builder.create_optimization_profile()
-        accepted = all(versions.accepted(added.set_shape, name, *(shapes[name] for shapes in profile)) for name in inputs)
+        accepted = all(
+            versions.accepted(added.set_shape, name, *(shapes[name] for shapes in profile)) for name in inputs
+        )
         if not accepted or config.add_optimization_profile(added) < 0:
             raise fail(f"refused the profile {profile}")
     return channels
 
 
 class TimingCache:
-    """What TensorRT measured in earlier builds on this machine, kept beside the plans, with the seconds of the builds without it."""
+    """What TensorRT measured in earlier builds on this machine, kept beside the plans, with the seconds of the builds
+    without it."""
 
     def __init__(self, folder: Path) -> None:
-        self._file, self._log = folder.with_name(f"{folder.name}.timing.cache"), folder.with_name(f"{folder.name}.timing.json")
+        self._file, self._log = (
+            folder.with_name(f"{folder.name}.timing.cache"),
+            folder.with_name(f"{folder.name}.timing.json"),
+        )
 
     def attach(self, config: Any, report: Report) -> Any:
         """The cache in a builder's configuration; a new one where there is none, or none that this machine can use."""
@@ -476,14 +612,17 @@ def _write(file: Path, content: bytes) -> None:
 
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """The lock of the bundle's builder, which takes it with the library filelock; that is not installed where plans are built."""
+    """The lock of the bundle's builder, which takes it with the library filelock; that is not installed where plans are
+    built."""
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if os.name == "nt":
             import msvcrt
+
             msvcrt.locking(descriptor, msvcrt.LK_LOCK, 1)  # type: ignore[attr-defined]
         else:
             import fcntl
+
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:

@@ -1,8 +1,9 @@
 """Where a plan begins to differ from ONNX Runtime: the same graph with every layer's output kept, compared one by one.
 
-ONNX Runtime's side is Polygraphy's; TensorRT's is a plan that was just built, run as the runtime runs it. Keeping outputs
-makes TensorRT fuse less, so that a difference which only a fusion makes disappears: the answer says so.
+ONNX Runtime's side is Polygraphy's; TensorRT's is a plan that was just built, run as the runtime runs it. Keeping
+outputs makes TensorRT fuse less, so that a difference which only a fusion makes disappears: the answer says so.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,9 @@ def every_output(file: Path, inputs: Mapping[str, np.ndarray]) -> tuple[list[Lay
         from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
         from polygraphy.logger import G_LOGGER
     except ImportError as error:
-        raise UsageError(f"diagnosing needs polygraphy, onnx and onnxruntime ({error}): {install_command('tensorrt', 'export')}") from error
+        raise UsageError(
+            f"diagnosing needs polygraphy, onnx and onnxruntime ({error}): {install_command('tensorrt', 'export')}"
+        ) from error
     G_LOGGER.module_severity = G_LOGGER.ERROR
     model = OnnxFromPath(str(file))()
     layers = [Layer(node.name, node.op_type, node.output[0]) for node in model.graph.node]
@@ -58,14 +61,25 @@ def mark_outputs(trt: Any, network: Any, names: Sequence[str]) -> None:
         layer = network.get_layer(i)
         for k in range(layer.num_outputs):
             tensor = layer.get_output(k)
-            if tensor.name in wanted - seen and tensor.dtype in (trt.DataType.FLOAT, trt.DataType.HALF) and not tensor.is_shape_tensor:
+            if (
+                tensor.name in wanted - seen
+                and tensor.dtype in (trt.DataType.FLOAT, trt.DataType.HALF)
+                and not tensor.is_shape_tensor
+            ):
                 network.mark_output(tensor)
                 seen.add(tensor.name)
 
 
-def verdict(component: str, precision: str, layers: Sequence[Layer], ours: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray],
-            plan_differs: bool) -> str:
-    """Names the first layer that diverges, its precision and range, and what mends it. `plan_differs` is whether the plan itself does."""
+def verdict(
+    component: str,
+    precision: str,
+    layers: Sequence[Layer],
+    ours: Mapping[str, np.ndarray],
+    expected: Mapping[str, np.ndarray],
+    plan_differs: bool,
+) -> str:
+    """Names the first layer that diverges, its precision and range, and what mends it. `plan_differs` is whether the
+    plan itself does."""
     allowed, compared = tolerance(component, precision), 0
     for layer in layers:
         if layer.output not in ours or layer.output not in expected:
@@ -74,25 +88,43 @@ def verdict(component: str, precision: str, layers: Sequence[Layer], ours: Mappi
         value, wanted = ours[layer.output], expected[layer.output]
         usable = np.isfinite(wanted.astype(np.float32))  # masks hold -inf
         finite = bool(np.isfinite(value[usable].astype(np.float32)).all())
-        found = difference(value[usable], wanted[usable]).relative_rms if finite and usable.any() else 0.0 if finite else float("inf")
+        found = (
+            difference(value[usable], wanted[usable]).relative_rms
+            if finite and usable.any()
+            else 0.0
+            if finite
+            else float("inf")
+        )
         if found > allowed:
             low, high = float(wanted[usable].min()), float(wanted[usable].max())
             kind = {"float16": "half", "float32": "float"}[value.dtype.name]
             told = f"by {found:.1e}" if finite else "with values that are not finite"
-            return (f"The first layer that diverges is {layer.name} ({layer.operator}, output {layer.output}), {told}; it is in {kind} and its values go from "
-                    f"{low:.4g} to {high:.4g}. {remedy(kind, max(abs(low), abs(high)))}")
+            return (
+                f"The first layer that diverges is {layer.name} ({layer.operator}, output {layer.output}), {told}; it "
+                f"is in {kind} and its values go from "
+                f"{low:.4g} to {high:.4g}. {remedy(kind, max(abs(low), abs(high)))}"
+            )
     if not plan_differs:
         return f"None of {compared} layers diverges."
-    return (f"None of {compared} layers diverges while the output of each is kept, which stops TensorRT from fusing them: a fusion makes the difference. "
-            f"Try --optimization-level 2, or --precision fp32")
+    return (
+        f"None of {compared} layers diverges while the output of each is kept, which stops TensorRT from fusing them: "
+        "a fusion makes the difference. "
+        f"Try --optimization-level 2, or --precision fp32"
+    )
 
 
 def remedy(kind: str, largest: float) -> str:
     """What to do about a layer of that precision with values so large."""
     if kind == "half" and largest > LARGE:
-        return (f"Half precision ends at {HALF_MAX:.0f}: keep this layer in float32 (in export/graphs/modules.py, as norms are), or build the "
-                f"bundle with --precision bf16")
+        return (
+            f"Half precision ends at {HALF_MAX:.0f}: keep this layer in float32 (in export/graphs/modules.py, as norms "
+            "are), or build the "
+            f"bundle with --precision bf16"
+        )
     if kind == "half":
-        return ("Its range is fine for half precision, so its sums lose digits: keep it in float32 (in export/graphs/modules.py), or build the bundle "
-                "with --precision fp32")
+        return (
+            "Its range is fine for half precision, so its sums lose digits: keep it in float32 (in "
+            "export/graphs/modules.py), or build the bundle "
+            "with --precision fp32"
+        )
     return "It is in float32 already: try --optimization-level 2, and report it"

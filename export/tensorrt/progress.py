@@ -1,4 +1,6 @@
-"""How far a build in another thread is: a line on a terminal, a message now and then elsewhere. Ctrl-C stops the build."""
+"""How far a build in another thread is: a line on a terminal, a message now and then elsewhere. Ctrl-C stops the
+build."""
+
 from __future__ import annotations
 
 import sys
@@ -46,7 +48,9 @@ class Phases:
     def fraction(self) -> float:
         """0 to 1, never going back."""
         with self._lock:
-            roots = [self._fraction(name) for name, (parent, _, _) in self._phases.items() if parent not in self._phases]
+            roots = [
+                self._fraction(name) for name, (parent, _, _) in self._phases.items() if parent not in self._phases
+            ]
             self._reached = max([self._reached, *roots])
             return self._reached
 
@@ -58,6 +62,7 @@ class Phases:
 
 def monitor(trt: Any, phases: Phases) -> Any:
     """TensorRT's IProgressMonitor, telling `phases`."""
+
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -74,10 +79,13 @@ def monitor(trt: Any, phases: Phases) -> Any:
     return Monitor()
 
 
-def watch(work: Callable[[], Result], label: str, phases: Phases, cancellable: bool, report: Callable[[str], None]) -> Result:
+def watch(
+    work: Callable[[], Result], label: str, phases: Phases, cancellable: bool, report: Callable[[str], None]
+) -> Result:
     """The result of `work`, done in another thread while this one shows how far it is and takes Ctrl-C.
 
-    A build that can be cancelled is, and KeyboardInterrupt follows when it has ended; one that cannot is left behind at once."""
+    A build that can be cancelled is, and KeyboardInterrupt follows when it has ended; one that cannot is left behind at
+    once."""
     outcome: list[Any] = []
 
     def run() -> None:

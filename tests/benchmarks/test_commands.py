@@ -1,4 +1,6 @@
-"""The commands as a user types them, on the built-in model with two pictures; nothing here depends on how fast a machine is."""
+"""The commands as a user types them, on the built-in model with two pictures; nothing here depends on how fast a
+machine is."""
+
 import json
 import os
 import shutil
@@ -40,9 +42,24 @@ def measured(results, name, *arguments):
 
 def test_latency_compares_with_diffusers_and_says_what_is_missing(demo_bundle, results, capsys, monkeypatch):
     monkeypatch.setattr(latency, "PATIENCE", 0.0)  # on a busy machine the test need not wait until it is quiet
-    found = measured(results, "latency", "latency", "--bundle", str(demo_bundle), "--backend", "openvino,onnxruntime", "--against", "diffusers,optimum",
-                     "--steps", "2", "--pictures", "2", "--plot", str(results / "bars.png"))
-    one, = found["configurations"]
+    found = measured(
+        results,
+        "latency",
+        "latency",
+        "--bundle",
+        str(demo_bundle),
+        "--backend",
+        "openvino,onnxruntime",
+        "--against",
+        "diffusers,optimum",
+        "--steps",
+        "2",
+        "--pictures",
+        "2",
+        "--plot",
+        str(results / "bars.png"),
+    )
+    (one,) = found["configurations"]
     assert set(one["sides"]) == {"openvino", "onnxruntime", "diffusers"}
     assert "optimum is not installed" in one["skipped"]["optimum"]
     assert "skipped optimum: optimum is not installed" in capsys.readouterr().out
@@ -50,7 +67,11 @@ def test_latency_compares_with_diffusers_and_says_what_is_missing(demo_bundle, r
     turns = len(one["turns"])
     assert 2 <= turns <= 6  # on a busy machine disturbed turns are repeated, and kept where there are no others
     for side in one["sides"].values():
-        assert (side["seconds"]["total"]["n"], side["seconds"]["step"]["n"], side["evaluations"]) == (turns, 2 * turns, 2)
+        assert (side["seconds"]["total"]["n"], side["seconds"]["step"]["n"], side["evaluations"]) == (
+            turns,
+            2 * turns,
+            2,
+        )
         assert side["peak_bytes"] > 50 * 2**20
     assert not found["interrupted"]
     assert found["command"].startswith("python -m benchmarks")
@@ -59,23 +80,64 @@ def test_latency_compares_with_diffusers_and_says_what_is_missing(demo_bundle, r
 
 
 def test_parity_is_against_float32_diffusers(demo_bundle, results):
-    found = measured(results, "parity", "parity", "--bundle", str(demo_bundle), "--backend", "openvino", "--against", "", "--steps", "2", "--pictures", "2")
+    found = measured(
+        results,
+        "parity",
+        "parity",
+        "--bundle",
+        str(demo_bundle),
+        "--backend",
+        "openvino",
+        "--against",
+        "",
+        "--steps",
+        "2",
+        "--pictures",
+        "2",
+    )
     assert found["pictures"] == 2
     assert found["sides"]["openvino"]["psnr_min_db"] > 50
     assert found["sides"]["openvino"]["max_difference"] <= 1
 
 
 def test_roofline_counts_the_graphs_and_measures_the_machine(demo_bundle, results):
-    found = measured(results, "roofline", "roofline", "--bundle", str(demo_bundle), "--backend", "openvino,tensorrt", "--steps", "2", "--pictures", "2")
+    found = measured(
+        results,
+        "roofline",
+        "roofline",
+        "--bundle",
+        str(demo_bundle),
+        "--backend",
+        "openvino,tensorrt",
+        "--steps",
+        "2",
+        "--pictures",
+        "2",
+    )
     components, picture = found["backends"]["openvino"]["components"], found["backends"]["openvino"]["picture"]
-    assert picture["flop"] == pytest.approx(sum(c["flop"] * (2 if name == "denoiser" else 1) for name, c in components.items()), rel=1e-4)
+    assert picture["flop"] == pytest.approx(
+        sum(c["flop"] * (2 if name == "denoiser" else 1) for name, c in components.items()), rel=1e-4
+    )
     for c in (*components.values(), picture):
         assert c["reached"] == pytest.approx(c["floor"] / c["seconds"]["p50"], rel=1e-3)
 
 
 def test_scaling_covers_steps_batch_and_pixels(tiny_bundles, results):
-    found = measured(results, "scaling", "scaling", "--bundle", str(tiny_bundles["sd1"]), "--backend", "onnxruntime", "--steps", "2", "--pictures", "1",
-                     "--rounds", "2")
+    found = measured(
+        results,
+        "scaling",
+        "scaling",
+        "--bundle",
+        str(tiny_bundles["sd1"]),
+        "--backend",
+        "onnxruntime",
+        "--steps",
+        "2",
+        "--pictures",
+        "1",
+        "--rounds",
+        "2",
+    )
     assert all(point["seconds"]["n"] == 2 for found in found["against"].values() for point in found["points"])
     assert [point["steps"] for point in found["against"]["steps"]["points"]] == [1, 2, 4]
     assert [point["batch"] for point in found["against"]["batch"]["points"]] == [1, 2, 4, 8]
@@ -95,7 +157,16 @@ def test_the_report_is_one_page_of_all_results(results):
     page = (results / "report.md").read_text()
     stored = sorted(file.stem for file in results.glob("*.json"))
     assert [line[3:] for line in page.splitlines() if line.startswith("## ")] == stored
-    for word in ("ratio, pair by pair", "worst PSNR dB", "floor ms", "MHz", "at commit", "no GPU", "openvino", "Skipped: optimum: optimum is not installed"):
+    for word in (
+        "ratio, pair by pair",
+        "worst PSNR dB",
+        "floor ms",
+        "MHz",
+        "at commit",
+        "no GPU",
+        "openvino",
+        "Skipped: optimum: optimum is not installed",
+    ):
         assert word in page
     for name in ("latency", "roofline", "scaling"):
         assert f"![{name}]({name}.png)" in page
@@ -109,24 +180,47 @@ def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
     assert page.read_text() == (folder / "report.md").read_text()
 
 
-@pytest.mark.parametrize(("arguments", "code", "words"), [
-    (["latency", "--bundle", "/nowhere"], 2, "there is no bundle at /nowhere"),
-    (["latency", "--json", "/nowhere/a.json"], 2, "/nowhere is not a folder"),
-    (["latency", "--bundle", "BUNDLE", "--against", "magic"], 2, "'magic' is not known; it must be one of tensorrt, openvino"),
-    (["latency", "--bundle", "BUNDLE", "--sizes", "512"], 2, "it must be WIDTHxHEIGHT"),
-    (["latency", "--bundle", "TINY"], 2, "made of the folder 'sd1'; pass where the same model lies"),
-    (["latency", "--bundle", "BUNDLE", "--sizes", "500x500", "--against", ""], 2, "height 500 is not a multiple of 8"),
-    *(([command, "--bundle", "BUNDLE", "--backend", "tensorrt"], 2, "there is nothing of ours to measure (tensorrt: tensorrt is not installed)")
-      for command in ("latency", "parity", "roofline", "scaling")),
-    (["report", "--results", "EMPTY"], 1, "holds no results"),
-    (["roofline", "--bundle", "BUNDLE", "--sizes", "512x512"], 2, "height 512"),
-    (["overhead", "--bundle", "/nowhere"], 2, "there is no bundle at /nowhere"),
-    *(([command, "--bundle", "BUNDLE", "--backend", ","], 2, "--backend must name one or more of tensorrt, openvino")
-      for command in ("latency", "parity", "roofline", "scaling")),
-    (["latency", "--json", "EMPTY"], 2, "it is not a plain file"),
-    (["report", "--output", "/dev/null"], 2, "/dev/null cannot be written: it is not a plain file"),
-    (["latency", "--plot", "bars.banana"], 2, "--plot is 'bars.banana'; its name must end with .png, .svg, .pdf"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["latency", "--bundle", "/nowhere"], 2, "there is no bundle at /nowhere"),
+        (["latency", "--json", "/nowhere/a.json"], 2, "/nowhere is not a folder"),
+        (
+            ["latency", "--bundle", "BUNDLE", "--against", "magic"],
+            2,
+            "'magic' is not known; it must be one of tensorrt, openvino",
+        ),
+        (["latency", "--bundle", "BUNDLE", "--sizes", "512"], 2, "it must be WIDTHxHEIGHT"),
+        (["latency", "--bundle", "TINY"], 2, "made of the folder 'sd1'; pass where the same model lies"),
+        (
+            ["latency", "--bundle", "BUNDLE", "--sizes", "500x500", "--against", ""],
+            2,
+            "height 500 is not a multiple of 8",
+        ),
+        *(
+            (
+                [command, "--bundle", "BUNDLE", "--backend", "tensorrt"],
+                2,
+                "there is nothing of ours to measure (tensorrt: tensorrt is not installed)",
+            )
+            for command in ("latency", "parity", "roofline", "scaling")
+        ),
+        (["report", "--results", "EMPTY"], 1, "holds no results"),
+        (["roofline", "--bundle", "BUNDLE", "--sizes", "512x512"], 2, "height 512"),
+        (["overhead", "--bundle", "/nowhere"], 2, "there is no bundle at /nowhere"),
+        *(
+            (
+                [command, "--bundle", "BUNDLE", "--backend", ","],
+                2,
+                "--backend must name one or more of tensorrt, openvino",
+            )
+            for command in ("latency", "parity", "roofline", "scaling")
+        ),
+        (["latency", "--json", "EMPTY"], 2, "it is not a plain file"),
+        (["report", "--output", "/dev/null"], 2, "/dev/null cannot be written: it is not a plain file"),
+        (["latency", "--plot", "bars.banana"], 2, "--plot is 'bars.banana'; its name must end with .png, .svg, .pdf"),
+    ],
+)
 def test_mistakes_are_one_line(arguments, code, words, demo_bundle, tiny_bundles, tmp_path, capsys):
     places = {"BUNDLE": str(demo_bundle), "TINY": str(tiny_bundles["sd1"]), "EMPTY": str(tmp_path)}
     assert main([places.get(word, word) for word in arguments]) == code
@@ -135,9 +229,19 @@ def test_mistakes_are_one_line(arguments, code, words, demo_bundle, tiny_bundles
     assert words in said[0]
 
 
-INTEGERS = [("latency", "--pictures", 1), ("latency", "--steps", 1), ("latency", "--threads", 0), ("latency", "--batch", 1), ("parity", "--pictures", 1),
-            ("roofline", "--pictures", 1), ("scaling", "--pictures", 1), ("scaling", "--rounds", 1), ("settings", "--turns", 1), ("settings", "--runs", 1),
-            ("memory", "--steps", 1)]
+INTEGERS = [
+    ("latency", "--pictures", 1),
+    ("latency", "--steps", 1),
+    ("latency", "--threads", 0),
+    ("latency", "--batch", 1),
+    ("parity", "--pictures", 1),
+    ("roofline", "--pictures", 1),
+    ("scaling", "--pictures", 1),
+    ("scaling", "--rounds", 1),
+    ("settings", "--turns", 1),
+    ("settings", "--runs", 1),
+    ("memory", "--steps", 1),
+]
 
 
 @pytest.mark.parametrize(("command", "option", "smallest"), INTEGERS)
@@ -155,10 +259,13 @@ def test_a_number_that_means_nothing_is_refused_before_anything_is_measured(comm
 def test_every_number_of_a_command_is_checked():
     for command in COMMANDS:
         subparsers = next(action for action in parser(command)._actions if action.dest == "command")
-        types = {option: action.type for action in subparsers.choices[command]._actions for option in action.option_strings}
+        types = {
+            option: action.type for action in subparsers.choices[command]._actions for option in action.option_strings
+        }
         assert not {option for option, of in types.items() if of in (int, float)}
-        assert {option for option, of in types.items() if callable(of) and "integer" in of.__qualname__} == {o for c, o, _ in INTEGERS if c == command} | (
-            {"--steps", "--threads"} & types.keys())
+        assert {option for option, of in types.items() if callable(of) and "integer" in of.__qualname__} == {
+            o for c, o, _ in INTEGERS if c == command
+        } | ({"--steps", "--threads"} & types.keys())
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "long"])
@@ -173,8 +280,10 @@ def test_the_disk_has_room_before_anything_is_built(monkeypatch, capsys, tmp_pat
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1_200_000_000))
     assert main(["memory"]) == 2
     assert capsys.readouterr().err == (
-        f"python -m benchmarks: {tmp_path} has 1.2 GB free, and the bundle of Stable Diffusion 1.5 in fp32 needs 5.0 GB; make room, or name another folder: "
-        "TMPDIR=FOLDER python -m benchmarks memory\n")
+        f"python -m benchmarks: {tmp_path} has 1.2 GB free, and the bundle of Stable Diffusion 1.5 in fp32 needs 5.0 "
+        "GB; make room, or name another folder: "
+        "TMPDIR=FOLDER python -m benchmarks memory\n"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -183,8 +292,13 @@ def test_a_command_that_is_terminated_leaves_no_folder_and_no_process(number, tm
     current, temporary = tmp_path / "current", tmp_path / "tmp"
     for folder in (current, temporary):
         folder.mkdir()
-    process = subprocess.Popen([sys.executable, "-m", "benchmarks", "memory"], cwd=current, stdout=subprocess.PIPE, text=True,
-                               env={**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks", "memory"],
+        cwd=current,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)},
+    )
     while not list(temporary.iterdir()):
         assert process.poll() is None
         time.sleep(0.05)
@@ -204,8 +318,15 @@ def wait_for_child(pid: int) -> str:
     return children[0]
 
 
-@pytest.mark.parametrize(("command", "where"), [("parity", "benchmarks.sides.Side.picture"), ("latency", "benchmarks.latency._warm_up"),
-                                                ("scaling", "benchmarks.scaling.measure"), ("settings", "benchmarks.settings._turn")])
+@pytest.mark.parametrize(
+    ("command", "where"),
+    [
+        ("parity", "benchmarks.sides.Side.picture"),
+        ("latency", "benchmarks.latency._warm_up"),
+        ("scaling", "benchmarks.scaling.measure"),
+        ("settings", "benchmarks.settings._turn"),
+    ],
+)
 def test_ctrl_c_before_anything_is_measured_is_no_result(command, where, demo_bundle, monkeypatch, tmp_path):
     def stop(*arguments, **options):
         raise KeyboardInterrupt
@@ -219,7 +340,10 @@ def test_ctrl_c_before_anything_is_measured_is_no_result(command, where, demo_bu
 
 
 def test_ctrl_c_ends_all_configurations_and_keeps_those_that_are_complete(demo_bundle, monkeypatch, tmp_path):
-    file, complete = tmp_path / "a.json", {"interrupted": False, "sides": {}, "ratios": [], "height": 64, "width": 64, "batch": 1}
+    file, complete = (
+        tmp_path / "a.json",
+        {"interrupted": False, "sides": {}, "ratios": [], "height": 64, "width": 64, "batch": 1},
+    )
 
     def measure(setups, interpreters, request, pictures, budget):
         if request.batch == 2:
@@ -227,13 +351,32 @@ def test_ctrl_c_ends_all_configurations_and_keeps_those_that_are_complete(demo_b
         return complete
 
     monkeypatch.setattr(latency, "measure", measure)
-    assert main(["latency", "--bundle", str(demo_bundle), "--against", "", "--sizes", "64x64,128x128", "--batch", "1,2", "--json", str(file)]) == 0
+    assert (
+        main(
+            [
+                "latency",
+                "--bundle",
+                str(demo_bundle),
+                "--against",
+                "",
+                "--sizes",
+                "64x64,128x128",
+                "--batch",
+                "1,2",
+                "--json",
+                str(file),
+            ]
+        )
+        == 0
+    )
     found = json.loads(file.read_text())
     assert (found["configurations"], found["interrupted"]) == ([complete], True)
 
 
 def test_a_measured_process_that_fails_is_a_named_error():
-    with pytest.raises(SideError, match="a process that is measured failed: ModuleNotFoundError: No module named 'nothing_like_it'"):
+    with pytest.raises(
+        SideError, match="a process that is measured failed: ModuleNotFoundError: No module named 'nothing_like_it'"
+    ):
         measure_import("import nothing_like_it")
 
 
@@ -245,7 +388,9 @@ def test_a_result_is_written_through_a_link(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
 
 
-def test_a_random_model_is_written_to_a_temporary_folder_or_the_one_that_was_named(monkeypatch, tmp_path, tiny_sources, tiny_bundles):
+def test_a_random_model_is_written_to_a_temporary_folder_or_the_one_that_was_named(
+    monkeypatch, tmp_path, tiny_sources, tiny_bundles
+):
     source, bundle = tiny_sources["sd1"], Bundle.open(tiny_bundles["sd1"], verify=False)
     bundle.manifest["source"] = {"kind": "random", "id": "sd15"}
     random = SimpleNamespace(name="tiny", fingerprint=source.fingerprint, pipeline=source.pipeline)
@@ -262,7 +407,9 @@ def test_a_random_model_is_written_to_a_temporary_folder_or_the_one_that_was_nam
         model_folder(bundle, None, tmp_path / "other")
 
 
-@pytest.mark.parametrize(("content", "words"), [("{", "is not a result"), ('{"benchmark": "magic"}', "holds a benchmark 'magic'")])
+@pytest.mark.parametrize(
+    ("content", "words"), [("{", "is not a result"), ('{"benchmark": "magic"}', "holds a benchmark 'magic'")]
+)
 def test_a_damaged_result_is_a_named_error(content, words, tmp_path, capsys):
     (tmp_path / "a.json").write_text(content)
     assert main(["report", "--results", str(tmp_path)]) == 1
@@ -271,11 +418,35 @@ def test_a_damaged_result_is_a_named_error(content, words, tmp_path, capsys):
 
 def test_ctrl_c_keeps_what_was_measured(demo_bundle, tmp_path):
     file = tmp_path / "latency.json"
-    impatient = "import sys; from benchmarks import __main__ as command, latency; latency.PATIENCE = 0.0; sys.exit(command.main())"
-    process = subprocess.Popen([sys.executable, "-c", impatient, "latency", "--bundle", str(demo_bundle), "--against", "", "--backend", "onnxruntime",
-                                "--pictures", "100000", "--budget", "100000", "--json", str(file)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                               env={**os.environ, "TMPDIR": str(tmp_path)},
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a job in the background inherits that it is ignored
+    impatient = (
+        "import sys; from benchmarks import __main__ as command, latency; "
+        "latency.PATIENCE = 0.0; sys.exit(command.main())"
+    )
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            impatient,
+            "latency",
+            "--bundle",
+            str(demo_bundle),
+            "--against",
+            "",
+            "--backend",
+            "onnxruntime",
+            "--pictures",
+            "100000",
+            "--budget",
+            "100000",
+            "--json",
+            str(file),
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # a job in the background inherits that it is ignored
     written: set[int] = set()
     while len(written) < latency.WARM_UPS + 5:  # two pictures a turn
         assert process.poll() is None

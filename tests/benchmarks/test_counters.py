@@ -1,4 +1,5 @@
 """Operations and bytes, against layers counted by hand and against torch's counter."""
+
 import logging
 import warnings
 
@@ -23,15 +24,23 @@ def graph(tmp_path, nodes, inputs, outputs, weights=None):
     """An ONNX file; a dimension that is a string is dynamic."""
     kind = lambda name, shape: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)  # noqa: E731
     made = helper.make_graph(
-        nodes, "test", [kind(*one) for one in inputs.items()], [kind(*one) for one in outputs.items()],
-        [helper.make_tensor(name, TensorProto.FLOAT, shape, [0.0] * int(torch.tensor(shape).prod())) for name, shape in (weights or {}).items()])
+        nodes,
+        "test",
+        [kind(*one) for one in inputs.items()],
+        [kind(*one) for one in outputs.items()],
+        [
+            helper.make_tensor(name, TensorProto.FLOAT, shape, [0.0] * int(torch.tensor(shape).prod()))
+            for name, shape in (weights or {}).items()
+        ],
+    )
     file = tmp_path / "test.onnx"
     onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)]), file)
     return file
 
 
 def test_a_convolution_by_hand(tmp_path):
-    """4 -> 6 channels in 2 groups, 3 x 3, stride 2, padding 1, on 8 x 6: 4 x 3 outputs of 6 channels, 2 x 9 products each."""
+    """4 -> 6 channels in 2 groups, 3 x 3, stride 2, padding 1, on 8 x 6: 4 x 3 outputs of 6 channels, 2 x 9 products
+    each."""
     node = helper.make_node("Conv", ["x", "w", "b"], ["y"], group=2, strides=[2, 2], pads=[1, 1, 1, 1])
     file = graph(tmp_path, [node], {"x": ["batch", 4, "height", "width"]}, {"y": None}, {"w": [6, 2, 3, 3], "b": [6]})
     found = count(file, SIZES)
@@ -49,7 +58,9 @@ def test_a_transposed_convolution_by_hand(tmp_path):
 
 def test_matrix_products_by_hand(tmp_path):
     nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Gemm", ["a", "b"], ["c"], transA=1)]
-    file = graph(tmp_path, nodes, {"x": ["rows", "tokens", 5], "a": [7, 3], "b": [7, 11]}, {"h": None, "c": None}, {"w": [5, 9]})
+    file = graph(
+        tmp_path, nodes, {"x": ["rows", "tokens", 5], "a": [7, 3], "b": [7, 11]}, {"h": None, "c": None}, {"w": [5, 9]}
+    )
     found = count(file, SIZES)
     assert [operation.flop for operation in found.operations] == [2 * (2 * 77 * 9) * 5, 2 * (3 * 11) * 7]
     assert found.operations[0].bytes == 4 * (2 * 77 * 5 + 5 * 9 + 2 * 77 * 9)
@@ -58,12 +69,24 @@ def test_matrix_products_by_hand(tmp_path):
 
 def test_a_shape_that_the_graph_computes_is_found(tmp_path):
     """x [b, 4, h, w] -> [b, 4, h * w], times its transpose."""
-    ints = lambda name, values: helper.make_node("Constant", [], [name], value=helper.make_tensor(name, TensorProto.INT64, [len(values)], values))  # noqa: E731
-    nodes = [helper.make_node("Shape", ["x"], ["side"], start=2, end=3), helper.make_node("Shape", ["x"], ["other"], start=3),
-             helper.make_node("Mul", ["side", "other"], ["area"]), ints("front", [1, 4]), helper.make_node("Concat", ["front", "area"], ["shape"], axis=0),
-             helper.make_node("Reshape", ["x", "shape"], ["flat"]), helper.make_node("Transpose", ["flat"], ["turned"], perm=[0, 2, 1]),
-             helper.make_node("MatMul", ["flat", "turned"], ["y"])]
-    assert count(graph(tmp_path, nodes, {"x": ["batch", 4, "height", "width"]}, {"y": None}), SIZES).flop == 2 * 4 * 4 * 48
+
+    def ints(name, values):
+        value = helper.make_tensor(name, TensorProto.INT64, [len(values)], values)
+        return helper.make_node("Constant", [], [name], value=value)
+
+    nodes = [
+        helper.make_node("Shape", ["x"], ["side"], start=2, end=3),
+        helper.make_node("Shape", ["x"], ["other"], start=3),
+        helper.make_node("Mul", ["side", "other"], ["area"]),
+        ints("front", [1, 4]),
+        helper.make_node("Concat", ["front", "area"], ["shape"], axis=0),
+        helper.make_node("Reshape", ["x", "shape"], ["flat"]),
+        helper.make_node("Transpose", ["flat"], ["turned"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["flat", "turned"], ["y"]),
+    ]
+    assert (
+        count(graph(tmp_path, nodes, {"x": ["batch", 4, "height", "width"]}, {"y": None}), SIZES).flop == 2 * 4 * 4 * 48
+    )
 
 
 def test_the_floor_is_the_slower_of_arithmetic_and_memory_for_each_operation(tmp_path):
@@ -77,11 +100,22 @@ def test_the_floor_is_the_slower_of_arithmetic_and_memory_for_each_operation(tmp
 
 def test_what_cannot_be_counted_is_an_error(tmp_path):
     with pytest.raises(CountError, match="holds Einsum, whose operations are not counted here"):
-        count(graph(tmp_path, [helper.make_node("Einsum", ["a", "a"], ["y"], equation="ij,jk->ik")], {"a": [3, 3]}, {"y": None}), SIZES)
+        count(
+            graph(
+                tmp_path,
+                [helper.make_node("Einsum", ["a", "a"], ["y"], equation="ij,jk->ik")],
+                {"a": [3, 3]},
+                {"y": None},
+            ),
+            SIZES,
+        )
     with pytest.raises(CountError, match="dimension 'depth'"):
         count(graph(tmp_path, [helper.make_node("Relu", ["a"], ["y"])], {"a": ["depth"]}, {"y": None}), SIZES)
-    nodes = [helper.make_node("NonZero", ["a"], ["places"]), helper.make_node("Cast", ["places"], ["b"], to=TensorProto.FLOAT),
-             helper.make_node("MatMul", ["a", "b"], ["y"])]
+    nodes = [
+        helper.make_node("NonZero", ["a"], ["places"]),
+        helper.make_node("Cast", ["places"], ["b"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["a", "b"], ["y"]),
+    ]
     with pytest.raises(CountError, match="a shape that cannot be found"):
         count(graph(tmp_path, nodes, {"a": [2, 2]}, {"y": None}), SIZES)
 
@@ -95,26 +129,37 @@ def torch_flop(module, inputs):
 def real_sizes(component, inputs, sizes):
     """Inputs of `example` at other sizes, on the meta device."""
     traced = example(component, 768)
-    named = {name: [sizes[traced.dynamic[name][axis]] if axis in traced.dynamic[name] else size for axis, size in enumerate(value.shape)]
-             for name, value in inputs.items()}
+    named = {
+        name: [
+            sizes[traced.dynamic[name][axis]] if axis in traced.dynamic[name] else size
+            for axis, size in enumerate(value.shape)
+        ]
+        for name, value in inputs.items()
+    }
     return {name: torch.empty(shape, dtype=inputs[name].dtype, device="meta") for name, shape in named.items()}
 
 
 @pytest.mark.parametrize("component", ["text_encoder", "denoiser", "vae_decoder"])
 def test_the_built_in_models_graphs_count_as_torch_does(demo_bundle, component):
     from export.sources.checkpoint import resolve
+
     source, sizes = resolve(None), sizes_of(64, 96, 2, 4)
     model = {"text_encoder": source.text_encoder, "denoiser": source.unet, "vae_decoder": source.vae}[component]()
-    module = {"text_encoder": TextEncoder, "denoiser": Denoiser, "vae_decoder": VaeDecoder}[component](model, torch.float32)
+    module = {"text_encoder": TextEncoder, "denoiser": Denoiser, "vae_decoder": VaeDecoder}[component](
+        model, torch.float32
+    )
     inputs = example(component, 128, batch=2, rows=4, height=8, width=12).inputs
     expected = torch_flop(module, inputs)
-    assert count(Bundle.open(demo_bundle, verify=False).graphs[component], sizes).flop == pytest.approx(expected, rel=0.01)
+    assert count(Bundle.open(demo_bundle, verify=False).graphs[component], sizes).flop == pytest.approx(
+        expected, rel=0.01
+    )
 
 
 def meta_graph(component, module, tmp_path):
     """The ONNX graph of a module without weights: traced on torch's meta device, its tensors named but not stored."""
     import onnx_ir
     from torch.export import Dim
+
     traced = example(component, 768)
     sides = {name: Dim(name, min=1, max=4096) for name in ("batch", "rows", "tokens", "height", "width")}
     dynamic = {name: {axis: sides[size] for axis, size in traced.dynamic[name].items()} for name in INPUTS[component]}
@@ -122,26 +167,41 @@ def meta_graph(component, module, tmp_path):
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            module, kwargs={name: value.to("meta") for name, value in traced.inputs.items()}, dynamo=True, opset_version=18, optimize=False, verbose=False,
-            input_names=list(INPUTS[component]), output_names=list(OUTPUTS[component]), dynamic_shapes=dynamic)
+            module,
+            kwargs={name: value.to("meta") for name, value in traced.inputs.items()},
+            dynamo=True,
+            opset_version=18,
+            optimize=False,
+            verbose=False,
+            input_names=list(INPUTS[component]),
+            output_names=list(OUTPUTS[component]),
+            dynamic_shapes=dynamic,
+        )
     for name, value in program.model.graph.initializers.items():
         tensor = value.const_value
         if getattr(getattr(tensor, "raw", None), "is_meta", False):
-            value.const_value = onnx_ir.ExternalTensor("absent.data", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name)
+            value.const_value = onnx_ir.ExternalTensor(
+                "absent.data", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name
+            )
     file = tmp_path / f"{component}.onnx"
     onnx.save(onnx_ir.to_proto(program.model), file)
     return file
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("component", "published"), [("text_encoder", 0.0266e12), ("denoiser", 2 * 0.8033e12), ("vae_decoder", 2.51e12)])
+@pytest.mark.parametrize(
+    ("component", "published"), [("text_encoder", 0.0266e12), ("denoiser", 2 * 0.8033e12), ("vae_decoder", 2.51e12)]
+)
 def test_stable_diffusion_15_at_512_x_512_counts_as_torch_does(component, published, tmp_path):
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
+
     architecture = ARCHITECTURES["sd15"]
-    makers = {"text_encoder": lambda: TextEncoder(CLIPTextModel(CLIPTextConfig(**architecture.text_encoder)), torch.float32),
-              "denoiser": lambda: Denoiser(UNet2DConditionModel(**architecture.unet), torch.float32),
-              "vae_decoder": lambda: VaeDecoder(AutoencoderKL(**architecture.vae), torch.float32)}
+    makers = {
+        "text_encoder": lambda: TextEncoder(CLIPTextModel(CLIPTextConfig(**architecture.text_encoder)), torch.float32),
+        "denoiser": lambda: Denoiser(UNet2DConditionModel(**architecture.unet), torch.float32),
+        "vae_decoder": lambda: VaeDecoder(AutoencoderKL(**architecture.vae), torch.float32),
+    }
     with torch.device("meta"):
         module = makers[component]().eval()
     sizes = sizes_of(512, 512, 1, 2)

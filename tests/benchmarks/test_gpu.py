@@ -1,4 +1,5 @@
 """The GPU's one command, tried out on the fake GPU with torch on the CPU."""
+
 import json
 import os
 import shutil
@@ -28,15 +29,38 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_every_part_runs_and_leaves_its_numbers(demo_fp16, tmp_path):
     shutil.copytree(demo_fp16, tmp_path / "demo", ignore=shutil.ignore_patterns("plans"))
-    command = [sys.executable, "-m", "benchmarks.gpu", "--models", "demo", "--output", str(tmp_path), "--pictures", "2", "--warmup", "1", "--steps", "2,3",
-               "--parts", "build,check,picture,latency,layers,eager", "--torch-device", "cpu", "--with-timing-cache",
-               "--tensorrt-python", f"{sys.executable} -m tests.fakes 8.6.0"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu",
+        "--models",
+        "demo",
+        "--output",
+        str(tmp_path),
+        "--pictures",
+        "2",
+        "--warmup",
+        "1",
+        "--steps",
+        "2,3",
+        "--parts",
+        "build,check,picture,latency,layers,eager",
+        "--torch-device",
+        "cpu",
+        "--with-timing-cache",
+        "--tensorrt-python",
+        f"{sys.executable} -m tests.fakes 8.6.0",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "gpu.json").read_text())
     parts = results["models"]["demo"]
     assert set(parts) == {"build", "check", "picture", "latency", "layers", "eager"}
-    assert all(one["good"] for name, one in parts["check"].items() if name in ("text_encoder", "denoiser", "vae_decoder", "vae_encoder"))
+    assert all(
+        one["good"]
+        for name, one in parts["check"].items()
+        if name in ("text_encoder", "denoiser", "vae_decoder", "vae_encoder")
+    )
     assert parts["picture"]["psnr_db"] > 60
     assert parts["picture"]["graph_equals_plain"]
     assert parts["latency"]["cuda_graph"]["path"] == "cuda_graph"
@@ -65,9 +89,31 @@ def test_profile_tries_settings_and_graphs_on_the_denoiser(demo_fp16, tmp_path):
     ncu.parent.mkdir()
     ncu.write_text(NCU)
     ncu.chmod(0o755)
-    command = [sys.executable, "-m", "benchmarks.gpu", "--profile", "--models", "demo", "--output", str(tmp_path), "--torch-device", "cpu", "--compile-mode",
-               "eager", "--variants", "no auxiliary streams,softmax in half", "--tensorrt-python", f"{sys.executable} -m tests.fakes 8.6.0"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PATH": f"{ncu.parent}:{os.environ['PATH']}"})
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu",
+        "--profile",
+        "--models",
+        "demo",
+        "--output",
+        str(tmp_path),
+        "--torch-device",
+        "cpu",
+        "--compile-mode",
+        "eager",
+        "--variants",
+        "no auxiliary streams,softmax in half",
+        "--tensorrt-python",
+        f"{sys.executable} -m tests.fakes 8.6.0",
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PATH": f"{ncu.parent}:{os.environ['PATH']}"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())["models"]["demo"]["profile"]
     variants = found["variants"]
@@ -78,8 +124,12 @@ def test_profile_tries_settings_and_graphs_on_the_denoiser(demo_fp16, tmp_path):
         assert one["fused_attention"] == 0
         assert one["kernels"]["fused_attention"] == 2
         assert one["difference"]["relative_rms"] < 5e-3
-    assert variants["softmax in half"]["kinds"]["IDENTITY"] < variants["no auxiliary streams"]["kinds"]["IDENTITY"]  # casts
-    assert (tmp_path / "demo" / "onnx" / "denoiser.onnx").read_bytes() == (demo_fp16 / "onnx" / "denoiser.onnx").read_bytes()
+    assert (
+        variants["softmax in half"]["kinds"]["IDENTITY"] < variants["no auxiliary streams"]["kinds"]["IDENTITY"]
+    )  # casts
+    assert (tmp_path / "demo" / "onnx" / "denoiser.onnx").read_bytes() == (
+        demo_fp16 / "onnx" / "denoiser.onnx"
+    ).read_bytes()
     assert "torch, eager" in done.stdout
     assert "no auxiliary streams" in done.stdout
 
@@ -87,8 +137,24 @@ def test_profile_tries_settings_and_graphs_on_the_denoiser(demo_fp16, tmp_path):
 @pytest.mark.slow
 def test_graphs_that_torch_traces_again_are_profiled_too(demo_fp16, tmp_path):
     shutil.copytree(demo_fp16, tmp_path / "demo", ignore=shutil.ignore_patterns("plans"))
-    command = [sys.executable, "-m", "benchmarks.gpu", "--profile", "--models", "demo", "--output", str(tmp_path), "--torch-device", "cpu", "--compile-mode",
-               "eager", "--variants", "opset 23,one time projection", "--tensorrt-python", f"{sys.executable} -m tests.fakes 10.16.1"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu",
+        "--profile",
+        "--models",
+        "demo",
+        "--output",
+        str(tmp_path),
+        "--torch-device",
+        "cpu",
+        "--compile-mode",
+        "eager",
+        "--variants",
+        "opset 23,one time projection",
+        "--tensorrt-python",
+        f"{sys.executable} -m tests.fakes 10.16.1",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     variants = json.loads((tmp_path / "gpu.json").read_text())["models"]["demo"]["profile"]["variants"]
@@ -96,8 +162,16 @@ def test_graphs_that_torch_traces_again_are_profiled_too(demo_fp16, tmp_path):
     assert variants["opset 23"]["kinds"].get("SOFTMAX", 0) == 0
 
 
-@pytest.mark.parametrize(("graph", "kind", "same"), [("plain", "sd1", True), ("norms_in_half", "sd1", True), ("one_time_projection", "sd1", True),
-                                                     ("float_scores", "sd2", True), ("text_keys_once", "sd2", False)])
+@pytest.mark.parametrize(
+    ("graph", "kind", "same"),
+    [
+        ("plain", "sd1", True),
+        ("norms_in_half", "sd1", True),
+        ("one_time_projection", "sd1", True),
+        ("float_scores", "sd2", True),
+        ("text_keys_once", "sd2", False),
+    ],
+)
 def test_a_changed_graph_gives_the_denoisers_output_but_for_the_text(graph, kind, same):
     inputs = {name: torch.from_numpy(value) for name, value in random_inputs("denoiser", 1, 2, 8, 8, 32).items()}
     with torch.no_grad():
@@ -121,8 +195,11 @@ def test_without_ncu_the_profile_says_so(tmp_path, monkeypatch):
 
 
 def test_names_of_weights_are_not_taken_for_fused_attention():
-    layers = [{"Name": "unet.down_blocks.0.attentions.0.to_q + MatMul", "TacticName": "sm90_xmma_gemm_f16f16"},
-              {"Name": "{ForeignNode[softmax]}", "TacticName": "_gemm_mha_v2_0x123"}, {"Name": "__myl_MhaSoft_myl3_7"}]
+    layers = [
+        {"Name": "unet.down_blocks.0.attentions.0.to_q + MatMul", "TacticName": "sm90_xmma_gemm_f16f16"},
+        {"Name": "{ForeignNode[softmax]}", "TacticName": "_gemm_mha_v2_0x123"},
+        {"Name": "__myl_MhaSoft_myl3_7"},
+    ]
     assert gpu_profile.fused_attention(layers) == ["{ForeignNode[softmax]}", "__myl_MhaSoft_myl3_7"]
 
 
@@ -148,8 +225,13 @@ def test_softmax_in_half_takes_the_casts_around_it_away(demo_fp16):
 def test_a_bundle_is_called_as_its_model_is(model, tmp_path, monkeypatch):
     """What build_engines.py writes is where the other parts look for it."""
     written = []
-    monkeypatch.setattr(build, "build", lambda source, output, *arguments, **options: written.append(output / source.name) or SimpleNamespace(
-        folder=written[0], exported=()))
+    monkeypatch.setattr(
+        build,
+        "build",
+        lambda source, output, *arguments, **options: (
+            written.append(output / source.name) or SimpleNamespace(folder=written[0], exported=())
+        ),
+    )
     benchmark = gpu.Benchmark(options(tmp_path))
     assert build_engines.main(benchmark.export_arguments(model)) == 0
     assert written == [benchmark.bundle(model)]
@@ -174,13 +256,20 @@ def test_a_build_that_was_stopped_goes_on_and_a_finished_one_starts_anew(demo_fp
 
 def test_a_run_in_the_background_can_be_asked_how_far_it_is(tmp_path):
     def ask(*arguments):
-        return subprocess.run([sys.executable, "-m", "benchmarks.gpu", "--output", str(tmp_path), *arguments], capture_output=True, text=True, cwd=ROOT).stdout
+        return subprocess.run(
+            [sys.executable, "-m", "benchmarks.gpu", "--output", str(tmp_path), *arguments],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        ).stdout
 
     assert "no run has left a status" in ask("--status")
-    script = f"import pathlib, time; [time.sleep(0.05) for _ in range(600) if not pathlib.Path(\"{tmp_path}/go\").exists()]; print(\"{{}}\")"
+    go = f'pathlib.Path("{tmp_path}/go")'
+    script = f'import pathlib, time; [time.sleep(0.05) for _ in range(600) if not {go}.exists()]; print("{{}}")'
     waiting = f"{sys.executable} -c '{script}'"
     assert "runs in the background; ask: python -m benchmarks.gpu --status --output" in ask(
-        "--detach", "--models", "demo", "--parts", "layers", "--tensorrt-python", waiting)
+        "--detach", "--models", "demo", "--parts", "layers", "--tensorrt-python", waiting
+    )
     until(lambda: "running: demo: layers, for " in gpu_background.status(tmp_path))
     (tmp_path / "go").touch()
     until(lambda: "the run has ended\nended: demo: layers, " in gpu_background.status(tmp_path))
@@ -199,8 +288,10 @@ def test_the_status_tells_a_run_that_was_killed(tmp_path):
     gone.wait()
     state = {"pid": gone.pid, "running": "sd15: build", "since": time.time(), "ended": ["sd15: export, 60 s"]}
     (tmp_path / gpu_background.STATUS).write_text(json.dumps(state))
-    assert gpu_background.status(tmp_path) == (f"process {gone.pid} is gone; it was at sd15: build. Start it again: finished plans are not built again\n"
-                                               "ended: sd15: export, 60 s")
+    assert gpu_background.status(tmp_path) == (
+        f"process {gone.pid} is gone; it was at sd15: build. Start it again: finished plans are not built again\n"
+        "ended: sd15: export, 60 s"
+    )
 
 
 def options(tmp_path, *arguments):
@@ -209,7 +300,9 @@ def options(tmp_path, *arguments):
 
 def test_a_part_that_fails_is_told_and_the_others_go_on(tmp_path):
     failing = f"{sys.executable} -c 'raise SystemExit(3)'"
-    benchmark = gpu.Benchmark(options(tmp_path, "--models", "demo", "--parts", "latency,layers", "--tensorrt-python", failing))
+    benchmark = gpu.Benchmark(
+        options(tmp_path, "--models", "demo", "--parts", "latency,layers", "--tensorrt-python", failing)
+    )
     assert not benchmark.run()
     parts = json.loads((tmp_path / "gpu.json").read_text())["models"]["demo"]
     assert parts["latency"]["failed"].startswith("exit code 3")
@@ -217,15 +310,38 @@ def test_a_part_that_fails_is_told_and_the_others_go_on(tmp_path):
 
 
 def test_a_part_has_a_time_limit(tmp_path):
-    benchmark = gpu.Benchmark(options(tmp_path, "--models", "demo", "--parts", "layers", "--limit", "1", "--tensorrt-python", f"{sys.executable} -c "
-                                      "'import time; print(\"so far\"); time.sleep(60)'"))
+    benchmark = gpu.Benchmark(
+        options(
+            tmp_path,
+            "--models",
+            "demo",
+            "--parts",
+            "layers",
+            "--limit",
+            "1",
+            "--tensorrt-python",
+            f"{sys.executable} -c 'import time; print(\"so far\"); time.sleep(60)'",
+        )
+    )
     assert not benchmark.run()
-    assert "stopped after 1 s (--limit); it had printed: so far" in benchmark.results["models"]["demo"]["layers"]["failed"]
+    assert (
+        "stopped after 1 s (--limit); it had printed: so far" in benchmark.results["models"]["demo"]["layers"]["failed"]
+    )
 
 
 def test_results_of_several_runs_come_together(tmp_path):
     for part in ("latency", "layers"):
-        gpu.Benchmark(options(tmp_path, "--models", "demo", "--parts", part, "--tensorrt-python", f"{sys.executable} -c 'print(\"{{}}\")'")).run()
+        gpu.Benchmark(
+            options(
+                tmp_path,
+                "--models",
+                "demo",
+                "--parts",
+                part,
+                "--tensorrt-python",
+                f"{sys.executable} -c 'print(\"{{}}\")'",
+            )
+        ).run()
     assert set(json.loads((tmp_path / "gpu.json").read_text())["models"]["demo"]) == {"latency", "layers"}
 
 
@@ -233,13 +349,26 @@ def test_goals_are_said_to_be_met_or_missed(tmp_path):
     def whole(p50):
         return {"p50": p50, "p90": p50, "p99": p50}
 
-    results = {"models": {"sd15": {
-        "latency": {"cuda_graph": {"steps": {"20": {"whole_ms": whole(100.0), "step_ms": whole(5.0), "host_share_of_step": 0.05}}}},
-        "compile": {"steps": {"20": {"whole_ms": whole(160.0)}}}, "eager": {"steps": {"20": {"whole_ms": whole(240.0)}}}, "picture": {"psnr_db": 29.0}}}}
+    results = {
+        "models": {
+            "sd15": {
+                "latency": {
+                    "cuda_graph": {
+                        "steps": {"20": {"whole_ms": whole(100.0), "step_ms": whole(5.0), "host_share_of_step": 0.05}}
+                    }
+                },
+                "compile": {"steps": {"20": {"whole_ms": whole(160.0)}}},
+                "eager": {"steps": {"20": {"whole_ms": whole(240.0)}}},
+                "picture": {"psnr_db": 29.0},
+            }
+        }
+    }
     assert gpu.verdicts(results) == [
-        "sd15, 20 steps: 1.60x faster than torch.compile; the goal of 1.5x is met", "sd15, 20 steps: 2.40x faster than eager; the goal of 2.5x is missed",
+        "sd15, 20 steps: 1.60x faster than torch.compile; the goal of 1.5x is met",
+        "sd15, 20 steps: 2.40x faster than eager; the goal of 2.5x is missed",
         "sd15, 20 steps: the host's share of a step is 5.0%; the goal of under 3 % is missed",
-        "sd15: PSNR 29.0 dB against float32; the goal of 30 dB is missed"]
+        "sd15: PSNR 29.0 dB against float32; the goal of 30 dB is missed",
+    ]
     assert len(gpu.summary(results)) == 3
     told = page.section("gpu", {"benchmark": "gpu", **results, **conditions("benchmarks.gpu")}, tmp_path)
     assert "1.60x faster than torch.compile" in told

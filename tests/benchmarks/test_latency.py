@@ -1,4 +1,5 @@
 """What is made of measurements, on stored samples: ratios, and what is refused."""
+
 import copy
 
 import pytest
@@ -6,27 +7,52 @@ import pytest
 from benchmarks.errors import BenchmarkUsageError
 from benchmarks.latency import evaluate, names, parse_size, prompt, pythons, show
 
-LOADED = {"openvino": {"description": "ours", "precision": "bf16", "start": 1.0, "load": 0.5},
-          "diffusers": {"description": "theirs", "precision": "fp32", "start": 6.0, "load": 5.0}}
+LOADED = {
+    "openvino": {"description": "ours", "precision": "bf16", "start": 1.0, "load": 0.5},
+    "diffusers": {"description": "theirs", "precision": "fp32", "start": 6.0, "load": 5.0},
+}
 
 
 def sample(total, **changes):
-    return {"total": total, "text_encoder": 0.05 * total, "denoise": 0.8 * total, "vae_decoder": 0.1 * total, "steps": [0.4 * total] * 2, "evaluations": 2,
-            "synchronised": True, **changes}
+    return {
+        "total": total,
+        "text_encoder": 0.05 * total,
+        "denoise": 0.8 * total,
+        "vae_decoder": 0.1 * total,
+        "steps": [0.4 * total] * 2,
+        "evaluations": 2,
+        "synchronised": True,
+        **changes,
+    }
 
 
 def turns(ours, theirs, decibels=45.0):
-    return [{"times": {"openvino": sample(a), "diffusers": sample(b)}, "psnr_db": {"openvino / diffusers": decibels}} for a, b in zip(ours, theirs)]
+    return [
+        {"times": {"openvino": sample(a), "diffusers": sample(b)}, "psnr_db": {"openvino / diffusers": decibels}}
+        for a, b in zip(ours, theirs)
+    ]
 
 
 def judged(stored, ends=None):
     first = {name: sample(3.0) for name in LOADED}
-    return evaluate(LOADED, first, stored, {name: {"peak_bytes": 2**30, "device_bytes": None} for name in LOADED} if ends is None else ends, 2)
+    return evaluate(
+        LOADED,
+        first,
+        stored,
+        {name: {"peak_bytes": 2**30, "device_bytes": None} for name in LOADED} if ends is None else ends,
+        2,
+    )
 
 
 def test_a_side_is_summarized_and_its_first_picture_kept_apart():
     side = judged(turns([1.0, 1.1, 0.9], [2.0, 2.2, 1.8]))["sides"]["openvino"]
-    assert (side["first_picture_s"], side["load_s"], side["peak_bytes"], side["evaluations"], side["refused"]) == (3.0, 0.5, 2**30, 2, [])
+    assert (side["first_picture_s"], side["load_s"], side["peak_bytes"], side["evaluations"], side["refused"]) == (
+        3.0,
+        0.5,
+        2**30,
+        2,
+        [],
+    )
     assert side["seconds"]["total"].n == 3
     assert side["seconds"]["step"].n == 6
     assert side["seconds"]["step"].p50 == pytest.approx(0.4)
@@ -39,15 +65,26 @@ def test_a_ratio_survives_a_drift_that_the_sides_do_not():
     assert all("spread of" in side["refused"][0] for side in found["sides"].values())
 
 
-@pytest.mark.parametrize(("stored", "words"), [
-    (turns([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]), "the ratio of diffusers to openvino has a spread of 80%"),
-    (turns([1.0, 1.0], [2.0, 2.0], decibels=12.0), "the pictures of openvino and diffusers differ: PSNR 12.0 dB, at least 20 dB"),
-    ([{**turn, "times": {**turn["times"], "diffusers": sample(2.0, synchronised=False)}} for turn in turns([1.0, 1.0], [2.0, 2.0])],
-     "diffusers was timed without waiting for the device"),
-])
+@pytest.mark.parametrize(
+    ("stored", "words"),
+    [
+        (turns([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]), "the ratio of diffusers to openvino has a spread of 80%"),
+        (
+            turns([1.0, 1.0], [2.0, 2.0], decibels=12.0),
+            "the pictures of openvino and diffusers differ: PSNR 12.0 dB, at least 20 dB",
+        ),
+        (
+            [
+                {**turn, "times": {**turn["times"], "diffusers": sample(2.0, synchronised=False)}}
+                for turn in turns([1.0, 1.0], [2.0, 2.0])
+            ],
+            "diffusers was timed without waiting for the device",
+        ),
+    ],
+)
 def test_a_ratio_that_cannot_be_believed_is_refused_with_the_reason(stored, words, capsys):
     found = judged(copy.deepcopy(stored))
-    ratio, = found["ratios"]
+    (ratio,) = found["ratios"]
     assert ratio["ratio"] is None
     assert words in ratio["refused"][0]
     show(found)

@@ -1,4 +1,5 @@
 """Others are told apart from us."""
+
 import os
 import subprocess
 import sys

@@ -1,4 +1,5 @@
 """What the benchmarks compute and store, on stored samples; nothing here depends on how fast a machine is."""
+
 import json
 
 import pytest
@@ -10,7 +11,14 @@ from benchmarks.weight import NOTHING, OUR_IMPORT, measure_import, row
 
 
 def test_ratios_are_taken_pair_by_pair():
-    assert row("x", [1.0, 2.0, 4.0], [4.0, 4.0, 4.0]) == {"what": "x", "ours": 2.0, "diffusers": 4.0, "ratio": 2.0, "ratio_min": 1.0, "ratio_max": 4.0}
+    assert row("x", [1.0, 2.0, 4.0], [4.0, 4.0, 4.0]) == {
+        "what": "x",
+        "ours": 2.0,
+        "diffusers": 4.0,
+        "ratio": 2.0,
+        "ratio_min": 1.0,
+        "ratio_max": 4.0,
+    }
 
 
 def test_a_table_is_markdown(capsys):

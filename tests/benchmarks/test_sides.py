@@ -1,4 +1,5 @@
 """What the other sides load."""
+
 import torch
 from safetensors import safe_open
 from transformers import CLIPTextModel
@@ -15,7 +16,9 @@ def test_transformers_4_finds_every_weight_of_the_text_encoder(tiny_sources, tmp
     model = tiny_sources["sd1"].folder
     written = for_transformers_4(model, tmp_path)
     assert all(name.startswith("text_model.") for name in names_of(written))
-    assert {file.relative_to(model) for file in model.glob("*/*")} == {file.relative_to(written) for file in written.glob("*/*")}
+    assert {file.relative_to(model) for file in model.glob("*/*")} == {
+        file.relative_to(written) for file in written.glob("*/*")
+    }
     before, after = (CLIPTextModel.from_pretrained(folder / "text_encoder") for folder in (model, written))
     for name, tensor in before.state_dict().items():
         assert torch.equal(tensor, after.state_dict()[name]), name

@@ -1,4 +1,5 @@
 """Percentiles, pairs, exponents and the rules of refusal, on numbers whose answers are known."""
+
 import numpy as np
 import pytest
 
@@ -54,28 +55,35 @@ def test_the_exponent_of_a_power_is_found(exponent):
 
 def test_a_quiet_machine_is_believed_and_a_noisy_one_is_not():
     assert refuse_noise("x", 0.20) == []
-    assert refuse_noise("x", 0.21) == ["x has a spread of 21%, over 20%: the machine was doing something else. Stop that, and measure again"]
+    assert refuse_noise("x", 0.21) == [
+        "x has a spread of 21%, over 20%: the machine was doing something else. Stop that, and measure again"
+    ]
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"synchronised": False}, "without waiting for the device"),
-    ({"synchronised": None}, "without waiting for the device"),
-    ({"denoise": 0.01}, "its stages add up to 0.3 s"),
-    ({"denoise": 1.7}, "its stages add up to 1.99 s"),
-])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"synchronised": False}, "without waiting for the device"),
+        ({"synchronised": None}, "without waiting for the device"),
+        ({"denoise": 0.01}, "its stages add up to 0.3 s"),
+        ({"denoise": 1.7}, "its stages add up to 1.99 s"),
+    ],
+)
 def test_a_timing_that_lacks_its_synchronisation_is_refused(change, words):
     assert refuse_timing("a picture", GOOD) == []
-    reason, = refuse_timing("a picture", {**GOOD, **change})
+    (reason,) = refuse_timing("a picture", {**GOOD, **change})
     assert words in reason
 
 
 def test_pictures_that_differ_are_refused_by_the_lower_precision():
     assert refuse_pictures("a", "b", [60.0, 55.0], ("fp32", "fp32")) == []
     assert refuse_pictures("a", "b", [60.0, 25.0], ("fp32", "bf16")) == []
-    reason, = refuse_pictures("a", "b", [60.0, 25.0], ("fp32", "fp32"))
+    (reason,) = refuse_pictures("a", "b", [60.0, 25.0], ("fp32", "fp32"))
     assert reason == "the pictures of a and b differ: PSNR 25.0 dB, at least 50 dB makes them the same in fp32 and fp32"
 
 
 def test_numbers_are_stored_short():
     assert as_json({"a": summarize([1 / 3]), "b": [np.pi, 7, "x", None]}) == {
-        "a": {"n": 1, "min": 0.33333, "p50": 0.33333, "p90": 0.33333, "p99": 0.33333, "spread": 0.0}, "b": [3.1416, 7, "x", None]}
+        "a": {"n": 1, "min": 0.33333, "p50": 0.33333, "p90": 0.33333, "p99": 0.33333, "spread": 0.0},
+        "b": [3.1416, 7, "x", None],
+    }

@@ -1,4 +1,5 @@
 """A bundle that is not right is refused before anything of it is used, with the fault and the cure."""
+
 import json
 import os
 import shutil
@@ -33,7 +34,9 @@ def test_a_good_bundle_opens(bundle):
 
 
 def test_no_bundle_names_the_command_that_makes_one(tmp_path):
-    with pytest.raises(BundleNotFoundError, match=r"there is no bundle at .*nowhere; build it again: python build_engines.py"):
+    with pytest.raises(
+        BundleNotFoundError, match=r"there is no bundle at .*nowhere; build it again: python build_engines.py"
+    ):
         Pipeline.load(tmp_path / "nowhere")
 
 
@@ -52,7 +55,9 @@ def test_a_garbled_manifest_is_refused(bundle, content):
 
 def test_a_manifest_of_a_newer_version_says_so(bundle, edit_manifest):
     edit_manifest(bundle, format=3)
-    with pytest.raises(ManifestVersionError, match=r"format 3, a newer one than this version reads \(2\); update LatentRT"):
+    with pytest.raises(
+        ManifestVersionError, match=r"format 3, a newer one than this version reads \(2\); update LatentRT"
+    ):
         Bundle.open(bundle)
 
 
@@ -70,7 +75,9 @@ def test_a_graph_without_a_hash_is_refused(bundle, edit_manifest):
     manifest = json.loads((bundle / "manifest.json").read_text())
     del manifest["files"]["onnx/denoiser.onnx"]
     edit_manifest(bundle, files=manifest["files"])
-    with pytest.raises(ManifestError, match=r"no SHA-256 for 'onnx/denoiser\.onnx', which is used; build it again: python"):
+    with pytest.raises(
+        ManifestError, match=r"no SHA-256 for 'onnx/denoiser\.onnx', which is used; build it again: python"
+    ):
         Bundle.open(bundle)
 
 

@@ -1,4 +1,5 @@
 """What messages tell people to install is what pyproject.toml asks for."""
+
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,10 @@ def test_a_message_names_the_requirements_of_pyproject(extra):
 
 def test_no_message_tells_to_install_what_no_index_has():
     root = Path(__file__).parents[2]
-    sources = [root / "build_engines.py", *(file for folder in ("engine", "export", "benchmarks") for file in (root / folder).rglob("*.py"))]
+    sources = [
+        root / "build_engines.py",
+        *(file for folder in ("engine", "export", "benchmarks") for file in (root / folder).rglob("*.py")),
+    ]
     assert [file.name for file in sources if "pip install latentrt" in file.read_text(encoding="utf-8")] == []
 
 

@@ -1,4 +1,5 @@
 """A picture is written whole, in the format of its name, and replaces nothing but a regular file."""
+
 import os
 import shutil
 import socket
@@ -21,12 +22,23 @@ def image():
     return Image.new("RGB", (16, 8), "red")
 
 
-@pytest.mark.parametrize(("name", "words"), [
-    ("", "--output '' names no file"), (".", "'.' names no file"), ("..", "'..' names no file"), ("/", "'/' names no file"), ("new/", "'new/' names no file"),
-    ("-", "--output - would be standard output"), ("a\0.png", "holds a NUL character"), ("\ud800.png", "is not valid Unicode"),
-    ("picture", "it has no extension"), ("a.gif", "the extension '.gif' is no format"), (".png", "it has no extension"),
-    ("a.png.", "does not say which format"),
-])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("", "--output '' names no file"),
+        (".", "'.' names no file"),
+        ("..", "'..' names no file"),
+        ("/", "'/' names no file"),
+        ("new/", "'new/' names no file"),
+        ("-", "--output - would be standard output"),
+        ("a\0.png", "holds a NUL character"),
+        ("\ud800.png", "is not valid Unicode"),
+        ("picture", "it has no extension"),
+        ("a.gif", "the extension '.gif' is no format"),
+        (".png", "it has no extension"),
+        ("a.png.", "does not say which format"),
+    ],
+)
 def test_names_that_are_not_taken(tmp_path, monkeypatch, name, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OutputPathError, match=r"ends in \.png, \.jpg, \.jpeg or \.webp") as caught:
@@ -62,8 +74,13 @@ def make_socket(place):
         one.bind(str(place))
 
 
-THINGS = {"a folder": os.mkdir, "a device": make_device, "a named pipe": os.mkfifo, "a socket": make_socket,
-          "a symbolic link that leads to itself": lambda place: os.symlink(place.name, place)}
+THINGS = {
+    "a folder": os.mkdir,
+    "a device": make_device,
+    "a named pipe": os.mkfifo,
+    "a socket": make_socket,
+    "a symbolic link that leads to itself": lambda place: os.symlink(place.name, place),
+}
 
 
 @pytest.mark.parametrize("linked", [False, True])
@@ -170,14 +187,19 @@ class Failing:
         raise self.error
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("too large"), KeyboardInterrupt(), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), ValueError("too large"), KeyboardInterrupt(), MemoryError()]
+)
 def test_a_failed_write_leaves_what_was_there_and_nothing_else(tmp_path, error):
     file = tmp_path / "a.png"
     file.write_bytes(b"old")
     with pytest.raises((OutputFileError, KeyboardInterrupt, MemoryError)) as caught:
         write_picture(Failing(error), file)
     if isinstance(error, (OSError, ValueError)):
-        assert str(caught.value) == f"{file} cannot be written ({getattr(error, 'strerror', error)}); pass another --output"
+        assert (
+            str(caught.value)
+            == f"{file} cannot be written ({getattr(error, 'strerror', error)}); pass another --output"
+        )
     assert os.listdir(tmp_path) == ["a.png"]
     assert file.read_bytes() == b"old"
 

@@ -1,4 +1,5 @@
 """The loop around the graphs: cache, callbacks, seeds, metadata, timings."""
+
 import gc
 import json
 import pickle
@@ -15,7 +16,15 @@ import torch
 from PIL import Image
 
 from engine import Bundle, BundleError, Pipeline
-from engine.errors import BundleChangedError, BusyPipelineError, CallbackError, ClosedPipelineError, LatentsError, NumericalError, PicklingError
+from engine.errors import (
+    BundleChangedError,
+    BusyPipelineError,
+    CallbackError,
+    ClosedPipelineError,
+    LatentsError,
+    NumericalError,
+    PicklingError,
+)
 from export.folders import swap
 from export.sources.checkpoint import resolve
 
@@ -44,7 +53,17 @@ def test_no_seed_takes_a_random_one_and_tells_it(demo):
 
 def test_timings_name_every_stage(demo):
     times = demo(PROMPT, **FAST).timings
-    assert set(times) == {"tokenize", "text_encoder", "prepare", "denoise", "steps", "vae_decoder", "total", "host", "path"}
+    assert set(times) == {
+        "tokenize",
+        "text_encoder",
+        "prepare",
+        "denoise",
+        "steps",
+        "vae_decoder",
+        "total",
+        "host",
+        "path",
+    }
     assert set(times["host"]) == {"text_encoder", "prepare", "denoise", "vae_decoder"}
     assert times["path"] == "plain"
     assert len(times["steps"]) == 3
@@ -59,7 +78,10 @@ def test_png_holds_the_parameters(demo, tmp_path):
     image = demo(PROMPT, negative_prompt="a square, a star", **FAST).images[0]
     image.save(tmp_path / "circle.png")
     text = Image.open(tmp_path / "circle.png").text["parameters"]
-    assert text.startswith(f"{PROMPT}\nNegative prompt: a square, a star\nSteps: 3, Sampler: DDIM, CFG scale: 5, Seed: 0, Size: 64x64, Model: demo")
+    assert text.startswith(
+        f"{PROMPT}\nNegative prompt: a square, a star\nSteps: 3, Sampler: DDIM, CFG scale: 5, Seed: 0, Size: 64x64, "
+        "Model: demo"
+    )
 
 
 def test_pictures_are_ordinary_pil_images(demo, tmp_path):
@@ -72,7 +94,10 @@ def test_pictures_are_ordinary_pil_images(demo, tmp_path):
 
 def test_two_prompts_in_one_call_equal_two_calls(demo):
     together = demo([PROMPT, "a star"], **{**FAST, "seed": [0, 1]}, output_type="latent").images
-    apart = [demo(PROMPT, **FAST, output_type="latent").images[0], demo("a star", **{**FAST, "seed": 1}, output_type="latent").images[0]]
+    apart = [
+        demo(PROMPT, **FAST, output_type="latent").images[0],
+        demo("a star", **{**FAST, "seed": 1}, output_type="latent").images[0],
+    ]
     np.testing.assert_allclose(together, np.stack(apart), atol=1e-4)
 
 
@@ -110,8 +135,15 @@ def test_what_a_callback_raises_comes_out_and_the_pipeline_goes_on(demo):
 
 def test_latents_from_a_callback_are_checked(demo):
     with pytest.raises(LatentsError, match="latents returned by the callback hold 1 values"):
-        demo(PROMPT, **FAST, callback_on_step_end=lambda p, i, t, tensors: {"latents": np.where(tensors["latents"] == tensors["latents"].max(), np.nan,
-                                                                                                  tensors["latents"]).astype(np.float32)})
+        demo(
+            PROMPT,
+            **FAST,
+            callback_on_step_end=lambda p, i, t, tensors: {
+                "latents": np.where(tensors["latents"] == tensors["latents"].max(), np.nan, tensors["latents"]).astype(
+                    np.float32
+                )
+            },
+        )
 
 
 def test_embeddings_are_cached_by_text(demo_bundle):
@@ -144,7 +176,9 @@ def test_values_that_are_not_finite_are_an_error_not_a_black_picture(demo_bundle
     bundle = shutil.copytree(demo_bundle, tmp_path / "demo")
     scheduler = json.loads((bundle / "manifest.json").read_text())["scheduler"]
     edit_manifest(bundle, scheduler={**scheduler, "trained_betas": [0.5] * 1000, "prediction_type": "epsilon"})
-    with pytest.raises(NumericalError, match=r"not finite after \d+ evaluations at guidance_scale 1000; take a smaller guidance_scale"):
+    with pytest.raises(
+        NumericalError, match=r"not finite after \d+ evaluations at guidance_scale 1000; take a smaller guidance_scale"
+    ):
         Pipeline.load(bundle)(PROMPT, num_inference_steps=10, seed=0, guidance_scale=1000.0)
 
 
@@ -158,8 +192,11 @@ def test_a_static_bundle_serves_its_one_size(tiny_bundles, tmp_path, edit_manife
     edit_manifest(bundle, shapes={"height": [64, 64, 64], "width": [64, 64, 64], "batch": [1, 1, 1]})
     with Pipeline.load(bundle) as pipeline, Pipeline.load(tiny_bundles["sd1"]) as dynamic:
         assert pipeline.bundle.shapes.static() == {"height": 8, "width": 8, "batch": 1}
-        np.testing.assert_allclose(pipeline("a ring", **FAST, output_type="latent").images, dynamic("a ring", **FAST, output_type="latent").images,
-                                   atol=1e-3)
+        np.testing.assert_allclose(
+            pipeline("a ring", **FAST, output_type="latent").images,
+            dynamic("a ring", **FAST, output_type="latent").images,
+            atol=1e-3,
+        )
         with pytest.raises(ValueError, match=r"height 72 .*\(64 only"):
             pipeline("a ring", height=72)
         with pytest.raises(ValueError, match=r"this bundle was built for 1\. Split the call"):
@@ -201,13 +238,24 @@ def oracle():
     source = resolve(None)
     pipeline = source.pipeline()
     config = dict(pipeline.scheduler.config)
-    classes = {"ddim": diffusers.DDIMScheduler, "euler": diffusers.EulerDiscreteScheduler, "euler_a": diffusers.EulerAncestralDiscreteScheduler,
-               "dpmpp_2m": diffusers.DPMSolverMultistepScheduler, "pndm": diffusers.PNDMScheduler}
+    classes = {
+        "ddim": diffusers.DDIMScheduler,
+        "euler": diffusers.EulerDiscreteScheduler,
+        "euler_a": diffusers.EulerAncestralDiscreteScheduler,
+        "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
+        "pndm": diffusers.PNDMScheduler,
+    }
 
     def run(scheduler, callback):
         pipeline.scheduler = classes[scheduler].from_config(config)
-        return pipeline(PROMPT, num_inference_steps=4, guidance_scale=5.0, generator=torch.Generator().manual_seed(0), output_type="latent",
-                        callback_on_step_end=callback).images.numpy()
+        return pipeline(
+            PROMPT,
+            num_inference_steps=4,
+            guidance_scale=5.0,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+            callback_on_step_end=callback,
+        ).images.numpy()
 
     return run
 
@@ -216,7 +264,15 @@ def oracle():
 @pytest.mark.parametrize("callback", [add, add_in_place, stop])
 def test_a_callback_means_what_it_means_in_diffusers(demo, oracle, scheduler, callback):
     expected = oracle(scheduler, callback)
-    found = demo(PROMPT, num_inference_steps=4, guidance_scale=5.0, seed=0, output_type="latent", scheduler=scheduler, callback_on_step_end=callback)
+    found = demo(
+        PROMPT,
+        num_inference_steps=4,
+        guidance_scale=5.0,
+        seed=0,
+        output_type="latent",
+        scheduler=scheduler,
+        callback_on_step_end=callback,
+    )
     np.testing.assert_allclose(found.images, expected, atol=1e-4 * np.abs(expected).max())
     assert found.interrupted == (callback is stop)
 
@@ -229,27 +285,50 @@ def test_latents_that_a_callback_writes_to_count_without_being_returned(demo):
 
 def test_a_callback_that_only_looks_changes_nothing(demo):
     plain = demo(PROMPT, **FAST, scheduler="euler", output_type="latent").images
-    looked = demo(PROMPT, **FAST, scheduler="euler", output_type="latent", callback_on_step_end=lambda p, i, t, tensors: tensors).images
+    looked = demo(
+        PROMPT, **FAST, scheduler="euler", output_type="latent", callback_on_step_end=lambda p, i, t, tensors: tensors
+    ).images
     np.testing.assert_array_equal(looked, plain)
 
 
 ZEROS = np.zeros((1, 4, 8, 8), np.float32)
 
 
-@pytest.mark.parametrize("returned", [5, True, "latents", ["latents"], ZEROS, (ZEROS,), {"prompt_embeds": ZEROS}, {1: 2}, pytest.param(10**5000, id="huge")])
+@pytest.mark.parametrize(
+    "returned",
+    [
+        5,
+        True,
+        "latents",
+        ["latents"],
+        ZEROS,
+        (ZEROS,),
+        {"prompt_embeds": ZEROS},
+        {1: 2},
+        pytest.param(10**5000, id="huge"),
+    ],
+)
 def test_what_a_callback_may_not_return_is_named(demo, returned):
     with pytest.raises(CallbackError, match="callback_on_step_end returned"):
         demo(PROMPT, **FAST, callback_on_step_end=lambda *_: returned)
 
 
-@pytest.mark.parametrize("returned", [{"latents": None}, {"latents": [1]}, {"latents": ZEROS[0]}, {"latents": ZEROS.astype(int)}])
+@pytest.mark.parametrize(
+    "returned", [{"latents": None}, {"latents": [1]}, {"latents": ZEROS[0]}, {"latents": ZEROS.astype(int)}]
+)
 def test_latents_that_a_callback_may_not_return_are_named(demo, returned):
     with pytest.raises(LatentsError, match="latents returned by the callback"):
         demo(PROMPT, **FAST, callback_on_step_end=lambda *_: returned)
 
 
-@pytest.mark.parametrize("use", [lambda pipeline: pipeline("b", num_inference_steps=1), lambda pipeline: pipeline.close(),
-                                 lambda pipeline: pipeline.__exit__(None, None, None)])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda pipeline: pipeline("b", num_inference_steps=1),
+        lambda pipeline: pipeline.close(),
+        lambda pipeline: pipeline.__exit__(None, None, None),
+    ],
+)
 def test_a_callback_that_uses_its_own_pipeline_gets_an_error_and_does_not_hang(demo, use):
     with pytest.raises(BusyPipelineError, match="in the middle of a call"):
         demo(PROMPT, **FAST, callback_on_step_end=lambda pipeline, *_: use(pipeline))
@@ -271,8 +350,10 @@ def test_whether_a_run_was_interrupted_belongs_to_its_own_call(demo):
 
     def call(stops):
         for _ in range(15):
+
             def callback(pipeline, index, timestep, tensors):
                 pipeline.interrupt = stops
+
             if demo(PROMPT, num_inference_steps=2, seed=0, callback_on_step_end=callback).interrupted != stops:
                 wrong.append(stops)
 
@@ -339,7 +420,9 @@ def overwrite(bundle, other):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("change", [replace, delete, overwrite])
-def test_a_bundle_that_changes_under_a_pipeline_is_an_error_or_does_not_matter(own_bundle, tiny_bundles, backend, change):
+def test_a_bundle_that_changes_under_a_pipeline_is_an_error_or_does_not_matter(
+    own_bundle, tiny_bundles, backend, change
+):
     with Pipeline.load(own_bundle, backend=backend) as pipeline:
         expected = {size: pixels(pipeline("a ring", size, size, num_inference_steps=2, seed=0)) for size in (64, 72)}
         change(own_bundle, tiny_bundles["sd2"])
@@ -351,7 +434,9 @@ def test_a_bundle_that_changes_under_a_pipeline_is_an_error_or_does_not_matter(o
                 found.append(None)
         if change is overwrite:
             assert found == [None, None, None]
-            with pytest.raises(BundleChangedError, match=r"changed or deleted meanwhile\. Load it again: Pipeline\.load\("):
+            with pytest.raises(
+                BundleChangedError, match=r"changed or deleted meanwhile\. Load it again: Pipeline\.load\("
+            ):
                 pipeline("a ring", num_inference_steps=2)
         else:
             assert np.array_equal(found[0], expected[64])

@@ -1,4 +1,5 @@
 """What a call may ask for: every message names the value, the rule and the remedy."""
+
 import numpy as np
 import pytest
 
@@ -16,64 +17,91 @@ def message(demo, error, **arguments):
     return str(raised.value)
 
 
-@pytest.mark.parametrize(("arguments", "error", "words"), [
-    ({"prompt": None}, e.PromptError, "prompt is missing"),
-    ({"prompt": 7}, e.PromptError, "prompt is a int, not a string"),
-    ({"prompt": b"ring"}, e.PromptError, "prompt is a bytes"),
-    ({"prompt": []}, e.PromptError, "empty list"),
-    ({"prompt": ["a", 3]}, e.PromptError, "is a int"),
-    ({"prompt": "a" * 10_001}, e.PromptError, "10001 characters; at most 10000"),
-    ({"prompt": "a \ud800 ring"}, e.PromptError, "not valid UTF-8: character 2"),
-    ({"negative_prompt": ["a", "b"]}, e.PromptError, "2 negative prompts for 1 prompts"),
-    ({"negative_prompt": 3}, e.PromptError, "negative_prompt is a int"),
-    ({"height": 60}, e.SizeError, "height 60 is not a multiple of 8; the nearest sizes that this bundle allows are 56 and 64"),
-    ({"width": 500}, e.SizeError, "width 500 is not a multiple of 8; the nearest size that this bundle allows is 128"),
-    ({"height": 512}, e.SizeError, "multiples of 8 from 32 to 128"),
-    ({"height": 8}, e.SizeError, "not a size that this bundle was built for; the nearest size that this bundle allows is 32"),
-    ({"height": "64"}, e.SizeError, "'64', not an integer"),
-    ({"height": 64.0}, e.SizeError, "64.0, not an integer"),
-    ({"height": -64}, e.SizeError, "-64"),
-    ({"num_images_per_prompt": 0}, e.BatchError, "integer from 1 to 1024"),
-    ({"num_images_per_prompt": 9}, e.BatchError, "are 9 pictures in one call; this bundle was built for 1 to 8"),
-    ({"num_inference_steps": 0}, e.StepsError, "num_inference_steps is 0; it must be an integer from 1 to 1000"),
-    ({"num_inference_steps": 1001}, e.StepsError, "from 1 to 1000"),
-    ({"num_inference_steps": 2.5}, e.StepsError, "2.5"),
-    ({"num_inference_steps": True}, e.StepsError, "True"),
-    ({"guidance_scale": float("nan")}, e.GuidanceError, "guidance_scale is nan; it must be a number from -1000 to 1000"),
-    ({"guidance_scale": float("inf")}, e.GuidanceError, "inf"),
-    ({"guidance_scale": "7"}, e.GuidanceError, "'7'"),
-    ({"eta": -0.1}, e.GuidanceError, "eta is -0.1; it must be a number from 0 to 1"),
-    ({"seed": -1}, e.SeedError, "seed -1 is not an integer from 0"),
-    ({"seed": 1.5}, e.SeedError, "seed 1.5"),
-    ({"seed": "7"}, e.SeedError, "seed '7'"),
-    ({"seed": 2**64}, e.SeedError, "18446744073709551616"),
-    ({"seed": [1, 2]}, e.SeedError, "2 seeds for 1 pictures"),
-    ({"latents": np.zeros((1, 4, 8, 8), int)}, e.LatentsError, "an array of int64; pass a NumPy array of float32"),
-    ({"latents": [[1.0]]}, e.LatentsError, "a list"),
-    ({"latents": np.zeros((1, 4, 9, 8), np.float32)}, e.LatentsError, r"shape (1, 4, 9, 8) instead of (1, 4, 8, 8)"),
-    ({"latents": np.full((1, 4, 8, 8), np.nan, np.float32)}, e.LatentsError, "256 values that are NaN or infinite"),
-    ({"output_type": "pt"}, e.OutputTypeError, "'pt'; it must be one of 'pil', 'np', 'latent'"),
-    ({"scheduler": "plms"}, e.UnknownSchedulerError, "'plms' is not known; known: ddim, ddpm, euler"),
-    ({"scheduler": 3}, e.UnknownSchedulerError, "3 is not known"),
-    ({"callback_on_step_end": 5}, e.CallbackError, "callback_on_step_end is 5, which cannot be called"),
-    ({"callback_on_step_end": lambda pipeline: None}, e.CallbackError, "called with (pipeline, evaluation, timestep, tensors), which it does not take"),
-    ({"guidance_scale": 10**400}, e.GuidanceError, "guidance_scale is an integer of 1329 bits"),
-    ({"guidance_scale": 1e30}, e.GuidanceError, "from -1000 to 1000"),
-    ({"eta": 10**400}, e.GuidanceError, "eta is an integer of 1329 bits"),
-    ({"eta": 1e200}, e.GuidanceError, "eta is 1e+200"),
-    ({"seed": np.array(1)}, e.SeedError, "seed array(1)"),
-    ({"seed": bytearray(b"a")}, e.SeedError, "seed bytearray(b'a')"),
-    ({"seed": memoryview(b"a")}, e.SeedError, "seed <memory at"),
-    ({"seed": 10**5000}, e.SeedError, "seed an integer of 16610 bits"),
-    ({"height": 10**5000}, e.SizeError, "height is an integer of 16610 bits"),
-    ({"width": -(10**5000)}, e.SizeError, "width is an integer of 16610 bits"),
-    ({"num_inference_steps": 10**5000}, e.StepsError, "an integer of 16610 bits"),
-    ({"num_images_per_prompt": 10**5000}, e.BatchError, "an integer of 16610 bits"),
-    ({"output_type": np.array(["pil", "np"])}, e.OutputTypeError, "must be one of"),
-    ({"latents": np.full((1, 4, 8, 8), 1e300)}, e.LatentsError, "values up to 1.0e+300; at most 1e+06"),
-    ({"latents": np.ma.masked_array(np.zeros((1, 4, 8, 8), np.float32), True)}, e.LatentsError, "a MaskedArray"),
-    ({"scheduler": np.array(["a", "b"])}, e.UnknownSchedulerError, "is not known"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"prompt": None}, e.PromptError, "prompt is missing"),
+        ({"prompt": 7}, e.PromptError, "prompt is a int, not a string"),
+        ({"prompt": b"ring"}, e.PromptError, "prompt is a bytes"),
+        ({"prompt": []}, e.PromptError, "empty list"),
+        ({"prompt": ["a", 3]}, e.PromptError, "is a int"),
+        ({"prompt": "a" * 10_001}, e.PromptError, "10001 characters; at most 10000"),
+        ({"prompt": "a \ud800 ring"}, e.PromptError, "not valid UTF-8: character 2"),
+        ({"negative_prompt": ["a", "b"]}, e.PromptError, "2 negative prompts for 1 prompts"),
+        ({"negative_prompt": 3}, e.PromptError, "negative_prompt is a int"),
+        (
+            {"height": 60},
+            e.SizeError,
+            "height 60 is not a multiple of 8; the nearest sizes that this bundle allows are 56 and 64",
+        ),
+        (
+            {"width": 500},
+            e.SizeError,
+            "width 500 is not a multiple of 8; the nearest size that this bundle allows is 128",
+        ),
+        ({"height": 512}, e.SizeError, "multiples of 8 from 32 to 128"),
+        (
+            {"height": 8},
+            e.SizeError,
+            "not a size that this bundle was built for; the nearest size that this bundle allows is 32",
+        ),
+        ({"height": "64"}, e.SizeError, "'64', not an integer"),
+        ({"height": 64.0}, e.SizeError, "64.0, not an integer"),
+        ({"height": -64}, e.SizeError, "-64"),
+        ({"num_images_per_prompt": 0}, e.BatchError, "integer from 1 to 1024"),
+        ({"num_images_per_prompt": 9}, e.BatchError, "are 9 pictures in one call; this bundle was built for 1 to 8"),
+        ({"num_inference_steps": 0}, e.StepsError, "num_inference_steps is 0; it must be an integer from 1 to 1000"),
+        ({"num_inference_steps": 1001}, e.StepsError, "from 1 to 1000"),
+        ({"num_inference_steps": 2.5}, e.StepsError, "2.5"),
+        ({"num_inference_steps": True}, e.StepsError, "True"),
+        (
+            {"guidance_scale": float("nan")},
+            e.GuidanceError,
+            "guidance_scale is nan; it must be a number from -1000 to 1000",
+        ),
+        ({"guidance_scale": float("inf")}, e.GuidanceError, "inf"),
+        ({"guidance_scale": "7"}, e.GuidanceError, "'7'"),
+        ({"eta": -0.1}, e.GuidanceError, "eta is -0.1; it must be a number from 0 to 1"),
+        ({"seed": -1}, e.SeedError, "seed -1 is not an integer from 0"),
+        ({"seed": 1.5}, e.SeedError, "seed 1.5"),
+        ({"seed": "7"}, e.SeedError, "seed '7'"),
+        ({"seed": 2**64}, e.SeedError, "18446744073709551616"),
+        ({"seed": [1, 2]}, e.SeedError, "2 seeds for 1 pictures"),
+        ({"latents": np.zeros((1, 4, 8, 8), int)}, e.LatentsError, "an array of int64; pass a NumPy array of float32"),
+        ({"latents": [[1.0]]}, e.LatentsError, "a list"),
+        (
+            {"latents": np.zeros((1, 4, 9, 8), np.float32)},
+            e.LatentsError,
+            r"shape (1, 4, 9, 8) instead of (1, 4, 8, 8)",
+        ),
+        ({"latents": np.full((1, 4, 8, 8), np.nan, np.float32)}, e.LatentsError, "256 values that are NaN or infinite"),
+        ({"output_type": "pt"}, e.OutputTypeError, "'pt'; it must be one of 'pil', 'np', 'latent'"),
+        ({"scheduler": "plms"}, e.UnknownSchedulerError, "'plms' is not known; known: ddim, ddpm, euler"),
+        ({"scheduler": 3}, e.UnknownSchedulerError, "3 is not known"),
+        ({"callback_on_step_end": 5}, e.CallbackError, "callback_on_step_end is 5, which cannot be called"),
+        (
+            {"callback_on_step_end": lambda pipeline: None},
+            e.CallbackError,
+            "called with (pipeline, evaluation, timestep, tensors), which it does not take",
+        ),
+        ({"guidance_scale": 10**400}, e.GuidanceError, "guidance_scale is an integer of 1329 bits"),
+        ({"guidance_scale": 1e30}, e.GuidanceError, "from -1000 to 1000"),
+        ({"eta": 10**400}, e.GuidanceError, "eta is an integer of 1329 bits"),
+        ({"eta": 1e200}, e.GuidanceError, "eta is 1e+200"),
+        ({"seed": np.array(1)}, e.SeedError, "seed array(1)"),
+        ({"seed": bytearray(b"a")}, e.SeedError, "seed bytearray(b'a')"),
+        ({"seed": memoryview(b"a")}, e.SeedError, "seed <memory at"),
+        ({"seed": 10**5000}, e.SeedError, "seed an integer of 16610 bits"),
+        ({"height": 10**5000}, e.SizeError, "height is an integer of 16610 bits"),
+        ({"width": -(10**5000)}, e.SizeError, "width is an integer of 16610 bits"),
+        ({"num_inference_steps": 10**5000}, e.StepsError, "an integer of 16610 bits"),
+        ({"num_images_per_prompt": 10**5000}, e.BatchError, "an integer of 16610 bits"),
+        ({"output_type": np.array(["pil", "np"])}, e.OutputTypeError, "must be one of"),
+        ({"latents": np.full((1, 4, 8, 8), 1e300)}, e.LatentsError, "values up to 1.0e+300; at most 1e+06"),
+        ({"latents": np.ma.masked_array(np.zeros((1, 4, 8, 8), np.float32), True)}, e.LatentsError, "a MaskedArray"),
+        ({"scheduler": np.array(["a", "b"])}, e.UnknownSchedulerError, "is not known"),
+    ],
+)
 def test_bad_input_gets_a_named_error(demo, arguments, error, words):
     assert words in message(demo, error, **arguments)
 
@@ -88,7 +116,9 @@ def test_numpy_integers_are_integers(demo, value):
 
 
 def test_every_input_error_was_produced_here():
-    produced = {mark.args[1][i][1] for mark in test_bad_input_gets_a_named_error.pytestmark for i in range(len(mark.args[1]))}
+    produced = {
+        mark.args[1][i][1] for mark in test_bad_input_gets_a_named_error.pytestmark for i in range(len(mark.args[1]))
+    }
     elsewhere = {e.ThreadsError, e.UnknownBackendError, e.DeviceError, e.OutputPathError, e.PromptsFileError}
     assert produced | elsewhere == set(InputError.__subclasses__())
 
@@ -99,15 +129,22 @@ def test_threads_are_counted_from_1(demo_bundle, threads):
         Pipeline.load(demo_bundle, threads=threads)
 
 
-@pytest.mark.parametrize(("arguments", "error", "words"), [
-    ({"backend": "pytorch"}, e.UnknownBackendError, "backend is 'pytorch'; it must be one of 'tensorrt', 'openvino', 'onnxruntime'"),
-    ({"device": "gpu"}, e.DeviceError, "device is 'gpu'; it must be 'cpu', 'cuda', 'cuda:N'"),
-    ({"device": 0}, e.DeviceError, "device is 0"),
-    ({"backend": np.array(["onnxruntime", "openvino"])}, e.UnknownBackendError, "it must be one of"),
-    ({"device": np.array(["cpu", "cuda"])}, e.DeviceError, "it must be 'cpu'"),
-    ({"device": "cuda:99999999999999999999"}, e.DeviceError, "with the number of a GPU"),
-    ({"backend": "tensorrt", "device": "cpu"}, e.DeviceError, "TensorRT runs on NVIDIA GPUs only"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (
+            {"backend": "pytorch"},
+            e.UnknownBackendError,
+            "backend is 'pytorch'; it must be one of 'tensorrt', 'openvino', 'onnxruntime'",
+        ),
+        ({"device": "gpu"}, e.DeviceError, "device is 'gpu'; it must be 'cpu', 'cuda', 'cuda:N'"),
+        ({"device": 0}, e.DeviceError, "device is 0"),
+        ({"backend": np.array(["onnxruntime", "openvino"])}, e.UnknownBackendError, "it must be one of"),
+        ({"device": np.array(["cpu", "cuda"])}, e.DeviceError, "it must be 'cpu'"),
+        ({"device": "cuda:99999999999999999999"}, e.DeviceError, "with the number of a GPU"),
+        ({"backend": "tensorrt", "device": "cpu"}, e.DeviceError, "TensorRT runs on NVIDIA GPUs only"),
+    ],
+)
 def test_backend_and_device_are_checked(demo_bundle, arguments, error, words):
     with pytest.raises(error) as raised:
         Pipeline.load(demo_bundle, **arguments)
@@ -119,8 +156,10 @@ def test_cuda_asked_for_and_not_there_is_an_error(demo_bundle):
         Pipeline.load(demo_bundle, backend="onnxruntime", device="cuda:0")
 
 
-SEVERAL = (Shapes(Range(512, 512, 512), Range(512, 512, 512), Range(1, 1, 1), Range(2, 2, 2)),
-           Shapes(Range(768, 768, 768), Range(512, 768, 1024), Range(1, 1, 2), Range(1, 2, 4)))
+SEVERAL = (
+    Shapes(Range(512, 512, 512), Range(512, 512, 512), Range(1, 1, 1), Range(2, 2, 2)),
+    Shapes(Range(768, 768, 768), Range(512, 768, 1024), Range(1, 1, 2), Range(1, 2, 4)),
+)
 
 
 def build(**sizes: Range) -> str:
@@ -133,16 +172,38 @@ def test_defaults_come_from_the_first_profile_for_so_many_pictures():
     assert check_shapes(768, 1024, 1, 1, SEVERAL, build) == (768, 1024)
 
 
-@pytest.mark.parametrize(("arguments", "error", "words"), [
-    ((512, 1024, 1, 2), e.SizeError, "height 512 and width 1024 are not allowed together; this bundle was built for height x width 512 x 512, batch 1, "
-                                     "2 U-Net rows; 768 x 512:768:1024, batch 1:1:2, 1:2:4 U-Net rows. Build for them: build --height 512 --width 1024"),
-    ((640, None, 1, 2), e.SizeError, "height 640 is not a size that this bundle was built for; the nearest sizes that this bundle allows are 512 and 768 "
-                                     "(512 only or 768 only). Build for 640: build --height 640"),
-    ((None, None, 3, 6), e.BatchError, "are 3 pictures in one call; this bundle was built for 1 or 1 to 2. Split the call, or build for that: "
-                                       "build --batch 1:1:3"),
-    ((None, None, 2, 6), e.BatchError, "2 pictures with guidance are 6 rows of the U-Net; this bundle was built for 2 or 1 to 4. Build for that: "
-                                       "build --rows 6"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (
+            (512, 1024, 1, 2),
+            e.SizeError,
+            "height 512 and width 1024 are not allowed together; this bundle was built for height x width 512 x 512, "
+            "batch 1, "
+            "2 U-Net rows; 768 x 512:768:1024, batch 1:1:2, 1:2:4 U-Net rows. Build for them: build --height 512 "
+            "--width 1024",
+        ),
+        (
+            (640, None, 1, 2),
+            e.SizeError,
+            "height 640 is not a size that this bundle was built for; the nearest sizes that this bundle allows are "
+            "512 and 768 "
+            "(512 only or 768 only). Build for 640: build --height 640",
+        ),
+        (
+            (None, None, 3, 6),
+            e.BatchError,
+            "are 3 pictures in one call; this bundle was built for 1 or 1 to 2. Split the call, or build for that: "
+            "build --batch 1:1:3",
+        ),
+        (
+            (None, None, 2, 6),
+            e.BatchError,
+            "2 pictures with guidance are 6 rows of the U-Net; this bundle was built for 2 or 1 to 4. Build for that: "
+            "build --rows 6",
+        ),
+    ],
+)
 def test_sizes_outside_all_profiles(arguments, error, words):
     with pytest.raises(error) as raised:
         check_shapes(*arguments, SEVERAL, build)

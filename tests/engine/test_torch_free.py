@@ -1,4 +1,6 @@
-"""The runtime loads no torch, diffusers, transformers or onnx: in a process that forbids them, and where they are not installed."""
+"""The runtime loads no torch, diffusers, transformers or onnx: in a process that forbids them, and where they are not
+installed."""
+
 import json
 import os
 import shutil
@@ -36,7 +38,10 @@ def test_a_whole_picture_with_torch_forbidden(demo_bundle, tmp_path):
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)],
+        check=True,
+    )
     return next(folder.glob("latentrt-*.whl"))
 
 
@@ -44,8 +49,13 @@ def wheel(tmp_path_factory):
 def test_a_virtual_environment_without_torch_makes_a_picture(demo_bundle, wheel, tmp_path):
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", f"{wheel}[cpu]"], check=True)
-    listing = subprocess.run([python, "-m", "pip", "list", "--format", "json"], capture_output=True, text=True, check=True).stdout
+    subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", f"{wheel}[cpu]"],
+        check=True,
+    )
+    listing = subprocess.run(
+        [python, "-m", "pip", "list", "--format", "json"], capture_output=True, text=True, check=True
+    ).stdout
     installed = {package["name"].lower() for package in json.loads(listing)}
     assert not installed & {"torch", "diffusers", "transformers", "onnx", "safetensors"}
     command = [python, "-m", "engine", "picture", "a ring", "--bundle", demo_bundle, "--steps", "2", "--seed", "0"]
@@ -61,9 +71,14 @@ def test_a_virtual_environment_without_torch_makes_a_picture(demo_bundle, wheel,
 @pytest.mark.slow
 def test_the_wheel_builds_the_built_in_model_outside_the_checkout(wheel, tmp_path):
     site = tmp_path / "site"
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)], check=True
+    )
     environment = {**os.environ, "PYTHONPATH": str(site)}
-    code = "import build_engines, sys; print(build_engines.__file__); sys.exit(build_engines.main(['--output', 'out', '--no-verify']))"
+    code = (
+        "import build_engines, sys; print(build_engines.__file__); "
+        "sys.exit(build_engines.main(['--output', 'out', '--no-verify']))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert str(site) in done.stdout
@@ -93,18 +108,24 @@ with fakes.install("8.6.0"):
 def test_python_3_10_which_tensorrt_8_6_needs(demo_fp16, tmp_path):
     """The runtime and the builder of plans under the oldest Python, where one is installed."""
     found = [shutil.which("python3.10"), *Path.home().glob(".pyenv/versions/3.10.*/bin/python3.10")]
-    python = next((one for one in found if one and subprocess.run([one, "-c", ""], capture_output=True).returncode == 0), None)
+    python = next(
+        (one for one in found if one and subprocess.run([one, "-c", ""], capture_output=True).returncode == 0), None
+    )
     if python is None:
         pytest.skip("no python3.10 is installed here")
     bundle = copy_bundle(demo_fp16, tmp_path)
     subprocess.run([python, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "numpy", "pillow", "tokenizers", "tqdm", "onnxruntime", "onnx"], check=True)
+    subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", "numpy", "pillow", "tokenizers", "tqdm", "onnxruntime", "onnx"],
+        check=True,
+    )
     done = subprocess.run([python, "-c", OLDEST, bundle], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_the_runtime_needs_four_packages():
     import tomllib
+
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert sorted(name.split(">")[0] for name in project["dependencies"]) == ["numpy", "pillow", "tokenizers", "tqdm"]

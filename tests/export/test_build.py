@@ -1,4 +1,5 @@
 """Building: what is rebuilt, what is kept, and that nothing is lost on the way."""
+
 import ctypes
 import json
 import os
@@ -69,11 +70,19 @@ def test_the_graphs_keep_the_contract(built):
         assert [i.name for i in graph.graph.input] == list(INPUTS[component])
         assert [o.name for o in graph.graph.output] == list(OUTPUTS[component])
         assert {o.domain: o.version for o in graph.opset_import}[""] == OPSET
-    shapes = {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in
-              onnx.load(str(engines / "sd1" / "onnx" / "denoiser.onnx"), load_external_data=False).graph.input}
+    shapes = {
+        i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim]
+        for i in onnx.load(str(engines / "sd1" / "onnx" / "denoiser.onnx"), load_external_data=False).graph.input
+    }
     assert shapes == {
-        "state": ["batch", 4, 4, "height", "width"], "row_sample": ["rows"], "context": ["rows", "tokens", 32], "timestep": ["rows"],
-        "mixing": ["batch", "rows"], "update": ["batch", 4, 6], "noise": ["batch", 4, "height", "width"]}
+        "state": ["batch", 4, 4, "height", "width"],
+        "row_sample": ["rows"],
+        "context": ["rows", "tokens", 32],
+        "timestep": ["rows"],
+        "mixing": ["batch", "rows"],
+        "update": ["batch", 4, 6],
+        "noise": ["batch", 4, "height", "width"],
+    }
 
 
 def test_a_second_build_does_nothing(copied):
@@ -104,7 +113,9 @@ def test_a_changed_vae_leaves_the_other_graphs(copied):
     outcome = build(source, engines, "fp32", SHAPES)
     after = stamps(engines)
     assert outcome.exported == ("vae_decoder", "vae_encoder")
-    assert {name for name in after if after[name] == before[name]} == {f"{c}.onnx{x}" for c in ("text_encoder", "denoiser") for x in ("", ".data")}
+    assert {name for name in after if after[name] == before[name]} == {
+        f"{c}.onnx{x}" for c in ("text_encoder", "denoiser") for x in ("", ".data")
+    }
     assert set(outcome.manifest["verification"]["components"]) == set(COMPONENTS)
 
 
@@ -144,10 +155,21 @@ def test_fp16_weights_and_fp32_norms(tiny_fp16):
 def test_opset_23_has_attention_as_one_operator_and_the_same_picture(tiny_sources, tmp_path):
     outcome = build(tiny_sources["sd1"], tmp_path, "fp16", default_shapes(64), opset=23)
     assert outcome.manifest["verification"]["picture"]["psnr_db"] > 30
-    operators = {component: [node.op_type for node in onnx.load(str(outcome.folder / "onnx" / f"{component}.onnx"), load_external_data=False).graph.node]
-                 for component in COMPONENTS}
-    assert {component: names.count("Attention") for component, names in operators.items()} == {"text_encoder": 2, "denoiser": 8, "vae_decoder": 0,
-                                                                                                "vae_encoder": 0}
+    operators = {
+        component: [
+            node.op_type
+            for node in onnx.load(
+                str(outcome.folder / "onnx" / f"{component}.onnx"), load_external_data=False
+            ).graph.node
+        ]
+        for component in COMPONENTS
+    }
+    assert {component: names.count("Attention") for component, names in operators.items()} == {
+        "text_encoder": 2,
+        "denoiser": 8,
+        "vae_decoder": 0,
+        "vae_encoder": 0,
+    }
     assert "Softmax" not in operators["denoiser"]
     pictures = [picture_of(outcome.folder, backend) for backend in ("onnxruntime", "openvino")]
     assert psnr(*pictures) > 50
@@ -198,7 +220,15 @@ def test_a_second_builder_waits_for_the_first(copied):
 
 
 def run_builder(source, engines, *more):
-    command = [sys.executable, str(ROOT / "build_engines.py"), str(source.folder), "--output", str(engines), "--no-verify", *more]
+    command = [
+        sys.executable,
+        str(ROOT / "build_engines.py"),
+        str(source.folder),
+        "--output",
+        str(engines),
+        "--no-verify",
+        *more,
+    ]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
@@ -239,7 +269,9 @@ def test_too_little_disk_is_found_before_tracing(built, tmp_path, monkeypatch):
     assert not (tmp_path / "sd1").exists()
 
 
-@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounting a small file system needs root on Linux")
+@pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0, reason="mounting a small file system needs root on Linux"
+)
 def test_a_full_disk_leaves_nothing_half_written(built, tmp_path):
     source, _ = built
     small = tmp_path / "small"
@@ -256,6 +288,7 @@ def test_a_full_disk_leaves_nothing_half_written(built, tmp_path):
 
 def test_picture_and_psnr_numbers():
     import numpy as np
+
     a = np.zeros((8, 8, 3), np.uint8)
     assert psnr(a, a) == 99.0
     assert psnr(a, a + 1) == pytest.approx(48.13, abs=0.01)

@@ -1,4 +1,5 @@
 """A build for OpenVINO measures where bfloat16 is right, and writes it down."""
+
 import shutil
 import sys
 
@@ -63,8 +64,10 @@ def test_a_component_that_is_wrong_in_float32_fails_the_build(tiny_sources, outp
     assert (output / "sd1" / "manifest.json").read_bytes() == before
 
 
-@pytest.mark.parametrize(("options", "code", "words"), [
-    (["--no-verify"], 2, "does not go with --no-verify"), ([], 1, "python -m pip install 'openvino>=2025.2'")])
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [(["--no-verify"], 2, "does not go with --no-verify"), ([], 1, "python -m pip install 'openvino>=2025.2'")],
+)
 def test_mistakes_are_found_before_anything_is_exported(options, code, words, tmp_path, capsys, monkeypatch):
     if not options:
         monkeypatch.setitem(sys.modules, "openvino", None)

@@ -1,4 +1,5 @@
 """Nothing of the user's is overwritten or removed by a build, and no other model's bundle."""
+
 import json
 import os
 import shutil
@@ -48,7 +49,11 @@ def engines(tiny_bundles, tmp_path, source, edit_manifest):
 
 def everything(folder: Path) -> dict[str, str]:
     """The names and contents of all files in a folder."""
-    return {name: (folder / name).read_text(errors="replace") for name in files_of(folder) if not name.endswith("/") and (folder / name).is_file()}
+    return {
+        name: (folder / name).read_text(errors="replace")
+        for name in files_of(folder)
+        if not name.endswith("/") and (folder / name).is_file()
+    }
 
 
 def refuse(source, output, words, **options):
@@ -57,6 +62,7 @@ def refuse(source, output, words, **options):
 
 
 # The target.
+
 
 @pytest.mark.parametrize("force", [False, True])
 def test_the_model_that_is_built_is_never_the_target(model, source, force):
@@ -144,6 +150,7 @@ def test_an_output_that_cannot_be_is_named(source, tmp_path, monkeypatch, output
 
 
 # What is not ours in a bundle.
+
 
 def test_files_of_the_user_in_a_bundle_stay(source, engines):
     bundle = engines / "sd1"
@@ -239,7 +246,11 @@ def test_a_leftover_that_is_no_folder_stays(tmp_path):
 
 # Broken bundles, and those of other models.
 
-@pytest.mark.parametrize("content", ["", "{", "[" * 100_000, '{"format": ' + "9" * 5000 + "}", '{"format": 2, "components": {}, "files": 5}', "\x00"])
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[" * 100_000, '{"format": ' + "9" * 5000 + "}", '{"format": 2, "components": {}, "files": 5}', "\x00"],
+)
 def test_a_bundle_whose_manifest_cannot_be_read_is_known_as_broken(engines, content):
     (engines / "sd1" / "manifest.json").write_text(content)
     there = targets.examine(engines / "sd1")
@@ -284,7 +295,10 @@ def test_a_bundle_with_a_garbled_manifest_is_one_of_ours(engines, edit_manifest,
 
 def test_a_bundle_with_a_garbled_manifest_is_replaced_and_nothing_outside_is_touched(source, engines, edit_manifest):
     (engines.parent / "precious.txt").write_text("precious")
-    edit_manifest(engines / "sd1", files=leave_the_bundle(forget_a_graph(json.loads((engines / "sd1" / "manifest.json").read_text())["files"])))
+    edit_manifest(
+        engines / "sd1",
+        files=leave_the_bundle(forget_a_graph(json.loads((engines / "sd1" / "manifest.json").read_text())["files"])),
+    )
     build(source, engines, "fp32", SHAPES, verify=False)
     assert Bundle.open(engines / "sd1")
     assert (engines.parent / "precious.txt").read_text() == "precious"
@@ -299,7 +313,12 @@ def test_two_models_of_one_folder_name_do_not_replace_each_other(source, engines
     vae.save_pretrained(other / "vae")
     second = DiffusersFolder(other, "sd1", {"kind": "folder", "id": "sd1", "path": str(other)})
     before = (engines / "sd1" / "manifest.json").read_text()
-    refuse(second, engines, rf"is the bundle of another model \(folder {source.folder}\); give this one another name", force=force)
+    refuse(
+        second,
+        engines,
+        rf"is the bundle of another model \(folder {source.folder}\); give this one another name",
+        force=force,
+    )
     assert (engines / "sd1" / "manifest.json").read_text() == before
 
 
@@ -313,6 +332,7 @@ def test_a_model_that_moved_is_the_same_model(source, engines, tmp_path):
 
 
 # Two builders.
+
 
 def test_a_waiting_builder_says_for_whom_it_waits(tmp_path, monkeypatch):
     monkeypatch.setattr(targets, "SECONDS_BETWEEN_NOTES", 0.2)
@@ -350,12 +370,18 @@ def test_a_file_of_the_user_is_not_taken_for_a_lock(tmp_path):
     assert (tmp_path / ".demo.lock").read_text() == "mine"
 
 
-@pytest.mark.parametrize(("error", "words"), [
-    (PermissionError(13, "Permission denied", "/elsewhere/model.safetensors"), r"/elsewhere/model\.safetensors cannot be read .*let this user read it"),
-    (OSError(27, "File too large"), "ulimit -f"),
-    (OSError(28, "No space left on device"), "the disk of .* is full; nothing was changed"),
-    (OSError(5, "Input/output error"), "cannot be written or read"),
-])
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            PermissionError(13, "Permission denied", "/elsewhere/model.safetensors"),
+            r"/elsewhere/model\.safetensors cannot be read .*let this user read it",
+        ),
+        (OSError(27, "File too large"), "ulimit -f"),
+        (OSError(28, "No space left on device"), "the disk of .* is full; nothing was changed"),
+        (OSError(5, "Input/output error"), "cannot be written or read"),
+    ],
+)
 def test_a_file_that_fails_is_named(tmp_path, error, words):
     with pytest.raises(OutputError, match=words), build_module._as_output_errors(tmp_path):
         raise error

@@ -1,4 +1,5 @@
 """The verification compares the pictures of two prompts with diffusers', whatever the bundle takes in one call."""
+
 import json
 import re
 
@@ -40,8 +41,18 @@ def replace_file(bundle, name, content):
     (bundle / "manifest.json").write_text(json.dumps(manifest))
 
 
-@pytest.mark.parametrize(("batch", "sizes"), [((1, 1, 1), [1, 1]), ((1, 1, 8), [2]), ((1, 4, 8), [2]), ((2, 2, 2), [2]), ((2, 2, 4), [2]), ((3, 3, 3), [3]),
-                                              ((5, 6, 8), [5])])
+@pytest.mark.parametrize(
+    ("batch", "sizes"),
+    [
+        ((1, 1, 1), [1, 1]),
+        ((1, 1, 8), [2]),
+        ((1, 4, 8), [2]),
+        ((2, 2, 2), [2]),
+        ((2, 2, 4), [2]),
+        ((3, 3, 3), [3]),
+        ((5, 6, 8), [5]),
+    ],
+)
 def test_the_prompts_go_into_calls_that_the_bundle_takes(batch, sizes):
     calls = verify.calls(Range(*batch))
     assert [len(prompts) for prompts in calls] == sizes
@@ -64,6 +75,7 @@ def test_two_prompts_are_compared_for_every_range_of_batches(tiny_sources, copie
 def test_openvino_measures_bundles_that_take_no_single_picture(copied, edit_manifest):
     pytest.importorskip("openvino")
     from export import openvino as to_openvino
+
     shapes = json.loads((copied / "manifest.json").read_text())["shapes"]
     edit_manifest(copied, shapes={**shapes, "batch": [2, 2, 4]})
     assert len(to_openvino._pictures(to_openvino.Bundle.open(copied, verify=False), {}, 1, [0, 1])) == 4
@@ -74,7 +86,9 @@ def test_a_model_that_does_not_react_to_the_text_is_found(tiny_sources, tiny_bun
     edit_weights(TEXT_WEIGHTS, lambda weights: {**weights, "final_layer_norm.weight": torch.zeros(32)})(model)
     source = resolve(str(model))
     source.check()
-    with pytest.raises(e.VerificationError, match=r"the model does not react to the text: .* give the same picture, with diffusers too"):
+    with pytest.raises(
+        e.VerificationError, match=r"the model does not react to the text: .* give the same picture, with diffusers too"
+    ):
         verify.check_picture(source, tiny_bundles["sd1"], "fp32")
 
 
@@ -89,7 +103,9 @@ def test_a_bundle_that_does_not_react_to_the_text_is_found(tiny_sources, copied)
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_picture_that_differs_has_a_remedy_for_its_precision(tiny_sources, tiny_bundles, monkeypatch, precision):
     monkeypatch.setitem(compare.PICTURE_TOLERANCE, precision, 100.0)
-    with pytest.raises(e.VerificationError, match=r"the picture differs from diffusers': PSNR .* --no-verify to keep it anyway") as caught:
+    with pytest.raises(
+        e.VerificationError, match=r"the picture differs from diffusers': PSNR .* --no-verify to keep it anyway"
+    ) as caught:
         verify.check_picture(tiny_sources["sd1"], tiny_bundles["sd1"], precision)
     assert ("--precision fp32" in str(caught.value)) == (precision == "fp16")
 
@@ -109,8 +125,18 @@ def test_the_manifest_says_what_was_verified(tiny_sources, copied):
     assert list(entry) == ["done", "backend", "precision", "components", "picture"]
     assert re.fullmatch(r"ONNX Runtime 1\.\d+\.\d+ on the CPU", entry["backend"])
     assert (entry["precision"], entry["components"]) == ("fp32", {"denoiser": {}})
-    assert list(entry["picture"]) == ["prompts", "seed", "scheduler", "steps", "guidance_scale", "height", "width", "latents_max_abs", "pixels_within_1",
-                                      "psnr_db"]
+    assert list(entry["picture"]) == [
+        "prompts",
+        "seed",
+        "scheduler",
+        "steps",
+        "guidance_scale",
+        "height",
+        "width",
+        "latents_max_abs",
+        "pixels_within_1",
+        "psnr_db",
+    ]
     assert json.dumps(entry)
 
 
@@ -125,7 +151,10 @@ class Fixed:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize(("value", "words"), [(2.0, "text_encoder differs from torch by 1.00e"), (np.inf, "text_encoder gives values in its output context")])
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(2.0, "text_encoder differs from torch by 1.00e"), (np.inf, "text_encoder gives values in its output context")],
+)
 def test_a_component_that_differs_has_a_remedy_for_its_precision(precision, value, words):
     expected = verify.Reference([verify.example("text_encoder", 0)], [[np.ones((1, 77, 4), np.float32)]])
     with pytest.raises(e.VerificationError, match=words) as caught:
@@ -141,7 +170,12 @@ def test_a_scheduler_of_choice_is_shipped_verified_and_runs(tiny_sources, copied
     found, _ = verify.check_picture(source, copied, "fp32")
     assert found.scheduler == sampler.removesuffix("_karras")
     assert bool(config.get("use_karras_sigmas")) == sampler.endswith("_karras")
-    assert (config["beta_start"], config["beta_schedule"], config["steps_offset"], config["clip_sample"]) == (0.00085, "scaled_linear", 1, False)
+    assert (config["beta_start"], config["beta_schedule"], config["steps_offset"], config["clip_sample"]) == (
+        0.00085,
+        "scaled_linear",
+        1,
+        False,
+    )
     with Pipeline.load(copied, backend="onnxruntime", verify=False) as pipeline:
         assert len(pipeline("a ring").images) == 1
 
@@ -149,6 +183,7 @@ def test_a_scheduler_of_choice_is_shipped_verified_and_runs(tiny_sources, copied
 def scheduler_classes():
     """Every scheduler of diffusers for torch, with its own defaults."""
     import diffusers
+
     names = {name for name in dir(diffusers) if name.endswith("Scheduler") and not name.startswith("Flax")}
     assert len(names) > 40
     return names
@@ -170,8 +205,10 @@ def renamed(tiny_sources, tmp_path_factory):
 
 
 def with_defaults(name):
-    """What diffusers writes for a scheduler that was made without arguments; nothing where it needs a library that is not here."""
+    """What diffusers writes for a scheduler that was made without arguments; nothing where it needs a library that is
+    not here."""
     import diffusers
+
     try:
         return dict(getattr(diffusers, name)().config)
     except (ImportError, TypeError, ValueError):
@@ -184,7 +221,10 @@ RUNNING = {name for name, options in CLASSES.values() if "skip_prk_steps" not in
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:numpy")
 @pytest.mark.parametrize("name", sorted(scheduler_classes() - RUNNING))
 def test_a_scheduler_of_diffusers_that_the_runtime_lacks_is_refused(renamed, name):
-    with pytest.raises(e.UnsupportedModelError, match=f"{name}.*--scheduler NAME: ddim, ddpm, euler, euler_a, dpmpp_2m, dpmpp_2m_karras, pndm"):
+    with pytest.raises(
+        e.UnsupportedModelError,
+        match=f"{name}.*--scheduler NAME: ddim, ddpm, euler, euler_a, dpmpp_2m, dpmpp_2m_karras, pndm",
+    ):
         renamed(name, with_defaults(name)).check()
 
 
@@ -198,21 +238,39 @@ def test_a_scheduler_with_diffusers_defaults_runs(renamed, copied, edit_manifest
 
 
 def test_an_unknown_scheduler_is_refused():
-    with pytest.raises(e.UsageError, match=r"--scheduler 'nope' is not known; known: ddim, ddpm, euler, euler_a, dpmpp_2m, dpmpp_2m_karras, pndm"):
+    with pytest.raises(
+        e.UsageError,
+        match=r"--scheduler 'nope' is not known; known: ddim, ddpm, euler, euler_a, dpmpp_2m, dpmpp_2m_karras, pndm",
+    ):
         resolve(None, scheduler="nope")
 
 
 @pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "LMSDiscreteScheduler"])
 def test_another_scheduler_takes_the_place_of_one_that_the_runtime_lacks(renamed, name):
-    source = renamed(name, {"beta_start": 0.001, "timestep_spacing": "trailing", "solver_order": 3, "prediction_type": "v_prediction"})
+    source = renamed(
+        name,
+        {"beta_start": 0.001, "timestep_spacing": "trailing", "solver_order": 3, "prediction_type": "v_prediction"},
+    )
     replaced = resolve(str(source.folder), scheduler="EulerDiscreteScheduler")
     replaced.check()
-    assert replaced.scheduler_config() == {"_class_name": "EulerDiscreteScheduler", "beta_start": 0.001, "timestep_spacing": "trailing",
-                                           "prediction_type": "v_prediction", "steps_offset": 1, "clip_sample": False}
+    assert replaced.scheduler_config() == {
+        "_class_name": "EulerDiscreteScheduler",
+        "beta_start": 0.001,
+        "timestep_spacing": "trailing",
+        "prediction_type": "v_prediction",
+        "steps_offset": 1,
+        "clip_sample": False,
+    }
 
 
 def test_a_scheduler_is_shipped_as_diffusers_pipeline_uses_it(renamed):
     """StableDiffusionPipeline sets steps_offset to 1 and clip_sample to false, whatever the file says."""
     source = renamed("DDIMScheduler", {"steps_offset": 0, "clip_sample": True})
-    assert {key: source.pipeline().scheduler.config[key] for key in ("steps_offset", "clip_sample")} == {"steps_offset": 1, "clip_sample": False}
-    assert {key: source.scheduler_config()[key] for key in ("steps_offset", "clip_sample")} == {"steps_offset": 1, "clip_sample": False}
+    assert {key: source.pipeline().scheduler.config[key] for key in ("steps_offset", "clip_sample")} == {
+        "steps_offset": 1,
+        "clip_sample": False,
+    }
+    assert {key: source.scheduler_config()[key] for key in ("steps_offset", "clip_sample")} == {
+        "steps_offset": 1,
+        "clip_sample": False,
+    }

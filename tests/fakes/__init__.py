@@ -1,8 +1,11 @@
-"""A GPU machine in host memory: `with install("10.16.1") as machine:` puts a fake `tensorrt` and a fake `cuda.bindings.driver` in place.
+"""A GPU machine in host memory: `with install("10.16.1") as machine:` puts a fake `tensorrt` and a fake
+`cuda.bindings.driver` in place.
 
 Inside, `import tensorrt` and `from cuda.bindings import driver` find the fakes; afterwards everything is as before.
-`machine.cuda` is a FakeCuda (cuda_driver.py), `machine.tensorrt` the module, `machine.library` its faults, counts and messages.
+`machine.cuda` is a FakeCuda (cuda_driver.py), `machine.tensorrt` the module, `machine.library` its faults, counts and
+messages.
 """
+
 from __future__ import annotations
 
 import sys
@@ -33,7 +36,9 @@ class Machine:
 
 
 @contextmanager
-def install(version: str = "10.16.1", devices: Sequence[Device] = (Device(),), driver: bool = True, eager: bool = False) -> Iterator[Machine]:
+def install(
+    version: str = "10.16.1", devices: Sequence[Device] = (Device(),), driver: bool = True, eager: bool = False
+) -> Iterator[Machine]:
     """The modules of a machine with that TensorRT and these devices; the other arguments are FakeCuda's."""
     cuda = FakeCuda(devices, driver, eager)
     tensorrt, driver_module = make_tensorrt(version, cuda), cuda.module()
@@ -45,7 +50,12 @@ def install(version: str = "10.16.1", devices: Sequence[Device] = (Device(),), d
     kept = {name: module for name, module in sys.modules.items() if name.split(".")[0] in REPLACED}
     for name in kept:
         del sys.modules[name]
-    sys.modules |= {"tensorrt": tensorrt, "cuda": package, "cuda.bindings": bindings, "cuda.bindings.driver": driver_module}
+    sys.modules |= {
+        "tensorrt": tensorrt,
+        "cuda": package,
+        "cuda.bindings": bindings,
+        "cuda.bindings.driver": driver_module,
+    }
     try:
         yield Machine(cuda, tensorrt)
     finally:

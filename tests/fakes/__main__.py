@@ -1,4 +1,9 @@
-"""Runs a module or script on the fake GPU machine:  python -m tests.fakes 10.16.1 -m benchmarks.gpu_tensorrt ... | build_engines.py ..."""
+"""Runs a module or script on the fake GPU machine.
+
+python -m tests.fakes 10.16.1 -m benchmarks.gpu_tensorrt ...
+python -m tests.fakes 10.16.1 build_engines.py ...
+"""
+
 import runpy
 import sys
 

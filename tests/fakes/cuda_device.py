@@ -1,10 +1,11 @@
 """The machine behind the fake driver: memory, contexts, and streams that run late.
 
-Nothing runs when it is enqueued. Work runs when somebody waits for it, so a host that reads or overwrites pinned memory too
-early sees what it would see on a slow GPU. An eager machine runs work at once, as the fastest GPU would: a host that fills
-memory only after it started the copy sees its mistake there. Device memory is at addresses where the host has nothing; pinned
-memory is real. New memory is filled with 0xFF, which is NaN in every float type.
+Nothing runs when it is enqueued. Work runs when somebody waits for it, so a host that reads or overwrites pinned memory
+too early sees what it would see on a slow GPU. An eager machine runs work at once, as the fastest GPU would: a host
+that fills memory only after it started the copy sees its mistake there. Device memory is at addresses where the host
+has nothing; pinned memory is real. New memory is filled with 0xFF, which is NaN in every float type.
 """
+
 from __future__ import annotations
 
 import bisect
@@ -53,7 +54,8 @@ class Device:
 
 @dataclass
 class Counts:
-    """What the device did (copies, kernels, graphs: replayed ones too) and what the host waited for (synchronizations)."""
+    """What the device did (copies, kernels, graphs: replayed ones too) and what the host waited for
+    (synchronizations)."""
 
     synchronizations: int = 0
     queries: int = 0
@@ -88,7 +90,8 @@ class Allocation:
 
     def __str__(self) -> str:
         where = "pinned memory" if self.ordinal is None else f"memory of device {self.ordinal}"
-        return f"{self.size} bytes of {where} at {self.address:#x}, allocated at {self.site}{', freed' if self.freed else ''}"
+        freed = ", freed" if self.freed else ""
+        return f"{self.size} bytes of {where} at {self.address:#x}, allocated at {self.site}{freed}"
 
 
 class AddressSpace:
@@ -103,7 +106,7 @@ class AddressSpace:
         if ordinal is None:
             backing = np.full(size + PINNED_ALIGNMENT, POISON, np.uint8)
             skip = -backing.ctypes.data % PINNED_ALIGNMENT
-            data = backing[skip:skip + size]
+            data = backing[skip : skip + size]
             address = data.ctypes.data
         else:
             data = np.full(size, POISON, np.uint8)
@@ -133,7 +136,8 @@ class AddressSpace:
         return DEVICE_MEMORY_START <= address < DEVICE_MEMORY_START + len(self._next) * DEVICE_MEMORY_STRIDE
 
     def check(self, address: int, size: int, ordinal: int | None) -> Allocation:
-        """The living block of that device (None: pinned) that holds the whole range; ValueError says what is wrong with it."""
+        """The living block of that device (None: pinned) that holds the whole range; ValueError says what is wrong with
+        it."""
         block = self.find(address)
         wanted = "pinned memory" if ordinal is None else f"memory of device {ordinal}"
         if block is None:
@@ -148,10 +152,14 @@ class AddressSpace:
 
     def view(self, address: int, size: int, ordinal: int | None) -> np.ndarray:
         block = self.check(address, size, ordinal)
-        return block.data[address - block.address:address - block.address + size]
+        return block.data[address - block.address : address - block.address + size]
 
     def used(self, ordinal: int) -> int:
-        return sum(-(-block.size // DEVICE_ALIGNMENT) * DEVICE_ALIGNMENT for block in self.blocks.values() if block.ordinal == ordinal and not block.freed)
+        return sum(
+            -(-block.size // DEVICE_ALIGNMENT) * DEVICE_ALIGNMENT
+            for block in self.blocks.values()
+            if block.ordinal == ordinal and not block.freed
+        )
 
 
 class DeviceMemory:
@@ -195,14 +203,23 @@ class Context:
 
     def check(self) -> None:
         if self.error is not None:
-            raise CudaError(self.error, f"the context of device {self.ordinal} is broken: {self.log[-1] if self.log else ''}")
+            raise CudaError(
+                self.error, f"the context of device {self.ordinal} is broken: {self.log[-1] if self.log else ''}"
+            )
 
     def legacy_waits(self, stream: Stream) -> None:
-        """The order between the legacy default stream and the blocking ones: each waits for what the other has queued."""
+        """The order between the legacy default stream and the blocking ones: each waits for what the other has
+        queued."""
         if stream.non_blocking:
             return
         for other in self.streams:
-            if other is not stream and not other.non_blocking and (stream.legacy or other.legacy) and other.queue and not other.capture:
+            if (
+                other is not stream
+                and not other.non_blocking
+                and (stream.legacy or other.legacy)
+                and other.queue
+                and not other.capture
+            ):
                 stream.queue.append(Wait(other.tail()))
 
 
@@ -251,7 +268,10 @@ class Stream:
             for other in self.context.streams:
                 if other.capture and not other.non_blocking:
                     other.capture.valid = False
-                    raise CudaError(CUresult.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT, "work on the legacy stream while a blocking stream captures")
+                    raise CudaError(
+                        CUresult.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT,
+                        "work on the legacy stream while a blocking stream captures",
+                    )
         self.context.legacy_waits(self)
         self.queue.append(work)
         if self.context.eager:
@@ -315,7 +335,10 @@ class Capture:
             stream.capture = None
         self.check()
         if unjoined:
-            raise CudaError(CUresult.CUDA_ERROR_STREAM_CAPTURE_UNJOINED, f"{len(unjoined)} stream(s) of the capture were not joined to its origin")
+            raise CudaError(
+                CUresult.CUDA_ERROR_STREAM_CAPTURE_UNJOINED,
+                f"{len(unjoined)} stream(s) of the capture were not joined to its origin",
+            )
         return self.work
 
 

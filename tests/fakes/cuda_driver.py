@@ -5,10 +5,11 @@
     cuda.fail("cuMemAlloc", driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY, at=3)  # the third call from now
     cuda.counts, cuda.calls, cuda.log, cuda.live()                         # what happened, why it failed, what leaked
 
-cuda_device.py says when work runs. Stricter than the real driver: work that uses freed memory breaks the context (the real
-cuMemFree waits), a stream is good for calls under its own context only, and a destroyed object is an error, never undefined.
-Errors that only the device can find surface when the host waits, and from every later call.
+cuda_device.py says when work runs. Stricter than the real driver: work that uses freed memory breaks the context (the
+real cuMemFree waits), a stream is good for calls under its own context only, and a destroyed object is an error, never
+undefined. Errors that only the device can find surface when the host waits, and from every later call.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -59,7 +60,9 @@ def host_pointer(value: Any) -> int:
     try:
         view = memoryview(value)
     except TypeError:
-        raise TypeError(f"Provided argument is of type {type(value)} but expected Type None, int or object with Buffer Protocol") from None
+        raise TypeError(
+            f"Provided argument is of type {type(value)} but expected Type None, int or object with Buffer Protocol"
+        ) from None
     if not view.contiguous:
         raise ValueError("ndarray is not contiguous")
     return np.frombuffer(view, np.uint8).ctypes.data if view.nbytes else 0
@@ -103,20 +106,22 @@ class FakeCuda(FakeMachine):
 
     @api(values=1, needs="init")
     def cuDeviceGetName(self, length: int, dev: CUdevice) -> bytes:
-        name = self.devices[self._device(dev)].name.encode()[:length - 1] + b"\0"
+        name = self.devices[self._device(dev)].name.encode()[: length - 1] + b"\0"
         return name.ljust(length)
 
     @api(values=1, needs="init")
     def cuDeviceGetAttribute(self, attrib: CUdevice_attribute, dev: CUdevice) -> int:
         device, names = self.devices[self._device(dev)], CUdevice_attribute
-        return {names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: device.capability[0],
-                names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: device.capability[1],
-                names.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: device.multiprocessors,
-                names.CU_DEVICE_ATTRIBUTE_CLOCK_RATE: 1_980_000,
-                names.CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE: 3_201_000,
-                names.CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE: 60 << 20,
-                names.CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING: 1,
-                names.CU_DEVICE_ATTRIBUTE_INTEGRATED: 0}[names(attrib)]
+        return {
+            names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: device.capability[0],
+            names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: device.capability[1],
+            names.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: device.multiprocessors,
+            names.CU_DEVICE_ATTRIBUTE_CLOCK_RATE: 1_980_000,
+            names.CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE: 3_201_000,
+            names.CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE: 60 << 20,
+            names.CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING: 1,
+            names.CU_DEVICE_ATTRIBUTE_INTEGRATED: 0,
+        }[names(attrib)]
 
     @api(values=1, needs="init")
     def cuDeviceTotalMem(self, dev: CUdevice) -> int:
@@ -195,7 +200,10 @@ class FakeCuda(FakeMachine):
             return
         block = self.space.blocks.get(address)
         if block is None or block.freed or block.ordinal != ordinal:
-            raise CudaError(CUresult.CUDA_ERROR_INVALID_VALUE, f"{address:#x} is not the start of a living block there{f': {block}' if block else ''}")
+            raise CudaError(
+                CUresult.CUDA_ERROR_INVALID_VALUE,
+                f"{address:#x} is not the start of a living block there{f': {block}' if block else ''}",
+            )
         self.space.free(block)
 
     @api()
@@ -208,6 +216,7 @@ class FakeCuda(FakeMachine):
         def run() -> None:
             self.counts.memsets += 1
             self._view(target, N, stream.context.ordinal)[:] = uc
+
         stream.push(run)
 
     @api()
@@ -230,18 +239,31 @@ class FakeCuda(FakeMachine):
         pinned = self._pinned(target, size)
         if not pinned:
             self._pageable(stream)
-        host = functools.partial(self._view, target, size, None) if pinned else lambda: np.frombuffer((ctypes.c_uint8 * size).from_address(target), np.uint8)
+        host = (
+            functools.partial(self._view, target, size, None)
+            if pinned
+            else lambda: np.frombuffer((ctypes.c_uint8 * size).from_address(target), np.uint8)
+        )
         stream.push(self._copy("D2H", size, functools.partial(self._view, source, size, ordinal), host))
         if not pinned:
             stream.run()
             stream.context.check()
 
     @api()
-    def cuMemcpyDtoDAsync(self, dstDevice: CUdeviceptr, srcDevice: CUdeviceptr, ByteCount: int, hStream: CUstream) -> None:
+    def cuMemcpyDtoDAsync(
+        self, dstDevice: CUdeviceptr, srcDevice: CUdeviceptr, ByteCount: int, hStream: CUstream
+    ) -> None:
         stream, size = self._stream(hStream), unsigned(ByteCount)
         ordinal = stream.context.ordinal
         target, source = self._block(dstDevice, size, ordinal), self._block(srcDevice, size, ordinal)
-        stream.push(self._copy("D2D", size, functools.partial(self._view, source, size, ordinal), functools.partial(self._view, target, size, ordinal)))
+        stream.push(
+            self._copy(
+                "D2D",
+                size,
+                functools.partial(self._view, source, size, ordinal),
+                functools.partial(self._view, target, size, ordinal),
+            )
+        )
 
     def _pageable(self, stream: Stream) -> None:
         if stream.capture:
@@ -253,6 +275,7 @@ class FakeCuda(FakeMachine):
             self.counts.copies[kind] += 1
             self.counts.copied_bytes[kind] += size
             target()[:] = source().copy()
+
         return run
 
     # Streams and events
@@ -264,7 +287,11 @@ class FakeCuda(FakeMachine):
 
     @api(values=1)
     def cuStreamCreate(self, Flags: int) -> CUstream:
-        handle = self._add(Stream, context=self._current, non_blocking=CUstream_flags(unsigned(Flags)) == CUstream_flags.CU_STREAM_NON_BLOCKING)
+        handle = self._add(
+            Stream,
+            context=self._current,
+            non_blocking=CUstream_flags(unsigned(Flags)) == CUstream_flags.CU_STREAM_NON_BLOCKING,
+        )
         self._current.streams.append(self._get(handle, Stream))
         return CUstream(handle)
 
@@ -309,7 +336,9 @@ class FakeCuda(FakeMachine):
                 stream.capture.refuse("two captures would merge", CUresult.CUDA_ERROR_STREAM_CAPTURE_MERGE)
             capture.join(stream, recorded_on)
         elif stream.capture and event.record:
-            stream.capture.refuse("waiting in a capture for an event from outside of it", CUresult.CUDA_ERROR_STREAM_CAPTURE_ISOLATION)
+            stream.capture.refuse(
+                "waiting in a capture for an event from outside of it", CUresult.CUDA_ERROR_STREAM_CAPTURE_ISOLATION
+            )
         elif event.record:
             stream.push(Wait(event.record))
 
@@ -374,7 +403,9 @@ class FakeCuda(FakeMachine):
     def cuStreamBeginCapture(self, hStream: CUstream, mode: CUstreamCaptureMode) -> None:
         stream = self._stream(hStream)
         if stream.legacy:
-            raise CudaError(CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "the legacy default stream cannot be captured")
+            raise CudaError(
+                CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "the legacy default stream cannot be captured"
+            )
         if stream.capture:
             raise CudaError(CUresult.CUDA_ERROR_INVALID_VALUE, "the stream is capturing already")
         stream.capture = Capture(stream, CUstreamCaptureMode(mode))
@@ -388,8 +419,13 @@ class FakeCuda(FakeMachine):
             raise CudaError(CUresult.CUDA_ERROR_INVALID_VALUE, "the stream is not capturing")
         if capture.origin is not stream:
             capture.refuse("a capture ends on the stream where it began", CUresult.CUDA_ERROR_STREAM_CAPTURE_UNMATCHED)
-        if capture.mode != CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED and capture.thread != threading.get_ident():
-            capture.refuse("a capture ends in the thread where it began", CUresult.CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD)
+        if (
+            capture.mode != CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+            and capture.thread != threading.get_ident()
+        ):
+            capture.refuse(
+                "a capture ends in the thread where it began", CUresult.CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD
+            )
         self._captures.remove(capture)
         return CUgraph(self._add(Graph, work=capture.end()))
 
@@ -427,6 +463,7 @@ class FakeCuda(FakeMachine):
             self.counts.graph_launches += 1
             for work in graph.work:
                 work()
+
         stream.push(run)
 
     @api()

@@ -1,4 +1,6 @@
-"""Everything of the fake driver that is no driver function: what tests ask and arrange, what the fake TensorRT uses, and the way of a call."""
+"""Everything of the fake driver that is no driver function: what tests ask and arrange, what the fake TensorRT uses,
+and the way of a call."""
+
 from __future__ import annotations
 
 import functools
@@ -35,14 +37,18 @@ class DynamicLibNotFoundError(RuntimeError):
 
 
 def api(values: int = 0, needs: str = "context") -> Callable[[Callable], Callable]:
-    """A driver function that returns so many values; it needs "nothing", cuInit ("init"), or a usable current "context"."""
+    """A driver function that returns so many values; it needs "nothing", cuInit ("init"), or a usable current
+    "context"."""
+
     def decorate(function: Callable) -> Callable:
         @functools.wraps(function)
         def call(self: FakeMachine, *args: Any, **kwargs: Any) -> tuple:
             with self.lock:
                 return self._call(function, values, needs, args, kwargs)
+
         call.value_count = values  # type: ignore[attr-defined]
         return call
+
     return decorate
 
 
@@ -50,17 +56,21 @@ class FakeMachine:
     """One machine: its devices, and everything that was created on them."""
 
     def __init__(self, devices: Sequence[Device] = (Device(),), driver: bool = True, eager: bool = False) -> None:
-        """`driver=False` is a machine without libcuda; with `eager`, work runs when it is enqueued, not when somebody waits."""
+        """`driver=False` is a machine without libcuda; with `eager`, work runs when it is enqueued, not when somebody
+        waits."""
         self.devices, self.driver = tuple(devices), driver
         self.counts = Counts()
         self.calls: list[str] = []
-        """The name of every driver function that was called, in order, and "cudaMalloc" for TensorRT's own allocations."""
+        """The name of every driver function that was called, in order, and "cudaMalloc" for TensorRT's own
+        allocations."""
         self.log: list[str] = []
         """The reason of every error."""
         self.lock = threading.RLock()
         self.space = AddressSpace(len(self.devices))
         self._handles = itertools.count(0x5500_0000, 0x100)
-        self._contexts = [Context(next(self._handles), ordinal, self.log, eager) for ordinal in range(len(self.devices))]
+        self._contexts = [
+            Context(next(self._handles), ordinal, self.log, eager) for ordinal in range(len(self.devices))
+        ]
         for context in self._contexts:
             context.streams.append(Stream(0, context, non_blocking=False, legacy=True))
         self._objects: dict[int, Stream | Event | Graph] = {}
@@ -73,7 +83,8 @@ class FakeMachine:
     # What tests ask and arrange
 
     def fail(self, name: str, result: CUresult, at: int = 1) -> None:
-        """The `at`-th call of this function from now returns `result` and does nothing. "cudaMalloc" is TensorRT's own allocation."""
+        """The `at`-th call of this function from now returns `result` and does nothing. "cudaMalloc" is TensorRT's own
+        allocation."""
         self._faults.setdefault(name, []).append([at, result])
 
     def live(self) -> dict[str, list[str]]:
@@ -129,11 +140,15 @@ class FakeMachine:
             return context.streams[0]
         stream = self._get(handle, Stream)
         if stream.context is not context:
-            raise CudaError(CUresult.CUDA_ERROR_INVALID_CONTEXT, f"a stream of device {stream.context.ordinal} while device {context.ordinal} is current")
+            raise CudaError(
+                CUresult.CUDA_ERROR_INVALID_CONTEXT,
+                f"a stream of device {stream.context.ordinal} while device {context.ordinal} is current",
+            )
         return stream
 
     def launch(self, handle: int, name: str, kernel: Callable[[DeviceMemory], None]) -> None:
-        """Enqueues a Python function on a stream as a kernel; on a capturing stream it is recorded. CudaError where that fails."""
+        """Enqueues a Python function on a stream as a kernel; on a capturing stream it is recorded. CudaError where
+        that fails."""
         with self.lock:
             stream = self.stream(handle)
             memory = DeviceMemory(self.space, stream.context.ordinal)
@@ -141,6 +156,7 @@ class FakeMachine:
             def run() -> None:
                 self.counts.kernels[name] += 1
                 kernel(memory)
+
             stream.push(run)
 
     # The machinery of a call
@@ -183,7 +199,9 @@ class FakeMachine:
             raise CudaError(CUresult.CUDA_ERROR_INVALID_CONTEXT, "no context is current in this thread")
         context = self._stack[-1]
         if not context.retained and not context.implicit:
-            raise CudaError(CUresult.CUDA_ERROR_CONTEXT_IS_DESTROYED, f"the context of device {context.ordinal} was released")
+            raise CudaError(
+                CUresult.CUDA_ERROR_CONTEXT_IS_DESTROYED, f"the context of device {context.ordinal} was released"
+            )
         return context
 
     def _get(self, handle: Any, kind: type) -> Any:
@@ -210,7 +228,8 @@ class FakeMachine:
         return self.space.allocate(size, context.ordinal)
 
     def _refuse_in_capture(self) -> None:
-        """For calls that the rules of stream capture call potentially unsafe (see cuThreadExchangeStreamCaptureMode)."""
+        """For calls that the rules of stream capture call potentially unsafe (see
+        cuThreadExchangeStreamCaptureMode)."""
         here, modes = threading.get_ident(), CUstreamCaptureMode
         for capture in self._captures:
             local = capture.thread == here and capture.mode != modes.CU_STREAM_CAPTURE_MODE_RELAXED
@@ -238,7 +257,9 @@ class FakeMachine:
         if address == 0:
             raise CudaError(CUresult.CUDA_ERROR_INVALID_VALUE, "the host pointer is NULL")
         if self.space.is_device_address(address):
-            raise CudaError(CUresult.CUDA_ERROR_INVALID_VALUE, f"{address:#x} is a device pointer, given as host memory")
+            raise CudaError(
+                CUresult.CUDA_ERROR_INVALID_VALUE, f"{address:#x} is a device pointer, given as host memory"
+            )
         if self.space.find(address) is None:
             return False
         self._block(address, size, None)

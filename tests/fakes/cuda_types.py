@@ -1,4 +1,6 @@
-"""The enumerations and handle types of `cuda.bindings.driver` that the fake has; tests/test_real_bindings.py compares them with the real ones."""
+"""The enumerations and handle types of `cuda.bindings.driver` that the fake has; tests/test_real_bindings.py compares
+them with the real ones."""
+
 from __future__ import annotations
 
 from enum import IntEnum
@@ -38,7 +40,10 @@ class CUresult(IntEnum):
     CUDA_ERROR_UNKNOWN = 999
 
 
-STICKY = {CUresult.CUDA_ERROR_ECC_UNCORRECTABLE, *(r for r in CUresult if 700 <= r < 800 and r != CUresult.CUDA_ERROR_CONTEXT_IS_DESTROYED)}
+STICKY = {
+    CUresult.CUDA_ERROR_ECC_UNCORRECTABLE,
+    *(r for r in CUresult if 700 <= r < 800 and r != CUresult.CUDA_ERROR_CONTEXT_IS_DESTROYED),
+}
 """Errors of the device: every later call on the context returns them too."""
 
 

@@ -5,9 +5,10 @@
     trt._library.counts, trt._library.messages
 
 A plan holds the ONNX model. Building and running follow the real rules as far as they are documented or known; what is
-stricter here: an engine is called under the context of its stream, outputs are overwritten before inputs are read, the first
-enqueue after a change of shapes cannot be captured.
+stricter here: an engine is called under the context of its stream, outputs are overwritten before inputs are read, the
+first enqueue after a change of shapes cannot be captured.
 """
+
 from __future__ import annotations
 
 from types import ModuleType
@@ -20,15 +21,46 @@ from . import tensorrt_build, tensorrt_network, tensorrt_run
 from .cuda_driver import FakeCuda
 
 TEMPLATES = (
-    api.ILogger, api.Logger, api.IProgressMonitor, api.IProfiler, api.Dims, tensorrt_build.Builder, tensorrt_build.IOptimizationProfile,
-    tensorrt_build.ITimingCache, tensorrt_build.IBuilderConfig, tensorrt_network.INetworkDefinition, tensorrt_network.ITensor, tensorrt_network.ILayer,
-    tensorrt_network.IConstantLayer, tensorrt_network.INormalizationLayer, tensorrt_network.IPluginV2Layer, tensorrt_network.IPluginV2,
-    tensorrt_network.Weights, tensorrt_network.ParserError, tensorrt_network.OnnxParser, tensorrt_run.Runtime, tensorrt_run.ICudaEngine,
-    tensorrt_run.IExecutionContext, tensorrt_run.EngineInspector)
+    api.ILogger,
+    api.Logger,
+    api.IProgressMonitor,
+    api.IProfiler,
+    api.Dims,
+    tensorrt_build.Builder,
+    tensorrt_build.IOptimizationProfile,
+    tensorrt_build.ITimingCache,
+    tensorrt_build.IBuilderConfig,
+    tensorrt_network.INetworkDefinition,
+    tensorrt_network.ITensor,
+    tensorrt_network.ILayer,
+    tensorrt_network.IConstantLayer,
+    tensorrt_network.INormalizationLayer,
+    tensorrt_network.IPluginV2Layer,
+    tensorrt_network.IPluginV2,
+    tensorrt_network.Weights,
+    tensorrt_network.ParserError,
+    tensorrt_network.OnnxParser,
+    tensorrt_run.Runtime,
+    tensorrt_run.ICudaEngine,
+    tensorrt_run.IExecutionContext,
+    tensorrt_run.EngineInspector,
+)
 REPLACED = {"8": {"ICudaEngine": {"create_execution_context": tensorrt_run.create_execution_context_of_8}}}
 """Members whose parameters differ."""
 
-ITEM_SIZES = {"FLOAT": 4, "HALF": 2, "BF16": 2, "INT8": 1, "INT32": 4, "INT64": 8, "BOOL": 1, "UINT8": 1, "FP8": 1, "FP4": 0.5, "INT4": 0.5}
+ITEM_SIZES = {
+    "FLOAT": 4,
+    "HALF": 2,
+    "BF16": 2,
+    "INT8": 1,
+    "INT32": 4,
+    "INT64": 8,
+    "BOOL": 1,
+    "UINT8": 1,
+    "FP8": 1,
+    "FP4": 0.5,
+    "INT4": 0.5,
+}
 
 
 def make_tensorrt(version: str, cuda: FakeCuda) -> ModuleType:
@@ -52,7 +84,11 @@ def make_class(template: type, library: api.Library) -> type:
     """The template as that version has it."""
     base = library.classes["ILogger"] if template is api.Logger else None
     members: dict[str, Any] = {"__slots__": (), "__module__": "tensorrt.tensorrt", "_library": library}
-    members |= {name: api.Missing() for parent in template.__mro__ for name in api.missing_members(parent.__name__, library.major)}
+    members |= {
+        name: api.Missing()
+        for parent in template.__mro__
+        for name in api.missing_members(parent.__name__, library.major)
+    }
     members |= REPLACED.get(library.major, {}).get(template.__name__, {})
     return type(template)(template.__name__, (template, base) if base else (template,), members)
 
@@ -78,6 +114,7 @@ def make_module(library: api.Library) -> ModuleType:
     def init_libnvinfer_plugins(logger: Any, namespace: str) -> bool:
         library.plugins_registered = True
         return True
+
     module.init_libnvinfer_plugins = init_libnvinfer_plugins
     return module
 
@@ -89,7 +126,15 @@ def volume(iterable: Any) -> int:
 
 def nptype(trt_type: Any) -> Any:
     """The numpy type of a DataType; TypeError where numpy has none."""
-    types = {"FLOAT": np.float32, "HALF": np.float16, "INT8": np.int8, "INT32": np.int32, "INT64": np.int64, "BOOL": np.bool_, "UINT8": np.uint8}
+    types = {
+        "FLOAT": np.float32,
+        "HALF": np.float16,
+        "INT8": np.int8,
+        "INT32": np.int32,
+        "INT64": np.int64,
+        "BOOL": np.bool_,
+        "UINT8": np.uint8,
+    }
     if trt_type.name not in types:
         raise TypeError("Could not resolve TensorRT datatype to an equivalent numpy datatype.")
     return types[trt_type.name]

@@ -2,6 +2,7 @@
 
 tests/test_real_bindings.py compares all of it with the real bindings, member by member.
 """
+
 from __future__ import annotations
 
 import sys
@@ -17,44 +18,76 @@ if TYPE_CHECKING:
 VERSIONS = ("8.6.0", "10.16.1", "11.4.0")
 
 ENUMS: dict[str, dict[str, str]] = {
-    # "all" or the major versions that have it: the members in the order of their values; NAME=VALUE where a value is skipped or shared
-    "DataType": {"8": "FLOAT HALF INT8 INT32 BOOL UINT8 FP8",
-                 "10 11": "FLOAT HALF INT8 INT32 BOOL UINT8 FP8 BF16 INT64 INT4 FP4 E8M0"},
+    # "all" or the major versions that have it: the members in the order of their values; NAME=VALUE where a value is
+    # skipped or shared
+    "DataType": {
+        "8": "FLOAT HALF INT8 INT32 BOOL UINT8 FP8",
+        "10 11": "FLOAT HALF INT8 INT32 BOOL UINT8 FP8 BF16 INT64 INT4 FP4 E8M0",
+    },
     "BuilderFlag": {
-        "8": "FP16 INT8 DEBUG GPU_FALLBACK STRICT_TYPES REFIT DISABLE_TIMING_CACHE TF32 SPARSE_WEIGHTS SAFETY_SCOPE OBEY_PRECISION_CONSTRAINTS"
-             " PREFER_PRECISION_CONSTRAINTS DIRECT_IO REJECT_EMPTY_ALGORITHMS ENABLE_TACTIC_HEURISTIC VERSION_COMPATIBLE EXCLUDE_LEAN_RUNTIME FP8",
-        "10": "FP16 INT8 DEBUG GPU_FALLBACK REFIT DISABLE_TIMING_CACHE TF32 SPARSE_WEIGHTS SAFETY_SCOPE OBEY_PRECISION_CONSTRAINTS"
-              " PREFER_PRECISION_CONSTRAINTS DIRECT_IO REJECT_EMPTY_ALGORITHMS VERSION_COMPATIBLE EXCLUDE_LEAN_RUNTIME FP8 ERROR_ON_TIMING_CACHE_MISS BF16"
-              " DISABLE_COMPILATION_CACHE WEIGHTLESS STRIP_PLAN=19 REFIT_IDENTICAL WEIGHT_STREAMING INT4 REFIT_INDIVIDUAL STRICT_NANS MONITOR_MEMORY FP4"
-              " EDITABLE_TIMING_CACHE DISTRIBUTIVE_INDEPENDENCE",
-        "11": "DEBUG=2 GPU_FALLBACK REFIT DISABLE_TIMING_CACHE TF32 SPARSE_WEIGHTS SAFETY_SCOPE DIRECT_IO=11 VERSION_COMPATIBLE EXCLUDE_LEAN_RUNTIME"
-              " ERROR_ON_TIMING_CACHE_MISS=15 DISABLE_COMPILATION_CACHE=17 STRIP_PLAN REFIT_IDENTICAL WEIGHT_STREAMING REFIT_INDIVIDUAL=22 STRICT_NANS"
-              " MONITOR_MEMORY EDITABLE_TIMING_CACHE=26 DISTRIBUTIVE_INDEPENDENCE"},
+        "8": "FP16 INT8 DEBUG GPU_FALLBACK STRICT_TYPES REFIT DISABLE_TIMING_CACHE TF32 SPARSE_WEIGHTS SAFETY_SCOPE "
+        "OBEY_PRECISION_CONSTRAINTS"
+        " PREFER_PRECISION_CONSTRAINTS DIRECT_IO REJECT_EMPTY_ALGORITHMS ENABLE_TACTIC_HEURISTIC VERSION_COMPATIBLE "
+        "EXCLUDE_LEAN_RUNTIME FP8",
+        "10": "FP16 INT8 DEBUG GPU_FALLBACK REFIT DISABLE_TIMING_CACHE TF32 SPARSE_WEIGHTS SAFETY_SCOPE "
+        "OBEY_PRECISION_CONSTRAINTS"
+        " PREFER_PRECISION_CONSTRAINTS DIRECT_IO REJECT_EMPTY_ALGORITHMS VERSION_COMPATIBLE EXCLUDE_LEAN_RUNTIME FP8 "
+        "ERROR_ON_TIMING_CACHE_MISS BF16"
+        " DISABLE_COMPILATION_CACHE WEIGHTLESS STRIP_PLAN=19 REFIT_IDENTICAL WEIGHT_STREAMING INT4 REFIT_INDIVIDUAL "
+        "STRICT_NANS MONITOR_MEMORY FP4"
+        " EDITABLE_TIMING_CACHE DISTRIBUTIVE_INDEPENDENCE",
+        "11": "DEBUG=2 GPU_FALLBACK REFIT DISABLE_TIMING_CACHE TF32 SPARSE_WEIGHTS SAFETY_SCOPE DIRECT_IO=11 "
+        "VERSION_COMPATIBLE EXCLUDE_LEAN_RUNTIME"
+        " ERROR_ON_TIMING_CACHE_MISS=15 DISABLE_COMPILATION_CACHE=17 STRIP_PLAN REFIT_IDENTICAL WEIGHT_STREAMING "
+        "REFIT_INDIVIDUAL=22 STRICT_NANS"
+        " MONITOR_MEMORY EDITABLE_TIMING_CACHE=26 DISTRIBUTIVE_INDEPENDENCE",
+    },
     "EngineCapability": {"all": "STANDARD SAFETY DLA_STANDALONE"},
-    "ErrorCode": {"all": "SUCCESS INTERNAL_ERROR MEM_ALLOC_FAILED MODEL_DESERIALIZE_FAILED INVALID_VALUE INVALID_GRAPH INVALID_NODE UNSUPPORTED_GRAPH"
-                         " UNSUPPORTED_NODE"},
+    "ErrorCode": {
+        "all": "SUCCESS INTERNAL_ERROR MEM_ALLOC_FAILED MODEL_DESERIALIZE_FAILED INVALID_VALUE INVALID_GRAPH "
+        "INVALID_NODE UNSUPPORTED_GRAPH"
+        " UNSUPPORTED_NODE"
+    },
     "ExecutionContextAllocationStrategy": {"10 11": "STATIC ON_PROFILE_CHANGE USER_MANAGED"},
     "HardwareCompatibilityLevel": {"8": "NONE AMPERE_PLUS", "10 11": "NONE AMPERE_PLUS SAME_COMPUTE_CAPABILITY"},
     "LayerInformationFormat": {"all": "ONELINE JSON"},
     "LayerType": {
-        "8": "CONVOLUTION FULLY_CONNECTED ACTIVATION POOLING LRN SCALE SOFTMAX DECONVOLUTION CONCATENATION ELEMENTWISE PLUGIN UNARY PADDING SHUFFLE REDUCE"
-             " TOPK GATHER MATRIX_MULTIPLY RAGGED_SOFTMAX CONSTANT RNN_V2 IDENTITY PLUGIN_V2 SLICE SHAPE PARAMETRIC_RELU RESIZE TRIP_LIMIT RECURRENCE"
-             " ITERATOR LOOP_OUTPUT SELECT FILL QUANTIZE DEQUANTIZE CONDITION CONDITIONAL_INPUT CONDITIONAL_OUTPUT SCATTER EINSUM ASSERTION ONE_HOT"
-             " NON_ZERO GRID_SAMPLE NMS REVERSE_SEQUENCE NORMALIZATION CAST",
-        "10 11": "CONVOLUTION CAST ACTIVATION POOLING LRN SCALE SOFTMAX DECONVOLUTION CONCATENATION ELEMENTWISE PLUGIN UNARY PADDING SHUFFLE REDUCE TOPK"
-                 " GATHER MATRIX_MULTIPLY RAGGED_SOFTMAX CONSTANT IDENTITY PLUGIN_V2 SLICE SHAPE PARAMETRIC_RELU RESIZE TRIP_LIMIT RECURRENCE ITERATOR"
-                 " LOOP_OUTPUT SELECT FILL QUANTIZE DEQUANTIZE CONDITION CONDITIONAL_INPUT CONDITIONAL_OUTPUT SCATTER EINSUM ASSERTION ONE_HOT NON_ZERO"
-                 " GRID_SAMPLE NMS REVERSE_SEQUENCE NORMALIZATION PLUGIN_V3 SQUEEZE UNSQUEEZE"},
-    "MemoryPoolType": {"8": "WORKSPACE DLA_MANAGED_SRAM DLA_LOCAL_DRAM DLA_GLOBAL_DRAM TACTIC_DRAM",
-                       "10 11": "WORKSPACE DLA_MANAGED_SRAM DLA_LOCAL_DRAM DLA_GLOBAL_DRAM TACTIC_DRAM TACTIC_SHARED_MEMORY"},
-    "NetworkDefinitionCreationFlag": {"8": "EXPLICIT_BATCH EXPLICIT_PRECISION", "10": "EXPLICIT_BATCH STRONGLY_TYPED", "11": "STRONGLY_TYPED"},
+        "8": "CONVOLUTION FULLY_CONNECTED ACTIVATION POOLING LRN SCALE SOFTMAX DECONVOLUTION CONCATENATION ELEMENTWISE "
+        "PLUGIN UNARY PADDING SHUFFLE REDUCE"
+        " TOPK GATHER MATRIX_MULTIPLY RAGGED_SOFTMAX CONSTANT RNN_V2 IDENTITY PLUGIN_V2 SLICE SHAPE PARAMETRIC_RELU "
+        "RESIZE TRIP_LIMIT RECURRENCE"
+        " ITERATOR LOOP_OUTPUT SELECT FILL QUANTIZE DEQUANTIZE CONDITION CONDITIONAL_INPUT CONDITIONAL_OUTPUT SCATTER "
+        "EINSUM ASSERTION ONE_HOT"
+        " NON_ZERO GRID_SAMPLE NMS REVERSE_SEQUENCE NORMALIZATION CAST",
+        "10 11": "CONVOLUTION CAST ACTIVATION POOLING LRN SCALE SOFTMAX DECONVOLUTION CONCATENATION ELEMENTWISE PLUGIN "
+        "UNARY PADDING SHUFFLE REDUCE TOPK"
+        " GATHER MATRIX_MULTIPLY RAGGED_SOFTMAX CONSTANT IDENTITY PLUGIN_V2 SLICE SHAPE PARAMETRIC_RELU RESIZE "
+        "TRIP_LIMIT RECURRENCE ITERATOR"
+        " LOOP_OUTPUT SELECT FILL QUANTIZE DEQUANTIZE CONDITION CONDITIONAL_INPUT CONDITIONAL_OUTPUT SCATTER EINSUM "
+        "ASSERTION ONE_HOT NON_ZERO"
+        " GRID_SAMPLE NMS REVERSE_SEQUENCE NORMALIZATION PLUGIN_V3 SQUEEZE UNSQUEEZE",
+    },
+    "MemoryPoolType": {
+        "8": "WORKSPACE DLA_MANAGED_SRAM DLA_LOCAL_DRAM DLA_GLOBAL_DRAM TACTIC_DRAM",
+        "10 11": "WORKSPACE DLA_MANAGED_SRAM DLA_LOCAL_DRAM DLA_GLOBAL_DRAM TACTIC_DRAM TACTIC_SHARED_MEMORY",
+    },
+    "NetworkDefinitionCreationFlag": {
+        "8": "EXPLICIT_BATCH EXPLICIT_PRECISION",
+        "10": "EXPLICIT_BATCH STRONGLY_TYPED",
+        "11": "STRONGLY_TYPED",
+    },
     "OnnxParserFlag": {"10 11": "NATIVE_INSTANCENORM"},
-    "PreviewFeature": {"8": "FASTER_DYNAMIC_SHAPES_0805 DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805 PROFILE_SHARING_0806",
-                       "10": "PROFILE_SHARING_0806 ALIASED_PLUGIN_IO_10_03 RUNTIME_ACTIVATION_RESIZE_10_10",
-                       "11": "ALIASED_PLUGIN_IO_10_03 RUNTIME_ACTIVATION_RESIZE_10_10"},
+    "PreviewFeature": {
+        "8": "FASTER_DYNAMIC_SHAPES_0805 DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805 PROFILE_SHARING_0806",
+        "10": "PROFILE_SHARING_0806 ALIASED_PLUGIN_IO_10_03 RUNTIME_ACTIVATION_RESIZE_10_10",
+        "11": "ALIASED_PLUGIN_IO_10_03 RUNTIME_ACTIVATION_RESIZE_10_10",
+    },
     "ProfilingVerbosity": {"all": "LAYER_NAMES_ONLY NONE DETAILED"},
     "Severity": {"all": "INTERNAL_ERROR ERROR WARNING INFO VERBOSE"},
-    "TacticSource": {"8 10": "CUBLAS CUBLAS_LT CUDNN EDGE_MASK_CONVOLUTIONS JIT_CONVOLUTIONS", "11": "EDGE_MASK_CONVOLUTIONS JIT_CONVOLUTIONS"},
+    "TacticSource": {
+        "8 10": "CUBLAS CUBLAS_LT CUDNN EDGE_MASK_CONVOLUTIONS JIT_CONVOLUTIONS",
+        "11": "EDGE_MASK_CONVOLUTIONS JIT_CONVOLUTIONS",
+    },
     "TensorFormat": {"all": "LINEAR CHW2 HWC8 CHW4 CHW16 CHW32 DHWC8 CDHW32 HWC"},
     "TensorIOMode": {"all": "NONE INPUT OUTPUT"},
     "TensorLocation": {"all": "DEVICE HOST"},
@@ -66,18 +99,34 @@ ONLY: dict[str, dict[str, str]] = {
     "IBuilderConfig": {"10 11": "progress_monitor"},
     "INetworkDefinition": {"10 11": "flags get_flag"},
     "ITensor": {},
-    "ILayer": {"8 10": "precision precision_is_set reset_precision set_output_type output_type_is_set reset_output_type"},
+    "ILayer": {
+        "8 10": "precision precision_is_set reset_precision set_output_type output_type_is_set reset_output_type"
+    },
     "OnnxParser": {"10 11": "flags set_flag get_flag clear_flag"},
     "ParserError": {"10 11": "node_name node_operator local_function_stack"},
-    "ICudaEngine": {"8 10": "device_memory_size create_execution_context_without_device_memory",
-                    "10": "get_device_memory_size_for_profile",
-                    "10 11": "device_memory_size_v2 get_device_memory_size_for_profile_v2"},
-    "IExecutionContext": {"8 10": "all_shape_inputs_specified", "10 11": "set_device_memory update_device_memory_size_for_shapes"},
+    "ICudaEngine": {
+        "8 10": "device_memory_size create_execution_context_without_device_memory",
+        "10": "get_device_memory_size_for_profile",
+        "10 11": "device_memory_size_v2 get_device_memory_size_for_profile_v2",
+    },
+    "IExecutionContext": {
+        "8 10": "all_shape_inputs_specified",
+        "10 11": "set_device_memory update_device_memory_size_for_shapes",
+    },
 }
 CLASSES_ONLY = {"IProgressMonitor": "10 11"}
 
-DATA_TYPE_NAMES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int8": "INT8", "int32": "INT32", "int64": "INT64", "bool": "BOOL",
-                   "uint8": "UINT8", "fp8": "FP8"}
+DATA_TYPE_NAMES = {
+    "float32": "FLOAT",
+    "float16": "HALF",
+    "bfloat16": "BF16",
+    "int8": "INT8",
+    "int32": "INT32",
+    "int64": "INT64",
+    "bool": "BOOL",
+    "uint8": "UINT8",
+    "fp8": "FP8",
+}
 """Names that the module itself has for DataType's members, where they exist."""
 
 
@@ -87,7 +136,9 @@ def for_version(table: dict[str, str], major: str) -> str | None:
 
 
 def missing_members(cls: str, major: str) -> set[str]:
-    return {name for versions, names in ONLY.get(cls, {}).items() if major not in versions.split() for name in names.split()}
+    return {
+        name for versions, names in ONLY.get(cls, {}).items() if major not in versions.split() for name in names.split()
+    }
 
 
 class Enumeration:
@@ -127,7 +178,9 @@ class Enumeration:
 
 def make_enum(name: str, members: str) -> type[Enumeration]:
     """An enumeration from the notation of ENUMS."""
-    cls: type[Enumeration] = type(name, (Enumeration,), {"__slots__": (), "__members__": {}, "__module__": "tensorrt.tensorrt"})
+    cls: type[Enumeration] = type(
+        name, (Enumeration,), {"__slots__": (), "__members__": {}, "__module__": "tensorrt.tensorrt"}
+    )
     value = -1
     for item in members.split():
         member, _, given = item.partition("=")
@@ -165,7 +218,8 @@ class PybindType(type):
 
 
 class Bound(metaclass=PybindType):
-    """Base of all classes here. Only the declared attributes exist; TensorRT itself creates most objects, by `_create`."""
+    """Base of all classes here. Only the declared attributes exist; TensorRT itself creates most objects, by
+    `_create`."""
 
     __slots__ = ("__weakref__",)
     _library: Library
@@ -202,25 +256,32 @@ class OfTheDevice(Bound):
 
 def plain_property(field_name: str, kind: type | str | None = None) -> property:
     """A property that keeps what it is given; `kind` is the type, or the name of the enumeration, that it must have."""
+
     def read(self: Any) -> Any:
         return getattr(self, field_name)
 
     def write(self: Any, value: Any) -> None:
         self._library.expect(value, kind)
         setattr(self, field_name, value)
+
     return property(read, write)
 
 
 def fails_with(result: Any) -> Callable[[Callable], Callable]:
     """A method that returns `result` when a test makes it fail (`library.faults`); the logger hears of it."""
+
     def decorate(function: Callable) -> Callable:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             if self._library.faults.hit(function.__name__):
-                self._library.error(getattr(self, "_logger", None), f"{function.__name__} failed because the test wants it so")
+                self._library.error(
+                    getattr(self, "_logger", None), f"{function.__name__} failed because the test wants it so"
+                )
                 return result
             return function(self, *args, **kwargs)
+
         call.__name__, call.__doc__, call.__wrapped__ = function.__name__, function.__doc__, function  # type: ignore[attr-defined]
         return call
+
     return decorate
 
 
@@ -264,7 +325,8 @@ class Library:
         self.messages: list[tuple[str, str]] = []
         """All that was logged, as (severity, text), whatever the logger kept."""
         self.died_elsewhere: list[str] = []
-        """Builders' objects whose destructor ran while another GPU than the one that they were made on was current, or none."""
+        """Builders' objects whose destructor ran while another GPU than the one that they were made on was current, or
+        none."""
         self.cudnn = self.plugins_registered = False
         """Whether 8.6 finds cuDNN, and whether this process has registered the plugins, which the parser does too."""
         self.classes: dict[str, Any] = {}
@@ -369,7 +431,8 @@ class IProfiler(Bound):
 
 
 class Dims(Bound):
-    """A shape: indexable, iterable, equal to lists and tuples, but no tuple: no `+`, no hash, not comparable with another Dims."""
+    """A shape: indexable, iterable, equal to lists and tuples, but no tuple: no `+`, no hash, not comparable with
+    another Dims."""
 
     __slots__ = ("_sizes",)
     __hash__ = None  # type: ignore[assignment]
@@ -387,7 +450,9 @@ class Dims(Bound):
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, (list, tuple)):
-            raise TypeError("__eq__(): incompatible function arguments: a Dims is comparable with a list or a tuple only")
+            raise TypeError(
+                "__eq__(): incompatible function arguments: a Dims is comparable with a list or a tuple only"
+            )
         return self._sizes == list(other)
 
     def __repr__(self) -> str:
@@ -395,7 +460,8 @@ class Dims(Bound):
 
 
 class IHostMemory(bytes):
-    """A block of bytes with a buffer, and nothing else of bytes: memoryview(), bytes(), file.write() and hashlib take it, len() does not."""
+    """A block of bytes with a buffer, and nothing else of bytes: memoryview(), bytes(), file.write() and hashlib take
+    it, len() does not."""
 
     __slots__ = ()
 

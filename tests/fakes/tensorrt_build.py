@@ -1,4 +1,5 @@
 """The fake TensorRT's side of building: builder, configuration, profiles, timing cache."""
+
 from __future__ import annotations
 
 import hashlib
@@ -44,17 +45,35 @@ class Builder(OfTheDevice):
     @fails_with(None)
     def create_network(self, flags: int = 0) -> Any:
         library = self._library
-        names = [name for name, flag in library.NetworkDefinitionCreationFlag.__members__.items() if library.number(flags) >> int(flag) & 1]
+        names = [
+            name
+            for name, flag in library.NetworkDefinitionCreationFlag.__members__.items()
+            if library.number(flags) >> int(flag) & 1
+        ]
         known = sum(1 << int(flag) for flag in library.NetworkDefinitionCreationFlag.__members__.values())
         if int(flags) & ~known:
-            library.error(self._logger, f"IBuilder::createNetworkV2: Error Code 3: API Usage Error (flags {int(flags):#x} are not known)")
+            library.error(
+                self._logger,
+                f"IBuilder::createNetworkV2: Error Code 3: API Usage Error (flags {int(flags):#x} are not known)",
+            )
             return None
-        return library.INetworkDefinition._create(_builder=self, _flags=names, _graph=None, _inputs=[], _outputs=[], _layers=[], _tensors={}, _symbols={},
-                                                   name="Unnamed Network 0")
+        return library.INetworkDefinition._create(
+            _builder=self,
+            _flags=names,
+            _graph=None,
+            _inputs=[],
+            _outputs=[],
+            _layers=[],
+            _tensors={},
+            _symbols={},
+            name="Unnamed Network 0",
+        )
 
     @fails_with(None)
     def create_builder_config(self) -> Any:
-        return self._library.IBuilderConfig._create(_builder=self, _logger=self._logger, **config_defaults(self._library))
+        return self._library.IBuilderConfig._create(
+            _builder=self, _logger=self._logger, **config_defaults(self._library)
+        )
 
     def create_optimization_profile(self) -> Any:
         return self._library.IOptimizationProfile._create(_shapes={}, _logger=self._logger, extra_memory_target=1.0)
@@ -67,7 +86,9 @@ class Builder(OfTheDevice):
         library.counts.builds += 1
         try:
             if library.faults.hit("build_serialized_network"):
-                raise BuildError("Error Code 10: Internal Error (Could not find any implementation for node {ForeignNode[...]}.)")
+                raise BuildError(
+                    "Error Code 10: Internal Error (Could not find any implementation for node {ForeignNode[...]}.)"
+                )
             profiles = validate(library, network, config)
             return library.IHostMemory(run_build(library, network, config, profiles))
         except BuildError as error:
@@ -122,16 +143,46 @@ class ITimingCache(Bound):
 
 def config_defaults(library: Any) -> dict[str, Any]:
     """What a new IBuilderConfig holds."""
-    sources = sum(1 << int(source) for name, source in library.TacticSource.__members__.items() if not name.startswith("CU") or library.major == "8")
-    return {"_flags": {library.BuilderFlag.TF32}, "_pools": {}, "_profiles": [], "_sources": sources, "_cache": None, "_monitor": None, "_previews": {},
-            "_level": 3, "_aux": -1, "_timing_iterations": 1, "_verbosity": library.ProfilingVerbosity.LAYER_NAMES_ONLY,
-            "_capability": library.EngineCapability.STANDARD, "_compatibility": library.HardwareCompatibilityLevel.NONE}
-
+    sources = sum(
+        1 << int(source)
+        for name, source in library.TacticSource.__members__.items()
+        if not name.startswith("CU") or library.major == "8"
+    )
+    return {
+        "_flags": {library.BuilderFlag.TF32},
+        "_pools": {},
+        "_profiles": [],
+        "_sources": sources,
+        "_cache": None,
+        "_monitor": None,
+        "_previews": {},
+        "_level": 3,
+        "_aux": -1,
+        "_timing_iterations": 1,
+        "_verbosity": library.ProfilingVerbosity.LAYER_NAMES_ONLY,
+        "_capability": library.EngineCapability.STANDARD,
+        "_compatibility": library.HardwareCompatibilityLevel.NONE,
+    }
 
 
 class IBuilderConfig(OfTheDevice):
-    __slots__ = ("_aux", "_builder", "_cache", "_capability", "_compatibility", "_flags", "_level", "_logger", "_monitor", "_pools", "_previews", "_profiles",
-                 "_sources", "_timing_iterations", "_verbosity")
+    __slots__ = (
+        "_aux",
+        "_builder",
+        "_cache",
+        "_capability",
+        "_compatibility",
+        "_flags",
+        "_level",
+        "_logger",
+        "_monitor",
+        "_pools",
+        "_previews",
+        "_profiles",
+        "_sources",
+        "_timing_iterations",
+        "_verbosity",
+    )
 
     builder_optimization_level = plain_property("_level", int)
     max_aux_streams = plain_property("_aux", int)
@@ -181,7 +232,11 @@ class IBuilderConfig(OfTheDevice):
     def set_tactic_sources(self, tactic_sources: int) -> bool:
         known = sum(1 << int(source) for source in self._library.TacticSource.__members__.values())
         if self._library.number(tactic_sources) & ~known:
-            self._library.error(self._logger, f"IBuilderConfig::setTacticSources: Error Code 3: API Usage Error ({tactic_sources:#x} has unknown sources)")
+            self._library.error(
+                self._logger,
+                f"IBuilderConfig::setTacticSources: Error Code 3: API Usage Error ({tactic_sources:#x} has unknown "
+                "sources)",
+            )
             return False
         self._sources = int(tactic_sources)
         return True
@@ -216,13 +271,17 @@ class IBuilderConfig(OfTheDevice):
         try:
             if not content.startswith(TIMING_CACHE_MAGIC):
                 raise ValueError("Serialization assertion magicTagRead == kMAGIC_TAG failed.Magic tag does not match")
-            found = json.loads(content[len(TIMING_CACHE_MAGIC):])
+            found = json.loads(content[len(TIMING_CACHE_MAGIC) :])
             if found["version"] != library.version:
-                raise ValueError("Serialization assertion stdVersionRead == kSERIALIZATION_VERSION failed.Version tag does not match")
+                raise ValueError(
+                    "Serialization assertion stdVersionRead == kSERIALIZATION_VERSION failed.Version tag does not match"
+                )
         except ValueError as error:
             library.error(self._logger, f"IBuilderConfig::createTimingCache: Error Code 1: Serialization ({error})")
             return library.ITimingCache._create(_device=device, _entries=set(), _logger=self._logger, _valid=False)
-        return library.ITimingCache._create(_device=found["device"], _entries=set(found["entries"]), _logger=self._logger, _valid=True)
+        return library.ITimingCache._create(
+            _device=found["device"], _entries=set(found["entries"]), _logger=self._logger, _valid=True
+        )
 
     @fails_with(False)
     def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
@@ -255,15 +314,28 @@ def validate(library: Any, network: Any, config: Any) -> list[dict[str, list[lis
     if graph is None or not network._outputs:
         raise BuildError("Error Code 4: Internal Error (Network must have at least one output)")
     if "TF32" in flags:
-        raise BuildError("TF32 is set, as it is by default: products of float32 would have 10 bits of mantissa. The fake wants it cleared")
+        raise BuildError(
+            "TF32 is set, as it is by default: products of float32 would have 10 bits of mantissa. The fake wants it "
+            "cleared"
+        )
     if repeated := [name for name, count in Counter(layer.name for layer in network._layers).items() if count > 1]:
-        raise BuildError(f"Error Code 4: Internal Error (Repeated layer name: {repeated[0]} (layers must have distinct names))")
+        raise BuildError(
+            f"Error Code 4: Internal Error (Repeated layer name: {repeated[0]} (layers must have distinct names))"
+        )
     settle_normalizations(library, network)
-    dtypes = {tensor.dtype for tensor in graph.tensors.values()} | {layer._precision.name for layer in network._layers if layer._precision}
+    dtypes = {tensor.dtype for tensor in graph.tensors.values()} | {
+        layer._precision.name for layer in network._layers if layer._precision
+    }
     if network._strongly_typed and flags & {"FP16", "BF16", "INT8", "FP8"}:
-        raise BuildError(f"Error Code 4: API Usage Error (a strongly typed network with the precision flags {sorted(flags & {'FP16', 'BF16', 'INT8', 'FP8'})})")
+        raise BuildError(
+            "Error Code 4: API Usage Error (a strongly typed network with the precision flags "
+            f"{sorted(flags & {'FP16', 'BF16', 'INT8', 'FP8'})})"
+        )
     if not network._strongly_typed and "HALF" in dtypes and "FP16" not in flags:
-        text = "Error Code 4: Internal Error (fp16 precision has been set for a layer or layer output, but fp16 is not configured in the builder)"
+        text = (
+            "Error Code 4: Internal Error (fp16 precision has been set for a layer or layer output, but fp16 is not "
+            "configured in the builder)"
+        )
         if library.major == "8":
             raise BuildError(text)
         library.log(network._logger, "WARNING", text)
@@ -273,27 +345,53 @@ def validate(library: Any, network: Any, config: Any) -> list[dict[str, list[lis
         if node.operator == "Attention":
             query = graph.tensors[node.inputs[0]]
             if why := attention_without_a_kernel(query.dtype, query.dims[-1] if query.dims else -1):
-                raise BuildError(f"Error Code 10: Internal Error (Could not find any implementation for node {node.name}: {why})")
-    dynamic = [tensor for tensor in graph.inputs if any(not isinstance(size, int) or size == -1 for size in tensor.dims)]
+                raise BuildError(
+                    f"Error Code 10: Internal Error (Could not find any implementation for node {node.name}: {why})"
+                )
+    dynamic = [
+        tensor for tensor in graph.inputs if any(not isinstance(size, int) or size == -1 for size in tensor.dims)
+    ]
     if dynamic and not config._profiles:
-        raise BuildError("Error Code 4: Internal Error (Network has dynamic or shape inputs, but no optimization profile has been defined.)")
-    profiles = [check_profile(graph.inputs, dynamic, profile._shapes, index) for index, profile in enumerate(config._profiles)]
+        raise BuildError(
+            "Error Code 4: Internal Error (Network has dynamic or shape inputs, but no optimization profile has been "
+            "defined.)"
+        )
+    profiles = [
+        check_profile(graph.inputs, dynamic, profile._shapes, index) for index, profile in enumerate(config._profiles)
+    ]
     return profiles or [{tensor.name: [tensor.dims] * 3 for tensor in graph.inputs}]
 
 
 def settle_normalizations(library: Any, network: Any) -> None:
-    """InstanceNormalization on 8.6: a plugin, which wants cuDNN, or what was put in its place, with which the plan computes."""
+    """InstanceNormalization on 8.6: a plugin, which wants cuDNN, or what was put in its place, with which the plan
+    computes."""
     live = network._live_layers()
     for layer in live:
         if layer._node.layer_type == "PLUGIN_V2" and not library.cudnn:
-            raise BuildError(f"Error Code 2: Internal Error (plugin InstanceNormalization_TRT of {layer.name}, initialize: 15)")
+            raise BuildError(
+                f"Error Code 2: Internal Error (plugin InstanceNormalization_TRT of {layer.name}, initialize: 15)"
+            )
         if layer._node.operator != "Normalization":
             continue
         source, scale, bias = layer._node.inputs
-        replaced = next((other for other in network._layers if other._node.layer_type == "PLUGIN_V2" and other._node.inputs == [source]), None)
+        replaced = next(
+            (
+                other
+                for other in network._layers
+                if other._node.layer_type == "PLUGIN_V2" and other._node.inputs == [source]
+            ),
+            None,
+        )
         if replaced is None or layer.axes != 0b1100:
-            raise BuildError(f"the fake computes a normalization over the last two axes of what a plugin normalized, not {layer.axes:#b} of {source}")
-        constants = {other._node.outputs[0]: other._settings["weights"]._array() for other in live if other._node.operator == "Constant"}
+            raise BuildError(
+                "the fake computes a normalization over the last two axes of what a plugin normalized, not "
+                f"{layer.axes:#b} of {source}"
+            )
+        constants = {
+            other._node.outputs[0]: other._settings["weights"]._array()
+            for other in live
+            if other._node.operator == "Constant"
+        }
         if constants[scale] is None or constants[bias] is None:
             raise BuildError(f"the constants of {layer.name} were freed before the build")
         set_instance_norm(network._graph.model, replaced._node.name, layer.epsilon, constants[scale], constants[bias])
@@ -302,14 +400,23 @@ def settle_normalizations(library: Any, network: Any) -> None:
 def check_profile(inputs: list[Tensor], dynamic: list[Tensor], shapes: dict, index: int) -> dict[str, list[list[int]]]:
     missing = [tensor.name for tensor in dynamic if tensor.name not in shapes]
     if missing:
-        raise BuildError(f"Error Code 4: Internal Error ({missing[0]}: optimization profile {index} is missing values for it)")
+        raise BuildError(
+            f"Error Code 4: Internal Error ({missing[0]}: optimization profile {index} is missing values for it)"
+        )
     names = {tensor.name for tensor in inputs}
     for name in shapes.keys() - names:
-        raise BuildError(f"Error Code 4: Internal Error (optimization profile {index} has {name}, which is no network input)")
+        raise BuildError(
+            f"Error Code 4: Internal Error (optimization profile {index} has {name}, which is no network input)"
+        )
     for tensor in inputs:
         for shape in shapes.get(tensor.name, []):
-            if len(shape) != len(tensor.dims) or any(isinstance(size, int) and size not in (-1, given) for size, given in zip(tensor.dims, shape)):
-                raise BuildError(f"Error Code 4: Internal Error ({tensor.name}: dimensions {shape} of profile {index} do not fit the network's {tensor.dims})")
+            if len(shape) != len(tensor.dims) or any(
+                isinstance(size, int) and size not in (-1, given) for size, given in zip(tensor.dims, shape)
+            ):
+                raise BuildError(
+                    f"Error Code 4: Internal Error ({tensor.name}: dimensions {shape} of profile {index} do not fit "
+                    f"the network's {tensor.dims})"
+                )
     return {tensor.name: shapes.get(tensor.name) or [list(tensor.dims)] * 3 for tensor in inputs}  # type: ignore[list-item]
 
 
@@ -338,15 +445,33 @@ def run_build(library: Any, network: Any, config: Any, profiles: list[dict]) -> 
     if cache is not None:
         cache._entries.add(key)
     header = {
-        "version": library.version, "device": describe_device(library), "name": network.name, "profiles": profiles, "flags": flags,
-        "strongly_typed": network._strongly_typed, "precisions": precisions, "level": config._level, "verbosity": config._verbosity.name,
-        "compatibility": config._compatibility.name, "aux_streams": DEFAULT_AUX_STREAMS if config._aux < 0 else min(config._aux, DEFAULT_AUX_STREAMS),
-        "profile_sharing": library.major != "8" or any(feature.name == "PROFILE_SHARING_0806" and on for feature, on in config._previews.items()),
-        "tactic_sources": config._sources, "workspace": config._pools.get(library.MemoryPoolType.WORKSPACE),
+        "version": library.version,
+        "device": describe_device(library),
+        "name": network.name,
+        "profiles": profiles,
+        "flags": flags,
+        "strongly_typed": network._strongly_typed,
+        "precisions": precisions,
+        "level": config._level,
+        "verbosity": config._verbosity.name,
+        "compatibility": config._compatibility.name,
+        "aux_streams": DEFAULT_AUX_STREAMS if config._aux < 0 else min(config._aux, DEFAULT_AUX_STREAMS),
+        "profile_sharing": library.major != "8"
+        or any(feature.name == "PROFILE_SHARING_0806" and on for feature, on in config._previews.items()),
+        "tactic_sources": config._sources,
+        "workspace": config._pools.get(library.MemoryPoolType.WORKSPACE),
         "inputs": [[t.name, t._tensor.dtype, list(t.shape)] for t in network._inputs],
         "outputs": [[t.name, t._tensor.dtype, list(t.shape)] for t in network._outputs],
-        "layers": [{"Name": layer.name, "LayerType": layer._node.layer_type, "Inputs": layer._node.inputs, "Outputs": layer._node.outputs,
-                    "Metadata": layer.metadata} for layer in live],
+        "layers": [
+            {
+                "Name": layer.name,
+                "LayerType": layer._node.layer_type,
+                "Inputs": layer._node.inputs,
+                "Outputs": layer._node.outputs,
+                "Metadata": layer.metadata,
+            }
+            for layer in live
+        ],
         "plugins": sorted({"InstanceNormalization_TRT" for layer in live if layer._node.layer_type == "PLUGIN_V2"}),
     }
     monitor.step("Building engine", 1)

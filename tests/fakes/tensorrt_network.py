@@ -1,4 +1,5 @@
 """The fake TensorRT's networks, and the ONNX parser that fills them."""
+
 from __future__ import annotations
 
 import struct
@@ -82,7 +83,10 @@ class INetworkDefinition(OfTheDevice):
     def _fill(self, graph: Graph) -> None:
         library = self._library
         self._graph = graph
-        self._tensors = {name: library.ITensor._create(_network=weakref.proxy(self), _tensor=tensor) for name, tensor in graph.tensors.items()}
+        self._tensors = {
+            name: library.ITensor._create(_network=weakref.proxy(self), _tensor=tensor)
+            for name, tensor in graph.tensors.items()
+        }
         self._inputs = [self._tensors[tensor.name] for tensor in graph.inputs]
         self._outputs = [self._tensors[tensor.name] for tensor in graph.outputs]
         self._layers = []
@@ -97,8 +101,15 @@ class INetworkDefinition(OfTheDevice):
         library, graph = self._library, self._graph
         for name in {*node.inputs, *node.outputs} - self._tensors.keys():
             self._tensors[name] = library.ITensor._create(_network=weakref.proxy(self), _tensor=graph.tensors[name])
-        layer = library.classes[kind]._create(_network=weakref.proxy(self), _node=node, _precision=None, _output_types={}, _settings=settings, name=node.name,
-                                              metadata="")
+        layer = library.classes[kind]._create(
+            _network=weakref.proxy(self),
+            _node=node,
+            _precision=None,
+            _output_types={},
+            _settings=settings,
+            name=node.name,
+            metadata="",
+        )
         self._layers.append(layer)
         return layer
 
@@ -111,7 +122,9 @@ class INetworkDefinition(OfTheDevice):
         self._library.expect(weights, "Weights")
         name = f"(Unnamed Layer* {len(self._layers)}) [Constant]"
         node = Node(name, "Constant", "CONSTANT", [], [f"{name}_output"])
-        return self._add("IConstantLayer", node, Tensor(node.outputs[0], "FLOAT", list(self._library.Dims(shape))), weights=weights)
+        return self._add(
+            "IConstantLayer", node, Tensor(node.outputs[0], "FLOAT", list(self._library.Dims(shape))), weights=weights
+        )
 
     @fails_with(None)
     def add_normalization(self, input: Any, scale: Any, bias: Any, axesMask: int) -> Any:
@@ -120,11 +133,24 @@ class INetworkDefinition(OfTheDevice):
             self._library.expect(tensor, "ITensor")
         name = f"(Unnamed Layer* {len(self._layers)}) [Normalization]"
         shapes = [tensor._tensor.dims for tensor in (input, scale, bias)]
-        if len({len(shape) for shape in shapes}) != 1 or any(size not in (1, whole) for shape in shapes[1:] for size, whole in zip(shape, shapes[0])):
-            self._library.error(self._logger, f"INetworkDefinition::addNormalization: Error Code 3: API Usage Error ({shapes} do not go together)")
+        if len({len(shape) for shape in shapes}) != 1 or any(
+            size not in (1, whole) for shape in shapes[1:] for size, whole in zip(shape, shapes[0])
+        ):
+            self._library.error(
+                self._logger,
+                f"INetworkDefinition::addNormalization: Error Code 3: API Usage Error ({shapes} do not go together)",
+            )
             return None
-        node = Node(name, "Normalization", "NORMALIZATION", [tensor.name for tensor in (input, scale, bias)], [f"{name}_output"])
-        return self._add("INormalizationLayer", node, Tensor(node.outputs[0], input._tensor.dtype, list(shapes[0])), epsilon=1e-5, axes=int(axesMask))
+        node = Node(
+            name, "Normalization", "NORMALIZATION", [tensor.name for tensor in (input, scale, bias)], [f"{name}_output"]
+        )
+        return self._add(
+            "INormalizationLayer",
+            node,
+            Tensor(node.outputs[0], input._tensor.dtype, list(shapes[0])),
+            epsilon=1e-5,
+            axes=int(axesMask),
+        )
 
     def _live_layers(self) -> list[Any]:
         """Those that outputs depend on, which is what a builder keeps."""
@@ -139,18 +165,23 @@ class INetworkDefinition(OfTheDevice):
 
 
 def as_8_imports(graph: Graph) -> list[Node]:
-    """The nodes as 8.6 makes layers of them: of a cast an identity with an output type; of InstanceNormalization on [N, C, L] a plugin on [N, C, L, 1]."""
+    """The nodes as 8.6 makes layers of them: of a cast an identity with an output type; of InstanceNormalization on [N,
+    C, L] a plugin on [N, C, L, 1]."""
     made = []
     for node in graph.nodes:
         if node.operator == "Cast":
             made.append(replace(node, layer_type="IDENTITY"))
         elif node.operator == "InstanceNormalization":
             x = graph.tensors[node.inputs[0]]
-            before, after = (Tensor(f"{node.name} {side} the plugin", x.dtype, [*x.dims, 1]) for side in ("before", "after"))
+            before, after = (
+                Tensor(f"{node.name} {side} the plugin", x.dtype, [*x.dims, 1]) for side in ("before", "after")
+            )
             graph.tensors |= {before.name: before, after.name: after}
-            made += [Node(f"{node.name} unsqueeze", "Unsqueeze", "SHUFFLE", [x.name], [before.name]),
-                     replace(node, layer_type="PLUGIN_V2", inputs=[before.name], outputs=[after.name]),
-                     Node(f"{node.name} squeeze", "Squeeze", "SHUFFLE", [after.name], list(node.outputs))]
+            made += [
+                Node(f"{node.name} unsqueeze", "Unsqueeze", "SHUFFLE", [x.name], [before.name]),
+                replace(node, layer_type="PLUGIN_V2", inputs=[before.name], outputs=[after.name]),
+                Node(f"{node.name} squeeze", "Squeeze", "SHUFFLE", [after.name], list(node.outputs)),
+            ]
         else:
             made.append(replace(node, inputs=list(node.inputs)))
     return made
@@ -171,17 +202,30 @@ class ITensor(Bound):
     @shape.setter
     def shape(self, value: Any) -> None:
         if not self.is_network_input:
-            self._library.error(self._network._logger, f"ITensor::setDimensions: Error Code 3: API Usage Error ({self.name} is no network input)")
+            self._library.error(
+                self._network._logger,
+                f"ITensor::setDimensions: Error Code 3: API Usage Error ({self.name} is no network input)",
+            )
             return
         given = list(self._library.Dims(value))
-        self._network._symbols |= {name: size for name, size in zip(self._tensor.dims, given) if isinstance(name, str) and size != -1}
-        self._tensor.dims = [name if size == -1 and isinstance(name, str) else size for name, size in zip(self._tensor.dims, given)]
+        self._network._symbols |= {
+            name: size for name, size in zip(self._tensor.dims, given) if isinstance(name, str) and size != -1
+        }
+        self._tensor.dims = [
+            name if size == -1 and isinstance(name, str) else size for name, size in zip(self._tensor.dims, given)
+        ]
 
     @property
     def dtype(self) -> Any:
-        """In the weakly typed networks of 8, what is half in between reads as "a floating point" (NVIDIA/TensorRT issue 3435)."""
+        """In the weakly typed networks of 8, what is half in between reads as "a floating point" (NVIDIA/TensorRT issue
+        3435)."""
         types = self._library.DataType
-        vague = self._library.major == "8" and self._tensor.dtype == "HALF" and not self.is_network_input and not self.is_network_output
+        vague = (
+            self._library.major == "8"
+            and self._tensor.dtype == "HALF"
+            and not self.is_network_input
+            and not self.is_network_output
+        )
         return types.FLOAT if vague else types.__members__[self._tensor.dtype]
 
     @property
@@ -202,7 +246,8 @@ class ITensor(Bound):
 
 
 class ILayer(Bound):
-    """What get_layer gives, whatever the layer is; `layer.__class__ = trt.IPluginV2Layer` opens what only such a layer has."""
+    """What get_layer gives, whatever the layer is; `layer.__class__ = trt.IPluginV2Layer` opens what only such a layer
+    has."""
 
     __slots__ = ("_network", "_node", "_output_types", "_precision", "_settings", "metadata", "name")
     _node: Node
@@ -262,7 +307,10 @@ class ILayer(Bound):
 
     def _weakly_typed(self, method: str) -> bool:
         if self._network._strongly_typed:
-            self._library.error(self._network._logger, f"ILayer::{method}: Error Code 3: API Usage Error (layer {self.name}: the network is strongly typed)")
+            self._library.error(
+                self._network._logger,
+                f"ILayer::{method}: Error Code 3: API Usage Error (layer {self.name}: the network is strongly typed)",
+            )
         return not self._network._strongly_typed
 
 
@@ -341,7 +389,8 @@ class ParserError(Bound):
         return []
 
     def __str__(self) -> str:
-        return f"In node {self.node()} with name: {self._error.name} and operator: {self._error.operator} ({self.func()}): {self._error.code}: {self.desc()}"
+        what = f"with name: {self._error.name} and operator: {self._error.operator} ({self.func()})"
+        return f"In node {self.node()} {what}: {self._error.code}: {self.desc()}"
 
 
 class OnnxParser(OfTheDevice):
@@ -367,8 +416,12 @@ class OnnxParser(OfTheDevice):
             if library.faults.hit(method):
                 raise Unparsable("the test wants it so", "INTERNAL_ERROR")
             if self._network.has_implicit_batch_dimension:
-                raise Unparsable("Assertion failed: !_importer_ctx.network()->hasImplicitBatchDimension() && \"This version of the ONNX parser only supports "
-                                 "TensorRT INetworkDefinitions with an explicit batch dimension.\"", "INVALID_VALUE")
+                raise Unparsable(
+                    'Assertion failed: !_importer_ctx.network()->hasImplicitBatchDimension() && "This version of the '
+                    "ONNX parser only supports "
+                    'TensorRT INetworkDefinitions with an explicit batch dimension."',
+                    "INVALID_VALUE",
+                )
             graph = read_graph(path, content, library.major)
             unknown = sorted({t.dtype for t in graph.tensors.values()} - library.DataType.__members__.keys())
             if unknown:

@@ -1,4 +1,6 @@
-"""What the fake TensorRT makes of an ONNX file: the network's tensors and nodes, a plan, and ONNX Runtime to execute it."""
+"""What the fake TensorRT makes of an ONNX file: the network's tensors and nodes, a plan, and ONNX Runtime to execute
+it."""
+
 from __future__ import annotations
 
 import functools
@@ -18,18 +20,50 @@ import onnxruntime
 from .tensorrt_operators import misread, supports
 
 MAGIC = b"FAKE-PLAN"
-DATA_TYPES = {onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.FLOAT16: "HALF", onnx.TensorProto.BFLOAT16: "BF16", onnx.TensorProto.INT32: "INT32",
-              onnx.TensorProto.INT64: "INT64", onnx.TensorProto.UINT8: "UINT8", onnx.TensorProto.INT8: "INT8", onnx.TensorProto.BOOL: "BOOL",
-              onnx.TensorProto.DOUBLE: "FLOAT"}
-NUMPY_TYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64, "UINT8": np.uint8, "INT8": np.int8, "BOOL": np.bool_}
+DATA_TYPES = {
+    onnx.TensorProto.FLOAT: "FLOAT",
+    onnx.TensorProto.FLOAT16: "HALF",
+    onnx.TensorProto.BFLOAT16: "BF16",
+    onnx.TensorProto.INT32: "INT32",
+    onnx.TensorProto.INT64: "INT64",
+    onnx.TensorProto.UINT8: "UINT8",
+    onnx.TensorProto.INT8: "INT8",
+    onnx.TensorProto.BOOL: "BOOL",
+    onnx.TensorProto.DOUBLE: "FLOAT",
+}
+NUMPY_TYPES = {
+    "FLOAT": np.float32,
+    "HALF": np.float16,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "UINT8": np.uint8,
+    "INT8": np.int8,
+    "BOOL": np.bool_,
+}
 SHAPE_ARITHMETIC = {"Add", "Cast", "Concat", "Div", "Gather", "Mul", "Slice", "Squeeze", "Sub", "Unsqueeze"}
 LAYER_TYPES = {
-    "CONVOLUTION": "Conv", "DECONVOLUTION": "ConvTranspose", "MATRIX_MULTIPLY": "MatMul Gemm", "CAST": "Cast", "SOFTMAX": "Softmax", "GATHER": "Gather",
-    "ELEMENTWISE": "Add Sub Mul Div Pow Max Min Mod Equal Less Greater And Or", "UNARY": "Abs Ceil Cos Erf Exp Floor Log Neg Not Round Sin Sqrt Reciprocal",
-    "ACTIVATION": "Relu LeakyRelu Sigmoid Tanh Clip Elu Gelu HardSigmoid Selu Softplus", "CONCATENATION": "Concat", "SHAPE": "Shape", "EINSUM": "Einsum",
-    "NORMALIZATION": "InstanceNormalization LayerNormalization GroupNormalization", "SHUFFLE": "Reshape Transpose Squeeze Unsqueeze Flatten",
-    "SLICE": "Slice Split Expand", "RESIZE": "Resize", "SELECT": "Where", "FILL": "ConstantOfShape Range", "POOLING": "AveragePool MaxPool",
-    "REDUCE": "ReduceMean ReduceSum ReduceMax ReduceMin ReduceProd ReduceL2", "TOPK": "TopK ArgMax ArgMin", "PADDING": "Pad",
+    "CONVOLUTION": "Conv",
+    "DECONVOLUTION": "ConvTranspose",
+    "MATRIX_MULTIPLY": "MatMul Gemm",
+    "CAST": "Cast",
+    "SOFTMAX": "Softmax",
+    "GATHER": "Gather",
+    "ELEMENTWISE": "Add Sub Mul Div Pow Max Min Mod Equal Less Greater And Or",
+    "UNARY": "Abs Ceil Cos Erf Exp Floor Log Neg Not Round Sin Sqrt Reciprocal",
+    "ACTIVATION": "Relu LeakyRelu Sigmoid Tanh Clip Elu Gelu HardSigmoid Selu Softplus",
+    "CONCATENATION": "Concat",
+    "SHAPE": "Shape",
+    "EINSUM": "Einsum",
+    "NORMALIZATION": "InstanceNormalization LayerNormalization GroupNormalization",
+    "SHUFFLE": "Reshape Transpose Squeeze Unsqueeze Flatten",
+    "SLICE": "Slice Split Expand",
+    "RESIZE": "Resize",
+    "SELECT": "Where",
+    "FILL": "ConstantOfShape Range",
+    "POOLING": "AveragePool MaxPool",
+    "REDUCE": "ReduceMean ReduceSum ReduceMax ReduceMin ReduceProd ReduceL2",
+    "TOPK": "TopK ArgMax ArgMin",
+    "PADDING": "Pad",
 }
 LAYER_TYPE_OF = {operator: layer for layer, operators in LAYER_TYPES.items() for operator in operators.split()}
 
@@ -75,7 +109,10 @@ class Graph:
 def tensor_of(value: onnx.ValueInfoProto, narrow: bool) -> Tensor:
     tensor = value.type.tensor_type
     dtype = DATA_TYPES.get(tensor.elem_type, "FLOAT")
-    dims: list[int | str] = [d.dim_param or d.dim_value if d.HasField("dim_param") or d.HasField("dim_value") else -1 for d in tensor.shape.dim]
+    dims: list[int | str] = [
+        d.dim_param or d.dim_value if d.HasField("dim_param") or d.HasField("dim_value") else -1
+        for d in tensor.shape.dim
+    ]
     return Tensor(value.name, "INT32" if narrow and dtype == "INT64" else dtype, dims)
 
 
@@ -88,11 +125,20 @@ def read_graph(path: Path | None, content: bytes | None, major: str) -> Graph:
         if not model.graph.node:
             raise ValueError("the graph has no nodes")
     except Exception as error:
-        raise Unparsable(f"Failed to parse the ONNX model{f' {path}' if path else ''}: {error}", "MODEL_DESERIALIZE_FAILED") from error
+        raise Unparsable(
+            f"Failed to parse the ONNX model{f' {path}' if path else ''}: {error}", "MODEL_DESERIALIZE_FAILED"
+        ) from error
     for index, node in enumerate(model.graph.node):
         if not supports(node.op_type, major) or node.domain not in ("", "ai.onnx"):
-            raise Unparsable(f"No importer registered for op: {node.op_type}. Attempted to import as plugin. Plugin not found, are the plugin name, "
-                             f"version, and namespace correct?", "UNSUPPORTED_NODE", index, node.name, node.op_type)
+            raise Unparsable(
+                f"No importer registered for op: {node.op_type}. Attempted to import as plugin. Plugin not found, are "
+                "the plugin name, "
+                f"version, and namespace correct?",
+                "UNSUPPORTED_NODE",
+                index,
+                node.name,
+                node.op_type,
+            )
         if words := misread(node, major):
             raise Unparsable(words, "UNSUPPORTED_NODE", index, node.name, node.op_type)
     types = {t.name: t for t in infer_tensors(model, narrow=major == "8")}
@@ -117,7 +163,8 @@ def instance_norm(model: onnx.ModelProto, name: str) -> tuple[float, np.ndarray,
     """Epsilon, scale and bias of an InstanceNormalization node."""
     node = next(node for node in model.graph.node if node.name == name)
     constants = {tensor.name: tensor for tensor in model.graph.initializer} | {
-        made.output[0]: made.attribute[0].t for made in model.graph.node if made.op_type == "Constant"}
+        made.output[0]: made.attribute[0].t for made in model.graph.node if made.op_type == "Constant"
+    }
     epsilon = next((attribute.f for attribute in node.attribute if attribute.name == "epsilon"), 1e-5)
     scale, bias = (onnx.numpy_helper.to_array(constants[given]) for given in node.input[1:])
     return epsilon, scale, bias
@@ -140,7 +187,10 @@ def with_outputs(graph: Graph, names: list[str]) -> onnx.ModelProto:
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
     del model.graph.output[:]
-    model.graph.output.extend(present.get(name) or onnx.helper.make_tensor_value_info(name, kinds[graph.tensors[name].dtype], None) for name in names)
+    model.graph.output.extend(
+        present.get(name) or onnx.helper.make_tensor_value_info(name, kinds[graph.tensors[name].dtype], None)
+        for name in names
+    )
     return model
 
 
@@ -163,7 +213,11 @@ def mark_shape_tensors(graph: onnx.GraphProto, tensors: dict[str, Tensor], weigh
     known = set(weights) | {node.output[0] for node in graph.node if node.op_type == "Constant"}
     shapes: set[str] = set()
     for node in graph.node:
-        arithmetic = node.op_type in SHAPE_ARITHMETIC and shapes & set(node.input) and all(n in shapes or n in known for n in node.input if n)
+        arithmetic = (
+            node.op_type in SHAPE_ARITHMETIC
+            and shapes & set(node.input)
+            and all(n in shapes or n in known for n in node.input if n)
+        )
         if node.op_type in ("Shape", "Size") or arithmetic:
             shapes.update(node.output)
     for name in shapes & tensors.keys():
@@ -176,12 +230,22 @@ def uint8_violations(graph: Graph) -> list[str]:
     floats = ("FLOAT", "HALF", "BF16")
     for tensor in graph.inputs:
         for node in graph.nodes if tensor.dtype == "UINT8" else ():
-            if tensor.name in node.inputs and (node.operator != "Cast" or graph.tensors[node.outputs[0]].dtype not in floats):
-                found.append(f"the UINT8 input {tensor.name} feeds {node.operator} {node.name}: only a cast to float or half may read it")
+            if tensor.name in node.inputs and (
+                node.operator != "Cast" or graph.tensors[node.outputs[0]].dtype not in floats
+            ):
+                found.append(
+                    f"the UINT8 input {tensor.name} feeds {node.operator} {node.name}: only a cast to float or half "
+                    "may read it"
+                )
     for tensor in graph.outputs:
         for node in graph.nodes if tensor.dtype == "UINT8" else ():
-            if tensor.name in node.outputs and (node.operator != "Cast" or graph.tensors[node.inputs[0]].dtype not in floats):
-                found.append(f"the UINT8 output {tensor.name} comes from {node.operator} {node.name}: only a cast from float or half may write it")
+            if tensor.name in node.outputs and (
+                node.operator != "Cast" or graph.tensors[node.inputs[0]].dtype not in floats
+            ):
+                found.append(
+                    f"the UINT8 output {tensor.name} comes from {node.operator} {node.name}: only a cast from float or "
+                    "half may write it"
+                )
     return found
 
 
@@ -204,10 +268,10 @@ def read_plan(content: bytes) -> Plan:
     start = len(MAGIC) + 32
     if not content.startswith(MAGIC):
         raise ValueError("Serialization assertion magicTagRead == kMAGIC_TAG failed.Magic tag does not match")
-    if hashlib.sha256(content[start:]).digest() != content[len(MAGIC):start]:
+    if hashlib.sha256(content[start:]).digest() != content[len(MAGIC) : start]:
         raise ValueError("Serialization assertion plan->header.size == blobSize failed.")
-    size, = struct.unpack_from("<Q", content, start)
-    return Plan(json.loads(content[start + 8:start + 8 + size]), content[start + 8 + size:])
+    (size,) = struct.unpack_from("<Q", content, start)
+    return Plan(json.loads(content[start + 8 : start + 8 + size]), content[start + 8 + size :])
 
 
 class Executable:
@@ -238,8 +302,15 @@ class Executable:
         """The outputs' shapes: from their dimensions' names where those say it, else by a run on zeros."""
         key = tuple(sorted(inputs.items()))
         if key not in self._shapes:
-            symbols = {dim: size for name, shape in inputs.items() for dim, size in zip(self.inputs[name].dims, shape) if isinstance(dim, str)}
-            shapes = {name: tuple(evaluate(dim, symbols) for dim in tensor.dims) for name, tensor in self.outputs.items()}
+            symbols = {
+                dim: size
+                for name, shape in inputs.items()
+                for dim, size in zip(self.inputs[name].dims, shape)
+                if isinstance(dim, str)
+            }
+            shapes = {
+                name: tuple(evaluate(dim, symbols) for dim in tensor.dims) for name, tensor in self.outputs.items()
+            }
             if not self._declared or any(-1 in shape for shape in shapes.values()):
                 zeros = {name: np.zeros(shape, NUMPY_TYPES[self.inputs[name].dtype]) for name, shape in inputs.items()}
                 shapes = {name: value.shape for name, value in self.run(zeros).items()}

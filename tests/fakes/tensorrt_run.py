@@ -1,4 +1,5 @@
 """The fake TensorRT's side of running: runtime, engine, execution context, inspector."""
+
 from __future__ import annotations
 
 import json
@@ -16,7 +17,8 @@ from .tensorrt_plan import NUMPY_TYPES, Executable, executable, read_plan
 
 ALIGNMENT = 256
 SCRATCH_TOUCH = 256
-"""Bytes at both ends of a context's memory that every execution overwrites, so that two users of one memory are noticed."""
+"""Bytes at both ends of a context's memory that every execution overwrites, so that two users of one memory are
+noticed."""
 
 
 class Runtime(Bound):
@@ -54,26 +56,49 @@ class Runtime(Bound):
             library.error(self._logger, f"IRuntime::deserializeCudaEngine: Error Code 1: Serialization ({error})")
             return None
         except CudaError as error:
-            library.error(self._logger, f"IRuntime::deserializeCudaEngine: Error Code 2: OutOfMemory ({error.result.name}: {error.reason})")
+            library.error(
+                self._logger,
+                f"IRuntime::deserializeCudaEngine: Error Code 2: OutOfMemory ({error.result.name}: {error.reason})",
+            )
             return None
         library.counts.deserializations += 1
-        return library.ICudaEngine._create(_runtime=self, _header=plan.header, _program=program, _weights=weights, _content=bytes(serialized_engine),
-                                           _finalizer=None)._own()
+        return library.ICudaEngine._create(
+            _runtime=self,
+            _header=plan.header,
+            _program=program,
+            _weights=weights,
+            _content=bytes(serialized_engine),
+            _finalizer=None,
+        )._own()
 
 
 def check_plan(library: Any, logger: Any, header: dict[str, Any]) -> None:
-    """ValueError for a plan of another version or compute capability; another GPU of the same capability gets a warning."""
+    """ValueError for a plan of another version or compute capability; another GPU of the same capability gets a
+    warning."""
     if header["version"] != library.version:
-        raise ValueError(f"Serialization assertion stdVersionRead == kSERIALIZATION_VERSION failed.Version tag does not match. Note: Current Version: "
-                         f"{library.version}, Serialized Engine Version: {header['version']}")
+        raise ValueError(
+            "Serialization assertion stdVersionRead == kSERIALIZATION_VERSION failed.Version tag does not match. "
+            "Note: Current Version: "
+            f"{library.version}, Serialized Engine Version: {header['version']}"
+        )
     device, built = describe_device(library), header["device"]
-    compatible = device["capability"] == built["capability"] or (header["compatibility"] == "AMPERE_PLUS" and device["capability"] >= [8, 0])
+    compatible = device["capability"] == built["capability"] or (
+        header["compatibility"] == "AMPERE_PLUS" and device["capability"] >= [8, 0]
+    )
     if not compatible:
-        raise ValueError(f"The engine plan file is generated on an incompatible device, expecting compute {'.'.join(map(str, device['capability']))} got "
-                         f"compute {'.'.join(map(str, built['capability']))}, please rebuild.")
+        raise ValueError(
+            "The engine plan file is generated on an incompatible device, expecting compute "
+            f"{'.'.join(map(str, device['capability']))} got "
+            f"compute {'.'.join(map(str, built['capability']))}, please rebuild."
+        )
     if device["name"] != built["name"] and header["compatibility"] == "NONE":
-        library.log(logger, "WARNING", "Using an engine plan file across different models of devices is not recommended and is likely to affect performance or "
-                                       "even cause errors.")
+        library.log(
+            logger,
+            "WARNING",
+            "Using an engine plan file across different models of devices is not recommended and is likely to affect "
+            "performance or "
+            "even cause errors.",
+        )
 
 
 class ICudaEngine(Bound):
@@ -150,7 +175,9 @@ class ICudaEngine(Bound):
         self._library.expect(name, str)
         found = self._inputs.get(name) or self._outputs.get(name)
         if found is None:
-            self._library.error(self._logger, f"ICudaEngine: Error Code 3: API Usage Error (Given invalid tensor name: {name})")
+            self._library.error(
+                self._logger, f"ICudaEngine: Error Code 3: API Usage Error (Given invalid tensor name: {name})"
+            )
         return found
 
     def get_tensor_mode(self, name: str) -> Any:
@@ -180,7 +207,10 @@ class ICudaEngine(Bound):
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[Any]:
         self._library.expect(name, str)
         if not 0 <= profile_index < self.num_optimization_profiles or name not in self._inputs:
-            self._library.error(self._logger, f"ICudaEngine::getProfileShape: Error Code 3: API Usage Error ({name}, profile {profile_index})")
+            self._library.error(
+                self._logger,
+                f"ICudaEngine::getProfileShape: Error Code 3: API Usage Error ({name}, profile {profile_index})",
+            )
             return [self._library.Dims()] * 3
         return [self._library.Dims(shape) for shape in self._header["profiles"][profile_index][name]]
 
@@ -231,21 +261,42 @@ class ICudaEngine(Bound):
         library = self._library
         profile = 0 if self._free_profile(0) else -1
         context = library.IExecutionContext._create(
-            _engine=self, _strategy=strategy, _profile=profile, _shapes={}, _addresses={}, _memory=None, _scratch=(0, 0), _flushed=False, _aux_streams=[],
-            _profiler=None, _report=None, name="", enqueue_emits_profile=True, nvtx_verbosity=self.profiling_verbosity, persistent_cache_limit=0)
+            _engine=self,
+            _strategy=strategy,
+            _profile=profile,
+            _shapes={},
+            _addresses={},
+            _memory=None,
+            _scratch=(0, 0),
+            _flushed=False,
+            _aux_streams=[],
+            _profiler=None,
+            _report=None,
+            name="",
+            enqueue_emits_profile=True,
+            nvtx_verbosity=self.profiling_verbosity,
+            persistent_cache_limit=0,
+        )
         try:
             if strategy != "USER_MANAGED":
-                context._allocate(self._largest_memory_size if strategy == "STATIC" else self._profile_memory_size(max(profile, 0)))
+                context._allocate(
+                    self._largest_memory_size if strategy == "STATIC" else self._profile_memory_size(max(profile, 0))
+                )
         except CudaError as error:
-            library.error(self._logger, f"ICudaEngine::createExecutionContext: Error Code 2: OutOfMemory (Requested size was {self._largest_memory_size} "
-                                        f"bytes: {error.result.name}: {error.reason})")
+            library.error(
+                self._logger,
+                "ICudaEngine::createExecutionContext: Error Code 2: OutOfMemory (Requested size was "
+                f"{self._largest_memory_size} "
+                f"bytes: {error.result.name}: {error.reason})",
+            )
             return None
         library.counts.contexts += 1
         library.contexts.add(context)
         return context
 
     def _free_profile(self, index: int, user: Any = None) -> bool:
-        """Before TensorRT 9, contexts do not share a profile of an engine with dynamic shapes, unless the engine was built to."""
+        """Before TensorRT 9, contexts do not share a profile of an engine with dynamic shapes, unless the engine was
+        built to."""
         dynamic = any(-1 in shape for _, shape in self._inputs.values())
         taken = any(c._engine is self and c._profile == index and c is not user for c in self._library.contexts)
         return self._header["profile_sharing"] or not dynamic or not taken
@@ -262,8 +313,23 @@ create_execution_context_of_8.__name__ = "create_execution_context"
 class IExecutionContext(Bound):
     """Addresses and shapes are taken as they are when work is enqueued; a captured graph keeps those of its capture."""
 
-    __slots__ = ("_addresses", "_aux_streams", "_engine", "_flushed", "_memory", "_profile", "_profiler", "_report", "_scratch", "_shapes", "_strategy",
-                 "enqueue_emits_profile", "name", "nvtx_verbosity", "persistent_cache_limit")
+    __slots__ = (
+        "_addresses",
+        "_aux_streams",
+        "_engine",
+        "_flushed",
+        "_memory",
+        "_profile",
+        "_profiler",
+        "_report",
+        "_scratch",
+        "_shapes",
+        "_strategy",
+        "enqueue_emits_profile",
+        "name",
+        "nvtx_verbosity",
+        "persistent_cache_limit",
+    )
     _engine: ICudaEngine
 
     profiler = plain_property("_profiler", "IProfiler")
@@ -273,7 +339,9 @@ class IExecutionContext(Bound):
         return self._engine._logger
 
     def _refuse(self, method: str, text: str) -> bool:
-        self._library.error(self._logger, f"IExecutionContext::{method}: Error Code 3: API Usage Error (Parameter check failed, {text})")
+        self._library.error(
+            self._logger, f"IExecutionContext::{method}: Error Code 3: API Usage Error (Parameter check failed, {text})"
+        )
         return False
 
     def _allocate(self, size: int) -> None:
@@ -296,7 +364,10 @@ class IExecutionContext(Bound):
         """True, or RuntimeError: the real binding never returns False."""
         library, index = self._library, self._library.number(profile_index)
         try:
-            if library.faults.hit("set_optimization_profile_async") or not 0 <= index < self._engine.num_optimization_profiles:
+            if (
+                library.faults.hit("set_optimization_profile_async")
+                or not 0 <= index < self._engine.num_optimization_profiles
+            ):
                 raise ValueError(f"profile {index} of {self._engine.num_optimization_profiles}")
             if not self._engine._free_profile(index, self):
                 raise ValueError(f"profile {index} is in use by another execution context")
@@ -320,14 +391,24 @@ class IExecutionContext(Bound):
             return self._refuse("setInputShape", f"{name} is no input tensor")
         _, declared = self._engine._inputs[name]
         if len(given) != len(declared) or any(size not in (-1, wanted) for size, wanted in zip(declared, given)):
-            return self._refuse("setInputShape", f"condition: engineDims.d[i] == dims.d[i]. Static dimension mismatch while setting input shape for {name}: "
-                                                 f"{given} for {declared}")
+            return self._refuse(
+                "setInputShape",
+                "condition: engineDims.d[i] == dims.d[i]. Static dimension mismatch while setting input shape for "
+                f"{name}: "
+                f"{given} for {declared}",
+            )
         if self._profile < 0:
-            return self._refuse("setInputShape", "condition: mOptimizationProfile >= 0. No optimization profile is chosen")
+            return self._refuse(
+                "setInputShape", "condition: mOptimizationProfile >= 0. No optimization profile is chosen"
+            )
         lowest, _, highest = self._engine._header["profiles"][self._profile][name]
         if any(not low <= size <= high for low, size, high in zip(lowest, given, highest)):
-            return self._refuse("setInputShape", f"condition: satisfyProfile. Set dimension {list(given)} for tensor {name} does not satisfy any optimization "
-                                                 f"profiles. Valid range for profile {self._profile}: {lowest}..{highest}.")
+            return self._refuse(
+                "setInputShape",
+                f"condition: satisfyProfile. Set dimension {list(given)} for tensor {name} does not satisfy any "
+                "optimization "
+                f"profiles. Valid range for profile {self._profile}: {lowest}..{highest}.",
+            )
         if self._shapes.get(name) != given:
             self._shapes[name], self._flushed = given, False
         return True
@@ -354,7 +435,9 @@ class IExecutionContext(Bound):
             return self._library.Dims()
         if name in self._engine._inputs:
             return self._library.Dims(known.get(name, self._engine._inputs[name][1]))
-        return self._library.Dims(self._engine._outputs[name][1] if missing else self._engine._program.output_shapes(known)[name])
+        return self._library.Dims(
+            self._engine._outputs[name][1] if missing else self._engine._program.output_shapes(known)[name]
+        )
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         self._library.expect(name, str)
@@ -380,7 +463,9 @@ class IExecutionContext(Bound):
         else:
             self._scratch = (address, size)
 
-    device_memory = property(None, lambda self, value: self._set_memory(self._library.number(value), self._engine._largest_memory_size))
+    device_memory = property(
+        None, lambda self, value: self._set_memory(self._library.number(value), self._engine._largest_memory_size)
+    )
 
     def update_device_memory_size_for_shapes(self) -> int:
         if self.infer_shapes():
@@ -389,7 +474,7 @@ class IExecutionContext(Bound):
         return self._engine._memory_size({name: list(shape) for name, shape in self._input_shapes().items()})
 
     def set_aux_streams(self, aux_streams: list[int]) -> None:
-        self._aux_streams = [self._library.number(stream) for stream in aux_streams][:self._engine.num_aux_streams]
+        self._aux_streams = [self._library.number(stream) for stream in aux_streams][: self._engine.num_aux_streams]
 
     def report_to_profiler(self) -> bool:
         if self._profiler is None or self._report is None:
@@ -408,7 +493,9 @@ class IExecutionContext(Bound):
             capture = streams[0].capture
             if capture and not self._flushed:
                 capture.valid = False
-                return self._refuse("enqueueV3", "shapes or the profile changed since the last enqueue: enqueue once before a capture")
+                return self._refuse(
+                    "enqueueV3", "shapes or the profile changed since the last enqueue: enqueue once before a capture"
+                )
             library.cuda.launch(handle, self._engine.name, self._kernel())
         except CudaError as error:
             return self._refuse("enqueueV3", f"Cuda Runtime ({error.result.name}: {error.reason})")
@@ -423,11 +510,22 @@ class IExecutionContext(Bound):
             return ["condition: mOptimizationProfile >= 0. No optimization profile is chosen"]
         names = [*self._engine._inputs, *self._engine._outputs]
         found = [f"the shape of input tensor {name} is not set" for name in self.infer_shapes()]
-        found += [f"Address is not set for tensor {name}. Call setTensorAddress before enqueueV3." for name in names if not self._addresses.get(name)]
-        found += [f"the address {self._addresses[name]:#x} of {name} is not aligned to {ALIGNMENT} bytes" for name in names
-                  if self._addresses.get(name, 0) % ALIGNMENT]
+        found += [
+            f"Address is not set for tensor {name}. Call setTensorAddress before enqueueV3."
+            for name in names
+            if not self._addresses.get(name)
+        ]
+        found += [
+            f"the address {self._addresses[name]:#x} of {name} is not aligned to {ALIGNMENT} bytes"
+            for name in names
+            if self._addresses.get(name, 0) % ALIGNMENT
+        ]
         address, size = self._scratch
-        needed = 0 if found or self._strategy != "USER_MANAGED" else self._engine._memory_size({n: list(s) for n, s in self._input_shapes().items()})
+        needed = (
+            0
+            if found or self._strategy != "USER_MANAGED"
+            else self._engine._memory_size({n: list(s) for n, s in self._input_shapes().items()})
+        )
         if self._strategy == "USER_MANAGED" and (address == 0 or size < needed):
             found.append(f"the context needs {needed} bytes of device memory, it was given {size} at {address:#x}")
         return found
@@ -436,9 +534,14 @@ class IExecutionContext(Bound):
         """What runs on the device: everything is fixed now but the content of memory."""
         engine, shapes, addresses = self._engine, self._input_shapes(), dict(self._addresses)
         program, weights = engine._program, engine._weights
-        inputs = {name: (addresses[name], shapes[name], NUMPY_TYPES[engine._inputs[name][0]]) for name in engine._inputs}
-        outputs = {name: (addresses[name], shape, NUMPY_TYPES[engine._outputs[name][0]]) for name, shape in program.output_shapes(shapes).items()
-                   if name in engine._outputs}
+        inputs = {
+            name: (addresses[name], shapes[name], NUMPY_TYPES[engine._inputs[name][0]]) for name in engine._inputs
+        }
+        outputs = {
+            name: (addresses[name], shape, NUMPY_TYPES[engine._outputs[name][0]])
+            for name, shape in program.output_shapes(shapes).items()
+            if name in engine._outputs
+        }
         scratch, scratch_size = self._scratch
 
         def run(memory: DeviceMemory) -> None:
@@ -446,21 +549,31 @@ class IExecutionContext(Bound):
             if scratch_size:
                 for start in (scratch, scratch + scratch_size - min(SCRATCH_TOUCH, scratch_size)):
                     memory.view(start, min(SCRATCH_TOUCH, scratch_size))[:] = 0xFF
-            targets = {name: memory.view(address, math.prod(shape) * np.dtype(dtype).itemsize) for name, (address, shape, dtype) in outputs.items()}
+            targets = {
+                name: memory.view(address, math.prod(shape) * np.dtype(dtype).itemsize)
+                for name, (address, shape, dtype) in outputs.items()
+            }
             for target in targets.values():
                 target[:] = 0xFF  # an output that overlaps an input shows
-            feeds = {name: memory.view(address, math.prod(shape) * np.dtype(dtype).itemsize).copy().view(dtype).reshape(shape)
-                     for name, (address, shape, dtype) in inputs.items()}
+            feeds = {
+                name: memory.view(address, math.prod(shape) * np.dtype(dtype).itemsize)
+                .copy()
+                .view(dtype)
+                .reshape(shape)
+                for name, (address, shape, dtype) in inputs.items()
+            }
             for name, value in program.run(feeds).items():
                 if name in outputs:
                     _, shape, dtype = outputs[name]
                     if value.shape != shape:
                         raise DeviceFault(CUresult.CUDA_ERROR_LAUNCH_FAILED, f"{name} is {value.shape}, not {shape}")
                     targets[name][:] = np.ascontiguousarray(value.astype(dtype, copy=False)).reshape(-1).view(np.uint8)
+
         return run
 
     def _profile_run(self, stream: Any) -> None:
-        """With a profiler: an equal time for every layer, at once (which waits) or when report_to_profiler asks for it."""
+        """With a profiler: an equal time for every layer, at once (which waits) or when report_to_profiler asks for
+        it."""
         if self._profiler is None or stream.capture:
             return
         layers = [layer["Name"] for layer in self._engine._header["layers"]]
@@ -476,7 +589,9 @@ class EngineInspector(Bound):
     def get_engine_information(self, format: Any) -> str:
         self._library.expect(format, "LayerInformationFormat")
         header = self._engine._header
-        layers = [self._layer(index) for index in range(self._engine.num_layers)] if header["verbosity"] != "NONE" else []
+        layers = (
+            [self._layer(index) for index in range(self._engine.num_layers)] if header["verbosity"] != "NONE" else []
+        )
         if format.name == "ONELINE":
             return "\n".join(str(layer) for layer in layers)
         return json.dumps({"Layers": layers, "Bindings": [*self._engine._inputs, *self._engine._outputs]})

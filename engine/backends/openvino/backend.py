@@ -1,4 +1,6 @@
-"""OpenVINO on the CPU: the bundle's own ONNX files, compiled for the sizes that are asked for, in float32 or bfloat16."""
+"""OpenVINO on the CPU: the bundle's own ONNX files, compiled for the sizes that are asked for, in float32 or
+bfloat16."""
+
 from __future__ import annotations
 
 import warnings
@@ -19,17 +21,24 @@ from .parts import fix_shapes, split
 from .rewrites import REWRITES, Keep
 
 COMPILED_SHAPES = 8
-"""Sizes for which a small graph stays compiled. A large one (LARGE_GRAPH) does for its last size only: each takes gigabytes."""
+"""Sizes for which a small graph stays compiled. A large one (LARGE_GRAPH) does for its last size only: each takes
+gigabytes."""
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
 class Runner:
-    """One compiled graph and one request on it, whose inputs and outputs are NumPy arrays that are bound, not copied."""
+    """One compiled graph and one request on it, whose inputs and outputs are NumPy arrays that are bound, not
+    copied."""
 
     def __init__(self, library: Any, compiled: Any, what: str, scratch: Scratch) -> None:
         self._scratch = scratch
-        self._library, self._compiled, self._request, self._what = library, compiled, compiled.create_infer_request(), what
+        self._library, self._compiled, self._request, self._what = (
+            library,
+            compiled,
+            compiled.create_infer_request(),
+            what,
+        )
         self._bound: dict[int | str, np.ndarray] = {}
 
     def bind(self, port: int | str, array: np.ndarray) -> None:
@@ -73,20 +82,33 @@ class OpenVinoBackend:
 
     rebuild = None
 
-    def __init__(self, graphs: Mapping[str, Path], shapes: Shapes | None = None, threads: int | None = None,
-                 precision: Mapping[str, str] | None = None, recheck: Callable[[str], None] | None = None) -> None:
-        """`graphs` is the ONNX file of each component, `shapes` what they are used at, `threads` how many threads OpenVINO
-        takes (None: every core), `precision` "fp32" or "bf16" for each component, fp32 where it is silent. On a CPU without
-        bf16 instructions fp32 takes its place, with a warning. `recheck` raises where the files of a component have changed, and is
-        called around reading them. Raises BackendError where OpenVINO is missing."""
+    def __init__(
+        self,
+        graphs: Mapping[str, Path],
+        shapes: Shapes | None = None,
+        threads: int | None = None,
+        precision: Mapping[str, str] | None = None,
+        recheck: Callable[[str], None] | None = None,
+    ) -> None:
+        """`graphs` is the ONNX file of each component, `shapes` what they are used at, `threads` how many threads
+        OpenVINO takes (None: every core), `precision` "fp32" or "bf16" for each component, fp32 where it is silent. On
+        a CPU without bf16 instructions fp32 takes its place, with a warning. `recheck` raises where the files of a
+        component have changed, and is called around reading them. Raises BackendError where OpenVINO is missing."""
         try:
             openvino = import_library("openvino")
         except ImportError as error:
-            raise BackendError(f"OpenVINO cannot be imported ({error}); install it: {install_command('openvino')}") from error
+            raise BackendError(
+                f"OpenVINO cannot be imported ({error}); install it: {install_command('openvino')}"
+            ) from error
         self._library, self._graphs, self._core, self._recheck = openvino, graphs, openvino.Core(), recheck or unchecked
         self.precision = {component: (precision or {}).get(component, "fp32") for component in graphs}
         if "bf16" in self.precision.values() and not self.has_bf16():
-            warnings.warn("this bundle was built to run in bf16 on OpenVINO; this CPU has no instructions for that, so it runs in fp32", RuntimeWarning, 2)
+            warnings.warn(
+                "this bundle was built to run in bf16 on OpenVINO; this CPU has no instructions for that, so it runs "
+                "in fp32",
+                RuntimeWarning,
+                2,
+            )
             self.precision = dict.fromkeys(graphs, "fp32")
         self.rewrites: tuple[Callable[[Any, Any, Keep], None], ...] = REWRITES
         self._options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
@@ -94,7 +116,8 @@ class OpenVinoBackend:
             self._options["INFERENCE_NUM_THREADS"] = threads
         self._compiled: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self.profiles: tuple[Shapes, ...] = (shapes,) if shapes else ()
-        self.description = f"OpenVINO {openvino.__version__.split('-')[0]} on the CPU ({', '.join(f'{c} {p}' for c, p in self.precision.items())})"
+        precisions = ", ".join(f"{component} {precision}" for component, precision in self.precision.items())
+        self.description = f"OpenVINO {openvino.__version__.split('-')[0]} on the CPU ({precisions})"
 
     def has_bf16(self) -> bool:
         """Whether this CPU has instructions for bfloat16."""
@@ -114,14 +137,17 @@ class OpenVinoBackend:
             raise BackendError(f"OpenVINO {self._library.__version__} does not load {path}: {error}") from error
 
     def compile(self, component: str, model: Any, precision: str, what: str) -> Runner:
-        """A model made of a component's graph, or of a part of it. OpenVINO copies the weights in an order and a precision of its
-        own; those in the file, 3.3 GiB for a U-Net, and those of the rewrites, 0.7 GiB, it does not read again."""
+        """A model made of a component's graph, or of a part of it. OpenVINO copies the weights in an order and a
+        precision of its own; those in the file, 3.3 GiB for a U-Net, and those of the rewrites, 0.7 GiB, it does not
+        read again."""
         scratch = Scratch()
         for rewrite in self.rewrites:
             rewrite(self._library, model, scratch.copy)
         try:
             with pages_given_back(self._weights(component)):
-                compiled = self._core.compile_model(model, "CPU", {**self._options, "INFERENCE_PRECISION_HINT": HINTS[precision]})
+                compiled = self._core.compile_model(
+                    model, "CPU", {**self._options, "INFERENCE_PRECISION_HINT": HINTS[precision]}
+                )
         except Exception as error:
             raise BackendError(f"OpenVINO {self._library.__version__} does not compile {what}: {error}") from error
         self._recheck(component)
@@ -133,7 +159,7 @@ class OpenVinoBackend:
         key = (component, *sizes)
         if key not in self._compiled:
             same = [other for other in self._compiled if other[0] == component]
-            for other in same[:max(0, len(same) + 1 - (1 if self.is_large(component) else COMPILED_SHAPES))]:
+            for other in same[: max(0, len(same) + 1 - (1 if self.is_large(component) else COMPILED_SHAPES))]:
                 del self._compiled[other]  # before the next one takes as much
             self._compiled[key] = make()
         self._compiled.move_to_end(key)
@@ -143,7 +169,8 @@ class OpenVinoBackend:
         return Path(f"{self._graphs[component]}.data")
 
     def is_large(self, component: str) -> bool:
-        """Whether its file has so many bytes that memory counts for more than the milliseconds that it costs to get it again."""
+        """Whether its file has so many bytes that memory counts for more than the milliseconds that it costs to get it
+        again."""
         path = self._graphs[component]
         return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) >= LARGE_GRAPH
 
@@ -157,16 +184,32 @@ class OpenVinoBackend:
 
     def text_encoder(self) -> Runner:
         """For any number of texts: that costs it a tenth of its time, which is a hundredth of a picture's."""
-        return self._cached("text_encoder", (), lambda: self.compile("text_encoder", self.read("text_encoder"), self.precision["text_encoder"],
-                                                                          "the text encoder"))
+        return self._cached(
+            "text_encoder",
+            (),
+            lambda: self.compile(
+                "text_encoder", self.read("text_encoder"), self.precision["text_encoder"], "the text encoder"
+            ),
+        )
 
     def denoiser(self, batch: int, rows: int, height: int, width: int, tokens: int = PROMPT_TOKENS) -> DenoiserRunners:
         """One step, compiled for these numbers of samples, U-Net rows, latent elements and tokens."""
+
         def read(rows: int) -> Any:
             model, plane = self.read("denoiser"), (LATENT_CHANNELS, height, width)
-            fix_shapes(self._library, model, {
-                "state": (batch, SLOTS, *plane), "row_sample": (rows,), "context": (rows, tokens, model.input("context").get_partial_shape()[2].get_length()),
-                "timestep": (rows,), "mixing": (batch, rows), "update": (batch, SLOTS, SLOTS + 2), "noise": (batch, *plane)})
+            fix_shapes(
+                self._library,
+                model,
+                {
+                    "state": (batch, SLOTS, *plane),
+                    "row_sample": (rows,),
+                    "context": (rows, tokens, model.input("context").get_partial_shape()[2].get_length()),
+                    "timestep": (rows,),
+                    "mixing": (batch, rows),
+                    "update": (batch, SLOTS, SLOTS + 2),
+                    "noise": (batch, *plane),
+                },
+            )
             return model
 
         def make() -> DenoiserRunners:
@@ -178,7 +221,9 @@ class OpenVinoBackend:
                 self.compile("denoiser", parts.sample, precision, f"the U-Net before it sees the text ({sizes})"),
                 self.compile("denoiser", parts.context, precision, f"the text's keys and values ({sizes})"),
                 self.compile("denoiser", parts.unet, precision, f"the U-Net ({sizes})"),
-                self.compile("denoiser", parts.sampler, "fp32", f"the sampler ({sizes})"))
+                self.compile("denoiser", parts.sampler, "fp32", f"the sampler ({sizes})"),
+            )
+
         return self._cached("denoiser", (batch, rows, height, width, tokens), make)
 
     def vae_decoder(self, batch: int, height: int, width: int) -> Runner:
@@ -189,7 +234,10 @@ class OpenVinoBackend:
         def make() -> Runner:
             model = self.read(component)
             fix_shapes(self._library, model, shapes)
-            return self.compile(component, model, self.precision[component], f"the {component} with inputs {dict(shapes)}")
+            return self.compile(
+                component, model, self.precision[component], f"the {component} with inputs {dict(shapes)}"
+            )
+
         return self._cached(component, tuple(size for shape in shapes.values() for size in shape), make)
 
     def run(self, component: str, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -198,7 +246,11 @@ class OpenVinoBackend:
         if component == "denoiser":
             (batch, _, _, height, width), (rows, tokens, _) = inputs["state"].shape, inputs["context"].shape
             return [self.denoiser(batch, rows, height, width, tokens).run(inputs)]
-        runner = self.text_encoder() if component == "text_encoder" else self._plane(component, {name: value.shape for name, value in inputs.items()})
+        runner = (
+            self.text_encoder()
+            if component == "text_encoder"
+            else self._plane(component, {name: value.shape for name, value in inputs.items()})
+        )
         for name in INPUTS[component]:
             runner.bind(name, inputs[name])
         runner.run()
@@ -215,7 +267,7 @@ class OpenVinoBackend:
     def decode(self, latents: np.ndarray) -> Decoded:
         """Latents [B, 4, h, w] float32 -> pixels."""
         size = decoded_together(*latents.shape[2:])
-        parts = [self.run("vae_decoder", {"latents": latents[i:i + size]}) for i in range(0, len(latents), size)]
+        parts = [self.run("vae_decoder", {"latents": latents[i : i + size]}) for i in range(0, len(latents), size)]
         return Decoded.join([(image, magnitude) for image, magnitude in parts])
 
     def rest(self, *components: str) -> None:
@@ -237,7 +289,9 @@ class OpenVinoBackend:
 class DenoiserRunners:
     """The parts of one denoising step, chained: each reads what the ones before wrote, where they wrote it."""
 
-    def __init__(self, batch: int, timestep: Runner, sample: Runner, context: Runner, unet: Runner, sampler: Runner) -> None:
+    def __init__(
+        self, batch: int, timestep: Runner, sample: Runner, context: Runner, unet: Runner, sampler: Runner
+    ) -> None:
         self.timestep, self.sample, self.context, self.unet, self.sampler = timestep, sample, context, unet, sampler
         sample.bind(1, np.arange(batch, dtype=np.int32))
         sample.follow(2, timestep)
@@ -247,9 +301,17 @@ class DenoiserRunners:
         sampler.follow(4, unet)
 
     def bind(self, inputs: Mapping[str, np.ndarray]) -> None:
-        """Makes arrays the inputs of the contract; those not given stay. Only "timestep" has a row for each sample here."""
-        ports = {"timestep": [(self.timestep, 0)], "context": [(self.context, 0)], "state": [(self.sample, 0), (self.sampler, 0)],
-                 "row_sample": [(self.unet, 0)], "mixing": [(self.sampler, 1)], "update": [(self.sampler, 2)], "noise": [(self.sampler, 3)]}
+        """Makes arrays the inputs of the contract; those not given stay. Only "timestep" has a row for each sample
+        here."""
+        ports = {
+            "timestep": [(self.timestep, 0)],
+            "context": [(self.context, 0)],
+            "state": [(self.sample, 0), (self.sampler, 0)],
+            "row_sample": [(self.unet, 0)],
+            "mixing": [(self.sampler, 1)],
+            "update": [(self.sampler, 2)],
+            "noise": [(self.sampler, 3)],
+        }
         for name, array in inputs.items():
             for runner, port in ports[name]:
                 runner.bind(port, array)
@@ -286,19 +348,26 @@ def of_samples(timesteps: np.ndarray, row_sample: np.ndarray, batch: int) -> np.
 
 
 class DenoisingSession:
-    """The denoiser bound to its buffers. A step reads its row of the table in place; the state goes back and forth between
-    two buffers without being copied."""
+    """The denoiser bound to its buffers. A step reads its row of the table in place; the state goes back and forth
+    between two buffers without being copied."""
 
     path = "plain"
 
     def __init__(self, backend: OpenVinoBackend, denoising: Denoising) -> None:
         self._backend, self._current = backend, 0
-        (batch, rows), plane, context = denoising.mixing.shape, denoising.latents.shape[1:], np.stack(denoising.contexts)
+        (batch, rows), plane, context = (
+            denoising.mixing.shape,
+            denoising.latents.shape[1:],
+            np.stack(denoising.contexts),
+        )
         self._runners = backend.denoiser(batch, rows, plane[1], plane[2], context.shape[1])
         self._states = [np.zeros((batch, SLOTS, *plane), np.float32) for _ in range(2)]
         self._states[0][:, 0] = denoising.latents
         timesteps = of_samples(denoising.timesteps, denoising.row_sample, batch)
-        self._rows = {"timestep": timesteps, "update": denoising.updates.copy()}  # OpenVINO takes arrays that own their memory
+        self._rows = {
+            "timestep": timesteps,
+            "update": denoising.updates.copy(),
+        }  # OpenVINO takes arrays that own their memory
         self._runners.bind({"row_sample": denoising.row_sample, "mixing": denoising.mixing, "context": context})
         if denoising.noise is None:
             self._runners.bind({"noise": np.zeros((batch, *plane), np.float32)})
@@ -324,7 +393,8 @@ class DenoisingSession:
         self._states[self._current][:, 0] = value
 
     def decode(self) -> Callable[[], Decoded]:
-        """The VAE decoder on the current latents, run at once. Of a large model one component at a time holds activations."""
+        """The VAE decoder on the current latents, run at once. Of a large model one component at a time holds
+        activations."""
         large = self._backend.is_large("denoiser")
         if large:
             self._backend.rest("text_encoder", "denoiser")

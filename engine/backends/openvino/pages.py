@@ -1,8 +1,10 @@
-"""Gives pages of mapped files back to the system when a library has read them: what it has copied need not stay resident.
+"""Gives pages of mapped files back to the system when a library has read them: what it has copied need not stay
+resident.
 
-Only what a process has mapped is dropped, never data: a page that is read again comes back from the file. Linux only; elsewhere
-nothing happens.
+Only what a process has mapped is dropped, never data: a page that is read again comes back from the file. Linux only;
+elsewhere nothing happens.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -45,7 +47,8 @@ def pages_given_back(file: Path) -> Iterator[None]:
 
 
 def drop_pages(file: Path) -> int:
-    """Bytes of the mappings that were dropped, 0 where it is not Linux. Writable ones are left alone: they may hold what the file does not."""
+    """Bytes of the mappings that were dropped, 0 where it is not Linux. Writable ones are left alone: they may hold
+    what the file does not."""
     if sys.platform != "linux":
         return 0
     madvise = ctypes.CDLL(None, use_errno=True).madvise
@@ -61,7 +64,8 @@ def drop_pages(file: Path) -> int:
 
 
 class Scratch:
-    """Large arrays in temporary files without a name, so that their pages can be given back while they stay readable."""
+    """Large arrays in temporary files without a name, so that their pages can be given back while they stay
+    readable."""
 
     least = 1 << 20
     """Bytes. Smaller arrays stay in memory."""
@@ -70,12 +74,15 @@ class Scratch:
         self._mapped: list[mmap.mmap] = []
 
     def copy(self, array: np.ndarray) -> np.ndarray:
-        """A contiguous copy: in a file, or in memory where it is small or the folder for temporary files has no room."""
+        """A contiguous copy: in a file, or in memory where it is small or the folder for temporary files has no
+        room."""
         if array.nbytes < self.least or sys.platform != "linux":
             return np.array(array, order="C")
         try:
             with tempfile.TemporaryFile() as file:
-                os.posix_fallocate(file.fileno(), 0, array.nbytes)  # a full disk is an error here, and the end of the process later
+                os.posix_fallocate(
+                    file.fileno(), 0, array.nbytes
+                )  # a full disk is an error here, and the end of the process later
                 mapped = mmap.mmap(file.fileno(), array.nbytes)
         except OSError:
             return np.array(array, order="C")

@@ -1,9 +1,10 @@
 """TensorRT as a backend: a denoising loop that is one captured CUDA graph per step.
 
-Everything runs in one stream, in the order in which it was started, and stays on the GPU: text embeddings go from the text
-encoder to the denoiser, latents from there to the VAE. The host uploads a picture's whole table at once through pinned memory;
-a step copies its row into place and launches; the host waits once, for the pixels.
+Everything runs in one stream, in the order in which it was started, and stays on the GPU: text embeddings go from the
+text encoder to the denoiser, latents from there to the VAE. The host uploads a picture's whole table at once through
+pinned memory; a step copies its row into place and launches; the host waits once, for the pixels.
 """
+
 from __future__ import annotations
 
 import math
@@ -31,7 +32,8 @@ class TensorRtBackend(TensorRtRuntime):
     def __init__(self, bundle: Bundle, gpu: int = 0, cuda_graphs: bool = True) -> None:
         """Loads the plans for this machine, or raises the PlanError, TensorRtError or CudaError that says why not.
 
-        With `cuda_graphs` a step is captured when a size is used for the first time, and launched as a whole from then on."""
+        With `cuda_graphs` a step is captured when a size is used for the first time, and launched as a whole from then
+        on."""
         super().__init__(gpu)
         self.rebuild, self.cuda_graphs = rebuild_command(bundle.folder), cuda_graphs
         try:
@@ -53,7 +55,9 @@ class TensorRtBackend(TensorRtRuntime):
                 execution.enqueue()
                 for row in range(part.stop - part.start):
                     embedding = self._embeddings.take(execution.shape["context"][1])
-                    self.stream.copy(embedding.address, execution.address["context"] + row * embedding.nbytes, embedding.nbytes)
+                    self.stream.copy(
+                        embedding.address, execution.address["context"] + row * embedding.nbytes, embedding.nbytes
+                    )
                     made.append(embedding)
             return made
 
@@ -64,9 +68,11 @@ class TensorRtBackend(TensorRtRuntime):
 
 
 class Step:
-    """One denoising step of one size: the denoiser, and the new state copied back into its input; captured when it can be.
+    """One denoising step of one size: the denoiser, and the new state copied back into its input; captured when it can
+    be.
 
-    Timestep, update and noise lie one behind the other in the denoiser's block, and so do they in each row of the table."""
+    Timestep, update and noise lie one behind the other in the denoiser's block, and so do they in each row of the
+    table."""
 
     def __init__(self, backend: TensorRtBackend, execution: Execution) -> None:
         self.execution, self._backend = execution, backend
@@ -78,10 +84,15 @@ class Step:
         self.offsets = {name: address[name] - address["timestep"] for name in ("timestep", "mixing", "update", "noise")}
 
     def unchanged(self, name: str, value: Any) -> bool:
-        """Whether an input holds this value already; it is taken to hold it from now on. None stands for what is never the same."""
+        """Whether an input holds this value already; it is taken to hold it from now on. None stands for what is never
+        the same."""
         old = self._constants.get(name)
         self._constants[name] = value
-        return old is not None and value is not None and (np.array_equal(old, value) if isinstance(value, np.ndarray) else bool(old == value))
+        return (
+            old is not None
+            and value is not None
+            and (np.array_equal(old, value) if isinstance(value, np.ndarray) else bool(old == value))
+        )
 
     def table(self, nbytes: int) -> DeviceMemory:
         """Memory for a table of that size."""
@@ -104,7 +115,9 @@ class Step:
     def _enqueue(self) -> None:
         execution = self.execution
         execution.enqueue()
-        self._backend.stream.copy(execution.address["state"], execution.address["next_state"], execution.nbytes["state"])
+        self._backend.stream.copy(
+            execution.address["state"], execution.address["next_state"], execution.nbytes["state"]
+        )
 
     def _capture(self) -> None:
         stream = self._backend.stream
@@ -117,8 +130,12 @@ class Step:
             raise
         except (CudaError, TensorRtError) as error:
             self._plain = True
-            warnings.warn(f"the denoising step could not be captured as a CUDA graph ({error}); its kernels are launched one by one", RuntimeWarning,
-                          stacklevel=2)
+            warnings.warn(
+                f"the denoising step could not be captured as a CUDA graph ({error}); its kernels are launched one by "
+                "one",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def close(self) -> None:
         if self.graph is not None:
@@ -134,9 +151,17 @@ class DenoisingSession:
         self._backend, self._latents_shape = backend, denoising.latents.shape
         batch, rows = denoising.mixing.shape
         state = (batch, SLOTS, *denoising.latents.shape[1:])
-        execution = backend.engines["denoiser"].at({
-            "state": state, "row_sample": (rows,), "context": (rows, denoising.contexts[0].tokens, denoising.contexts[0].channels), "timestep": (rows,),
-            "mixing": (batch, rows), "update": denoising.updates.shape[1:], "noise": denoising.latents.shape})
+        execution = backend.engines["denoiser"].at(
+            {
+                "state": state,
+                "row_sample": (rows,),
+                "context": (rows, denoising.contexts[0].tokens, denoising.contexts[0].channels),
+                "timestep": (rows,),
+                "mixing": (batch, rows),
+                "update": denoising.updates.shape[1:],
+                "noise": denoising.latents.shape,
+            }
+        )
         if execution.attached is None:
             execution.attached = Step(backend, execution)
         self._step: Step = execution.attached
@@ -159,10 +184,14 @@ class DenoisingSession:
                 stream.copy(address["context"] + row * embedding.nbytes, embedding.address, embedding.nbytes)
 
     def _upload_table(self, denoising: Denoising) -> None:
-        """The rows of the table as bytes, each laid out as the denoiser's own inputs from `timestep` on. Without noise they end
-        before it, and the input keeps what it holds, which the update multiplies by 0."""
+        """The rows of the table as bytes, each laid out as the denoiser's own inputs from `timestep` on. Without noise
+        they end before it, and the input keeps what it holds, which the update multiplies by 0."""
         offsets, nbytes, count = self._step.offsets, self._execution.nbytes, len(denoising.timesteps)
-        parts = {"timestep": denoising.timesteps, "mixing": np.broadcast_to(denoising.mixing, (count, *denoising.mixing.shape)), "update": denoising.updates}
+        parts = {
+            "timestep": denoising.timesteps,
+            "mixing": np.broadcast_to(denoising.mixing, (count, *denoising.mixing.shape)),
+            "update": denoising.updates,
+        }
         if denoising.noise is not None:
             parts["noise"] = denoising.noise
         last = list(parts)[-1]
@@ -170,7 +199,9 @@ class DenoisingSession:
         self._pitch = align(self._row_bytes)
         table = np.zeros((count, self._pitch), np.uint8)
         for name, values in parts.items():
-            table[:, offsets[name]:offsets[name] + nbytes[name]] = np.ascontiguousarray(values).reshape(count, -1).view(np.uint8)
+            table[:, offsets[name] : offsets[name] + nbytes[name]] = (
+                np.ascontiguousarray(values).reshape(count, -1).view(np.uint8)
+            )
         memory = self._step.table(table.nbytes)
         self._table = memory.address
         if not self._step.unchanged("table", table if denoising.noise is None else None):
@@ -184,7 +215,9 @@ class DenoisingSession:
     def step(self, index: int) -> None:
         """Starts evaluation `index` of the table."""
         with self._backend.device:
-            self._backend.stream.copy(self._execution.address["timestep"], self._table + index * self._pitch, self._row_bytes)
+            self._backend.stream.copy(
+                self._execution.address["timestep"], self._table + index * self._pitch, self._row_bytes
+            )
             self._step.run()
 
     @property
@@ -226,21 +259,28 @@ class DenoisingSession:
             for position, (_, source, size) in enumerate(samples[part]):
                 backend.stream.copy(execution.address["latents"] + position * size, source, size)
             execution.enqueue()
-            backend.stream.download(result.address + part.start * math.prod(image[1:]), execution.address["image"], execution.nbytes["image"])
-            backend.stream.download(magnitudes + 4 * part.start, execution.address["magnitude"], execution.nbytes["magnitude"])
+            backend.stream.download(
+                result.address + part.start * math.prod(image[1:]),
+                execution.address["image"],
+                execution.nbytes["image"],
+            )
+            backend.stream.download(
+                magnitudes + 4 * part.start, execution.address["magnitude"], execution.nbytes["magnitude"]
+            )
 
         def finish() -> Decoded:
             with backend.device:
                 backend.synchronize("waiting for the pixels")
-            pixels = result.bytes[:math.prod(image)].reshape(image).copy()
+            pixels = result.bytes[: math.prod(image)].reshape(image).copy()
             start = align(math.prod(image))
-            return Decoded(pixels, np.isfinite(result.bytes[start:start + 4 * batch].view(np.float32)))
+            return Decoded(pixels, np.isfinite(result.bytes[start : start + 4 * batch].view(np.float32)))
 
         return finish
 
 
 def slices(count: int, low: int, high: int) -> list[slice]:
-    """0..count in parts of `low` to `high`; where the rest is too small, the last part begins earlier and repeats some."""
+    """0..count in parts of `low` to `high`; where the rest is too small, the last part begins earlier and repeats
+    some."""
     starts = range(0, count, high)
     parts = [slice(start, min(start + high, count)) for start in starts]
     last = parts[-1]
@@ -258,8 +298,8 @@ class Embedding:
 
 
 class Embeddings:
-    """Places for embeddings. One that nobody refers to any more gives its place to the next; that is safe without waiting, since
-    the stream overwrites it after all that was started before."""
+    """Places for embeddings. One that nobody refers to any more gives its place to the next; that is safe without
+    waiting, since the stream overwrites it after all that was started before."""
 
     def __init__(self, device: Device, elements: int) -> None:
         self._device, self.nbytes, self._free = device, 4 * elements, list[int]()

@@ -1,9 +1,11 @@
 """CUDA, as far as a backend needs it: a device, its memory, one stream, events and captured graphs.
 
-A thin layer over the driver API in cuda-bindings (the driver is on every machine with a GPU; no CUDA toolkit is needed).
-Everything belongs to a `Device`, whose `closing` frees what is left. Calls are made inside `with device:`, which makes the device
-current for this thread and restores what was current before, so that several devices and other CUDA libraries get along.
+A thin layer over the driver API in cuda-bindings (the driver is on every machine with a GPU; no CUDA toolkit is
+needed). Everything belongs to a `Device`, whose `closing` frees what is left. Calls are made inside `with device:`,
+which makes the device current for this thread and restores what was current before, so that several devices and other
+CUDA libraries get along.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -21,8 +23,21 @@ from ...libraries import install_command
 ALIGNMENT = 256
 """Bytes; TensorRT wants its inputs and outputs at such addresses."""
 
-STICKY = frozenset({"ECC_UNCORRECTABLE", "ILLEGAL_ADDRESS", "LAUNCH_TIMEOUT", "CONTEXT_IS_DESTROYED", "ASSERT", "HARDWARE_STACK_ERROR",
-                    "ILLEGAL_INSTRUCTION", "MISALIGNED_ADDRESS", "INVALID_ADDRESS_SPACE", "INVALID_PC", "LAUNCH_FAILED"})
+STICKY = frozenset(
+    {
+        "ECC_UNCORRECTABLE",
+        "ILLEGAL_ADDRESS",
+        "LAUNCH_TIMEOUT",
+        "CONTEXT_IS_DESTROYED",
+        "ASSERT",
+        "HARDWARE_STACK_ERROR",
+        "ILLEGAL_INSTRUCTION",
+        "MISALIGNED_ADDRESS",
+        "INVALID_ADDRESS_SPACE",
+        "INVALID_PC",
+        "LAUNCH_FAILED",
+    }
+)
 """Errors (after CUDA_ERROR_) that every later call of the process on this device repeats."""
 
 
@@ -36,11 +51,16 @@ def load_driver() -> ModuleType:
     try:
         from cuda.bindings import driver
     except ImportError as error:
-        raise BackendError(f"CUDA's Python bindings cannot be imported ({error}); install them: {install_command('tensorrt')}") from error
+        raise BackendError(
+            f"CUDA's Python bindings cannot be imported ({error}); install them: {install_command('tensorrt')}"
+        ) from error
     try:
-        status, = driver.cuInit(0)
+        (status,) = driver.cuInit(0)
     except Exception as error:  # of cuda-pathfinder, where there is no driver library
-        raise BackendError(f"there is no NVIDIA driver here ({type(error).__name__}: {error}); install one, or use backend='onnxruntime'") from error
+        raise BackendError(
+            f"there is no NVIDIA driver here ({type(error).__name__}: {error}); install one, or use "
+            "backend='onnxruntime'"
+        ) from error
     if status != driver.CUresult.CUDA_SUCCESS:
         raise BackendError(f"CUDA does not start: {_describe(driver, status)}; `nvidia-smi` should list a GPU here")
     return driver
@@ -70,12 +90,22 @@ class Device:
         self._owned: dict[Any, Callable[[], None]] = {}
         count = self._call("counting GPUs", "cuDeviceGetCount")
         if number >= count:
-            raise DeviceError(f"device 'cuda:{number}' does not exist; this machine has {count} GPU{'s' * (count != 1)}, numbered from 0")
+            raise DeviceError(
+                f"device 'cuda:{number}' does not exist; this machine has {count} GPU{'s' * (count != 1)}, numbered "
+                "from 0"
+            )
         self._handle = self._call("opening the GPU", "cuDeviceGet", number)
-        self.name: str = self._call("reading the GPU's name", "cuDeviceGetName", 256, self._handle).split(b"\0")[0].decode()
+        self.name: str = (
+            self._call("reading the GPU's name", "cuDeviceGetName", 256, self._handle).split(b"\0")[0].decode()
+        )
         attributes = self._driver.CUdevice_attribute
-        self.compute_capability = ".".join(str(self._call("reading the compute capability", "cuDeviceGetAttribute", attribute, self._handle)) for attribute in (
-            attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR))
+        self.compute_capability = ".".join(
+            str(self._call("reading the compute capability", "cuDeviceGetAttribute", attribute, self._handle))
+            for attribute in (
+                attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+            )
+        )
         version = self._call("reading the driver's version", "cuDriverGetVersion")
         self.driver_version = f"{version // 1000}.{version % 1000 // 10}"
         self._context = self._call("opening the GPU", "cuDevicePrimaryCtxRetain", self._handle)
@@ -101,14 +131,24 @@ class Device:
         name = status.name.removeprefix("CUDA_ERROR_")
         if name in STICKY:
             self._lost = message
-            raise DeviceLostError(f"{message}; this process has lost the GPU: start a new one. If it happens again, set CUDA_LAUNCH_BLOCKING=1 and report it")
+            raise DeviceLostError(
+                f"{message}; this process has lost the GPU: start a new one. If it happens again, set "
+                "CUDA_LAUNCH_BLOCKING=1 and report it"
+            )
         if name == "OUT_OF_MEMORY":
-            raise CudaMemoryError(f"{message}{self._free_memory()}; close other programs or pipelines on this GPU, or build for smaller sizes")
+            raise CudaMemoryError(
+                f"{message}{self._free_memory()}; close other programs or pipelines on this GPU, or build for smaller "
+                "sizes"
+            )
         raise CudaError(message)
 
     def _free_memory(self) -> str:
         status, *values = self._driver.cuMemGetInfo()
-        return f", {values[0] / 2**30:.2f} of {values[1] / 2**30:.1f} GiB are free" if status == self._driver.CUresult.CUDA_SUCCESS else ""
+        return (
+            f", {values[0] / 2**30:.2f} of {values[1] / 2**30:.1f} GiB are free"
+            if status == self._driver.CUresult.CUDA_SUCCESS
+            else ""
+        )
 
     def memory(self) -> tuple[int, int]:
         """Bytes free and in all."""
@@ -129,8 +169,8 @@ class Device:
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """Waits for what was started; the device is current inside, lost or not; afterwards all that was allocated here is freed, and
-        the device itself. A second time does nothing but run what is inside."""
+        """Waits for what was started; the device is current inside, lost or not; afterwards all that was allocated here
+        is freed, and the device itself. A second time does nothing but run what is inside."""
         if not self._open:
             yield
             return
@@ -166,7 +206,11 @@ class PinnedMemory:
 
     def __init__(self, device: Device, nbytes: int, what: str) -> None:
         self.nbytes, self._device = max(nbytes, 1), device
-        self.address = int(device._call(f"allocating {nbytes / 2**20:.1f} MiB of pinned memory for {what}", "cuMemHostAlloc", self.nbytes, 0))
+        self.address = int(
+            device._call(
+                f"allocating {nbytes / 2**20:.1f} MiB of pinned memory for {what}", "cuMemHostAlloc", self.nbytes, 0
+            )
+        )
         device._own(self, lambda address=self.address: device._driver.cuMemFreeHost(address))  # type: ignore[misc]
         self.bytes = np.ctypeslib.as_array((ctypes.c_uint8 * self.nbytes).from_address(self.address))
 
@@ -180,7 +224,9 @@ class Event:
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self.handle = device._call("creating an event", "cuEventCreate", int(device._driver.CUevent_flags.CU_EVENT_DEFAULT))
+        self.handle = device._call(
+            "creating an event", "cuEventCreate", int(device._driver.CUevent_flags.CU_EVENT_DEFAULT)
+        )
         device._own(self, lambda handle=self.handle: device._driver.cuEventDestroy(handle))  # type: ignore[misc]
 
     def seconds_since(self, earlier: Event) -> float:
@@ -193,7 +239,9 @@ class Stream:
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self.handle = device._call("creating a stream", "cuStreamCreate", int(device._driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        self.handle = device._call(
+            "creating a stream", "cuStreamCreate", int(device._driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+        )
         device._own(self, lambda handle=self.handle: device._driver.cuStreamDestroy(handle))  # type: ignore[misc]
         self.number = int(self.handle)
         self.synchronizations = 0
@@ -225,8 +273,8 @@ class Stream:
 
     @contextmanager
     def capture(self) -> Iterator[list[Graph]]:
-        """What is started inside goes into a graph instead, which the list holds afterwards. Garbage is not collected meanwhile: memory of another pipeline
-        that it frees would spoil the capture."""
+        """What is started inside goes into a graph instead, which the list holds afterwards. Garbage is not collected
+        meanwhile: memory of another pipeline that it frees would spoil the capture."""
         collecting = gc.isenabled()
         gc.disable()
         try:
@@ -237,11 +285,18 @@ class Stream:
 
     def _capture(self) -> Iterator[list[Graph]]:
         call, made = self._device._call, list[Graph]()
-        call("starting a capture", "cuStreamBeginCapture", self.handle, self._device._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+        call(
+            "starting a capture",
+            "cuStreamBeginCapture",
+            self.handle,
+            self._device._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL,
+        )
         try:
             yield made
         except BaseException:
-            _, graph = self._device._driver.cuStreamEndCapture(self.handle)  # leaves the stream usable; the error inside is the one to tell
+            _, graph = self._device._driver.cuStreamEndCapture(
+                self.handle
+            )  # leaves the stream usable; the error inside is the one to tell
             if graph is not None and int(graph):
                 self._device._driver.cuGraphDestroy(graph)
             raise

@@ -1,4 +1,6 @@
-"""TensorRT engines on one GPU: deserialized plans, ready for the sizes that they are used at. Builder and runtime both use it."""
+"""TensorRT engines on one GPU: deserialized plans, ready for the sizes that they are used at. Builder and runtime both
+use it."""
+
 from __future__ import annotations
 
 import math
@@ -17,7 +19,8 @@ from . import versions as versions
 from .cuda import Device, DeviceMemory, Event, PinnedMemory, Stream, align
 
 SHAPES_KEPT = 4
-"""Sizes of a component that stay ready, with their buffers and graphs; the one that was not used for longest makes way."""
+"""Sizes of a component that stay ready, with their buffers and graphs; the one that was not used for longest makes
+way."""
 
 LOG_LINES = 12
 
@@ -46,7 +49,8 @@ def open_log(trt: Any) -> Any:
 
 
 class TensorRtRuntime:
-    """Plans on one GPU: its stream, the ways to and from it, and the engines with the scratch memory that they share."""
+    """Plans on one GPU: its stream, the ways to and from it, and the engines with the scratch memory that they
+    share."""
 
     rebuild = "python build_engines.py --backend tensorrt"
 
@@ -75,11 +79,13 @@ class TensorRtRuntime:
             raise
 
     def load(self, plans: Iterable[tuple[str, bytes]], contract: bool = True) -> None:
-        """Deserializes plans, by component; each is dropped from the host's memory before the next is asked for. `contract` wants
-        exactly the contract's inputs and outputs of them."""
+        """Deserializes plans, by component; each is dropped from the host's memory before the next is asked for.
+        `contract` wants exactly the contract's inputs and outputs of them."""
         with self.device:
             for component, content in plans:
-                self.engines[component] = Engine(self, component, self._runtime.deserialize_cuda_engine(content), contract)
+                self.engines[component] = Engine(
+                    self, component, self._runtime.deserialize_cuda_engine(content), contract
+                )
             needed = max(engine.scratch_bytes for engine in self.engines.values())
             self.scratch = self.device.allocate(align(needed), "the engines' scratch memory")
 
@@ -98,11 +104,17 @@ class TensorRtRuntime:
             for name, start in starts.items():
                 self.stream.download(result.address + start, execution.address[name], execution.nbytes[name])
             self.synchronize(f"running the {component}")
-            return [result.bytes[start:start + execution.nbytes[name]].view(engine.types[name]).reshape(execution.shape[name]).copy()
-                    for name, start in starts.items()]
+            return [
+                result.bytes[start : start + execution.nbytes[name]]
+                .view(engine.types[name])
+                .reshape(execution.shape[name])
+                .copy()
+                for name, start in starts.items()
+            ]
 
     def seconds(self, component: str, inputs: Mapping[str, np.ndarray], repeats: int) -> list[float]:
-        """GPU time of each of `repeats` runs on inputs of these shapes, one behind the other, with whatever content they have."""
+        """GPU time of each of `repeats` runs on inputs of these shapes, one behind the other, with whatever content
+        they have."""
         with self.device:
             execution = self.engines[component].at({name: value.shape for name, value in inputs.items()})
             watch = self.stopwatch()
@@ -155,26 +167,35 @@ class Engine:
 
     def __init__(self, backend: TensorRtRuntime, component: str, engine: Any, contract: bool) -> None:
         if engine is None:
-            raise TensorRtError(f"the plan of the {component} could not be deserialized; {backend.log.tail()}. Build it again: {backend.rebuild}")
+            raise TensorRtError(
+                f"the plan of the {component} could not be deserialized; {backend.log.tail()}. Build it again: "
+                f"{backend.rebuild}"
+            )
         self.component, self._backend, self._engine = component, backend, engine
         self._ready: OrderedDict[tuple[tuple[str, Shape], ...], Execution] = OrderedDict()
         self.scratch_bytes = versions.scratch_bytes(backend.trt, engine)
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         kinds = backend.trt.DataType
         known = {kinds.FLOAT: np.float32, kinds.HALF: np.float16, kinds.INT32: np.int32, kinds.UINT8: np.uint8}
-        self.types: dict[str, Any] = {name: np.dtype(known.get(engine.get_tensor_dtype(name), np.void)) for name in names}
+        self.types: dict[str, Any] = {
+            name: np.dtype(known.get(engine.get_tensor_dtype(name), np.void)) for name in names
+        }
         self.outputs = tuple(name for name in names if name not in INPUTS[component])
         if contract:
             self._check_contract()
-        self._profiles = [{name: [tuple(shape) for shape in engine.get_tensor_profile_shape(name, i)] for name in INPUTS[component]}
-                          for i in range(engine.num_optimization_profiles)]
+        self._profiles = [
+            {name: [tuple(shape) for shape in engine.get_tensor_profile_shape(name, i)] for name in INPUTS[component]}
+            for i in range(engine.num_optimization_profiles)
+        ]
 
     def _check_contract(self) -> None:
         """The plan's inputs and outputs are those of the contract; the outputs are put into its order."""
         expected = {name: np.dtype(dtype(name)) for name in (*INPUTS[self.component], *OUTPUTS[self.component])}
         if self.types != expected:
-            raise TensorRtError(f"the plan of the {self.component} has the tensors {self.types} instead of {expected}. "
-                                f"Build it again: {self._backend.rebuild}")
+            raise TensorRtError(
+                f"the plan of the {self.component} has the tensors {self.types} instead of {expected}. "
+                f"Build it again: {self._backend.rebuild}"
+            )
         self.outputs = OUTPUTS[self.component]
 
     def allowed(self, tensor: str, axis: int) -> tuple[int, int]:
@@ -221,15 +242,23 @@ class Engine:
     def _profile(self, shapes: Mapping[str, Shape]) -> int:
         """The number of the first profile that serves these shapes."""
         for i, profile in enumerate(self._profiles):
-            if all(low <= size <= high for name, shape in shapes.items() for low, size, high in zip(profile[name][0], shape, profile[name][2])):
+            if all(
+                low <= size <= high
+                for name, shape in shapes.items()
+                for low, size, high in zip(profile[name][0], shape, profile[name][2])
+            ):
                 return i
         built = "; ".join(str({name: limits[::2] for name, limits in profile.items()}) for profile in self._profiles)
-        raise TensorRtError(f"no profile of the {self.component} serves {dict(shapes)}; built were {built}. "
-                            f"Build for these sizes: {self._backend.rebuild}")
+        raise TensorRtError(
+            f"no profile of the {self.component} serves {dict(shapes)}; built were {built}. "
+            f"Build for these sizes: {self._backend.rebuild}"
+        )
 
     def inspect(self) -> str:
         """What the engine inspector tells of the layers, as JSON."""
-        return str(self._engine.create_engine_inspector().get_engine_information(self._backend.trt.LayerInformationFormat.JSON))
+        return str(
+            self._engine.create_engine_inspector().get_engine_information(self._backend.trt.LayerInformationFormat.JSON)
+        )
 
     def close(self) -> None:
         """Drops the engine and all that is ready."""
@@ -257,24 +286,35 @@ class Execution:
 
     def _bind(self, shapes: Mapping[str, Shape]) -> None:
         backend = self._backend
-        self.shape: dict[str, Shape] = {**shapes, **{name: tuple(self._context.get_tensor_shape(name)) for name in self._engine.outputs}}
+        self.shape: dict[str, Shape] = {
+            **shapes,
+            **{name: tuple(self._context.get_tensor_shape(name)) for name in self._engine.outputs},
+        }
         if any(size < 1 for shape in self.shape.values() for size in shape):
-            raise TensorRtError(f"TensorRT computed the shapes {self.shape} for the {self.component}; {backend.log.tail()}")
+            raise TensorRtError(
+                f"TensorRT computed the shapes {self.shape} for the {self.component}; {backend.log.tail()}"
+            )
         self.nbytes = {name: math.prod(shape) * self._engine.types[name].itemsize for name, shape in self.shape.items()}
-        self._memory = backend.device.allocate(sum(map(align, self.nbytes.values())), f"the {self.component}'s inputs and outputs")
+        self._memory = backend.device.allocate(
+            sum(map(align, self.nbytes.values())), f"the {self.component}'s inputs and outputs"
+        )
         self.address: dict[str, int] = {}
         position = self._memory.address
         for name, nbytes in self.nbytes.items():
             self.address[name] = position
             position += align(nbytes)
             if not self._context.set_tensor_address(name, self.address[name]):
-                raise TensorRtError(f"TensorRT refused an address for the {self.component}'s {name}; {backend.log.tail()}")
+                raise TensorRtError(
+                    f"TensorRT refused an address for the {self.component}'s {name}; {backend.log.tail()}"
+                )
         backend.stream.clear(self._memory.address, self._memory.nbytes)
 
     def enqueue(self) -> None:
         """Starts the engine on what its inputs hold then."""
         if not self._context.execute_async_v3(self._backend.stream.number):
-            raise TensorRtError(f"TensorRT did not start the {self.component} with inputs {self.shape}; {self._backend.log.tail()}")
+            raise TensorRtError(
+                f"TensorRT did not start the {self.component} with inputs {self.shape}; {self._backend.log.tail()}"
+            )
 
     def close(self) -> None:
         """Frees the buffers and the graph. The GPU may not be using them."""
@@ -301,7 +341,7 @@ class Uploads:
             self._blocks.append(PinnedMemory(self._device, max(2 * last, align(content.nbytes)), "uploads"))
             self._used = 0
         block = self._blocks[-1]
-        block.bytes[self._used:self._used + content.nbytes] = content
+        block.bytes[self._used : self._used + content.nbytes] = content
         self._stream.upload(target, block.address + self._used, content.nbytes)
         self._used = min(block.nbytes, self._used + align(content.nbytes))
 
@@ -329,4 +369,4 @@ class Stopwatch:
     def seconds(self) -> list[float]:
         """GPU time between the marks; to be asked after the GPU has finished."""
         with self._device:
-            return [b.seconds_since(a) for a, b in zip(self._events, self._events[1:self._count])]
+            return [b.seconds_since(a) for a, b in zip(self._events, self._events[1 : self._count])]

@@ -1,7 +1,9 @@
-"""What every backend does: the same functions for ONNX Runtime, OpenVINO, TensorRT on the fake GPU in three versions, and the real one.
+"""What every backend does: the same functions for ONNX Runtime, OpenVINO, TensorRT on the fake GPU in three versions,
+and the real one.
 
 The oracle is ONNX Runtime's plain run of the same graphs, which the parity tests compare with diffusers.
 """
+
 import threading
 
 import numpy as np
@@ -39,6 +41,7 @@ def backend(request, demo_fp16, planned, tmp_path_factory):
         if not tensorrt_is_usable():
             pytest.skip("there is no GPU with TensorRT here")
         from export.tensorrt.build import build_plans
+
         bundle = copy_bundle(demo_fp16, tmp_path_factory.mktemp("tensorrt"))
         build_plans(bundle, PROFILES)
         with Pipeline.load(bundle, backend="tensorrt") as pipeline:
@@ -54,18 +57,22 @@ def latents(pipeline, *arguments, **options):
     return pipeline(*arguments, **{**FAST, "output_type": "latent", **options}).images
 
 
-@pytest.mark.parametrize("options", [
-    {},
-    {"guidance_scale": 1.0},
-    {"scheduler": "euler_a"},
-    {"scheduler": "pndm"},
-    {"scheduler": "dpmpp_2m_karras", "num_inference_steps": 7},
-    {"scheduler": "ddim", "eta": 0.7},
-    {"height": 96, "width": 72},
-    {"num_images_per_prompt": 3},
-    {"negative_prompt": "a star"},
-    {"num_inference_steps": 1},
-], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"guidance_scale": 1.0},
+        {"scheduler": "euler_a"},
+        {"scheduler": "pndm"},
+        {"scheduler": "dpmpp_2m_karras", "num_inference_steps": 7},
+        {"scheduler": "ddim", "eta": 0.7},
+        {"height": 96, "width": 72},
+        {"num_images_per_prompt": 3},
+        {"negative_prompt": "a star"},
+        {"num_inference_steps": 1},
+    ],
+    ids=str,
+)
 def test_latents_are_the_oracles(backend, expected, options):
     pipeline, tolerance = backend
     wanted = latents(expected, PROMPT, **options)
@@ -75,7 +82,10 @@ def test_latents_are_the_oracles(backend, expected, options):
 def test_pixels_are_the_oracles(backend, expected):
     pipeline, _ = backend
     for options in ({}, {"num_images_per_prompt": 4}, {"num_images_per_prompt": 3, "height": 96}):
-        pictures = [np.stack([np.asarray(image).astype(int) for image in one(PROMPT, **FAST, **options).images]) for one in (pipeline, expected)]
+        pictures = [
+            np.stack([np.asarray(image).astype(int) for image in one(PROMPT, **FAST, **options).images])
+            for one in (pipeline, expected)
+        ]
         assert (np.abs(pictures[0] - pictures[1]) <= 1).mean() > 0.995
 
 
@@ -140,7 +150,9 @@ def test_an_error_in_a_callback_leaves_the_pipeline_usable(backend):
 @pytest.mark.parametrize("output_type", ["pil", "latent"])
 def test_overflow_is_an_error_and_not_a_black_picture(backend, output_type):
     pipeline, _ = backend
-    with pytest.raises(NumericalError, match="the latents hold values that are not finite after 4 evaluations at guidance_scale 5"):
+    with pytest.raises(
+        NumericalError, match="the latents hold values that are not finite after 4 evaluations at guidance_scale 5"
+    ):
         pipeline(PROMPT, **FAST, latents=np.full((1, 4, 8, 8), 1e6, np.float32), output_type=output_type)
     assert len(pipeline(PROMPT, **FAST).images) == 1
 
@@ -148,7 +160,17 @@ def test_overflow_is_an_error_and_not_a_black_picture(backend, output_type):
 def test_timings_name_every_stage(backend):
     pipeline, _ = backend
     times = pipeline(PROMPT, **FAST).timings
-    assert set(times) == {"tokenize", "text_encoder", "prepare", "denoise", "steps", "vae_decoder", "total", "host", "path"}
+    assert set(times) == {
+        "tokenize",
+        "text_encoder",
+        "prepare",
+        "denoise",
+        "steps",
+        "vae_decoder",
+        "total",
+        "host",
+        "path",
+    }
     assert len(times["steps"]) == 4
     assert 0 < sum(times["steps"]) <= times["denoise"] * 1.001
     assert times["path"] in ("plain", "cuda_graph")
@@ -158,7 +180,10 @@ def test_calls_from_several_threads_wait_for_each_other(backend):
     pipeline, _ = backend
     wanted = [latents(pipeline, PROMPT, seed=seed) for seed in range(4)]
     made = {}
-    threads = [threading.Thread(target=lambda seed=seed: made.update({seed: latents(pipeline, PROMPT, seed=seed)})) for seed in range(4)]
+    threads = [
+        threading.Thread(target=lambda seed=seed: made.update({seed: latents(pipeline, PROMPT, seed=seed)}))
+        for seed in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -1,4 +1,6 @@
-"""The OpenVINO backend: the same pictures as ONNX Runtime in float32, bfloat16 only where a build measured that it is right."""
+"""The OpenVINO backend: the same pictures as ONNX Runtime in float32, bfloat16 only where a build measured that it is
+right."""
+
 import gc
 import json
 import shutil
@@ -43,9 +45,14 @@ def denoising(batch=1, rows=2, height=8, width=8, evaluations=3, noise=False, se
     if not noise:
         updates[..., -1] = 0.0  # as in every table of a sampler that draws none
     return Denoising(
-        latents=normal(batch, 4, height, width), contexts=list(normal(rows, 77, 128)), row_sample=np.arange(rows, dtype=np.int32) % batch,
-        mixing=normal(batch, rows), timesteps=np.broadcast_to(np.array([[900.5], [500.0], [3.0]], np.float32)[:evaluations], (evaluations, rows)),
-        updates=updates, noise=normal(evaluations, batch, 4, height, width) if noise else None)
+        latents=normal(batch, 4, height, width),
+        contexts=list(normal(rows, 77, 128)),
+        row_sample=np.arange(rows, dtype=np.int32) % batch,
+        mixing=normal(batch, rows),
+        timesteps=np.broadcast_to(np.array([[900.5], [500.0], [3.0]], np.float32)[:evaluations], (evaluations, rows)),
+        updates=updates,
+        noise=normal(evaluations, batch, 4, height, width) if noise else None,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +68,7 @@ def loop(backend, plan):
 
 
 # The contract of every backend.
+
 
 @pytest.mark.parametrize("sizes", [{}, {"batch": 2, "rows": 3}, {"rows": 1, "height": 9, "width": 16}, {"noise": True}])
 def test_a_loop_gives_what_onnxruntime_gives(backend, reference, sizes):
@@ -108,7 +116,7 @@ def test_pictures_are_decoded_as_one_by_one(backend):
     assert together.finite.all()
     for i, image in enumerate(together.image):
         session = backend.start(denoising())
-        session.latents = plan.latents[i:i + 1]
+        session.latents = plan.latents[i : i + 1]
         assert np.abs(session.decode()().image[0].astype(int) - image).max() <= 1
 
 
@@ -125,7 +133,7 @@ def test_texts_are_encoded_as_one_by_one(backend):
     together = backend.encode_text(ids)
     assert [context.shape for context in together] == [(77, 128)] * 3
     for i, context in enumerate(together):
-        np.testing.assert_allclose(backend.encode_text(ids[i:i + 1])[0], context, atol=1e-4)
+        np.testing.assert_allclose(backend.encode_text(ids[i : i + 1])[0], context, atol=1e-4)
 
 
 def test_the_stopwatch_has_one_time_between_marks(backend):
@@ -143,6 +151,7 @@ def test_a_backend_says_what_it_is_and_serves(backend, demo_bundle):
 
 
 # OpenVINO alone.
+
 
 @pytest.fixture(scope="module")
 def bf16(demo_bundle):
@@ -183,7 +192,9 @@ def test_float32_makes_the_picture_of_onnxruntime(demo_bundle, sampler):
     pictures = []
     for name in BACKENDS:
         with Pipeline.load(demo_bundle, backend=name) as pipeline:
-            pictures.append(pipeline(PROMPT, **{**FAST, "num_inference_steps": 20}, scheduler=sampler, output_type="np").images)
+            pictures.append(
+                pipeline(PROMPT, **{**FAST, "num_inference_steps": 20}, scheduler=sampler, output_type="np").images
+            )
     assert np.abs(pictures[0] - pictures[1]).max() <= 1.01 / 255
 
 
@@ -196,15 +207,24 @@ def test_a_bundle_that_was_measured_runs_as_its_manifest_says(demo_bundle, tmp_p
     bundle = shutil.copytree(demo_bundle, tmp_path / "demo")
     edit_manifest(bundle, openvino={"precision": {"denoiser": "bf16", "vae_decoder": "fp32"}})
     with Pipeline.load(bundle, backend="openvino") as pipeline, Pipeline.load(demo_bundle, backend="openvino") as exact:
-        assert pipeline._backend.precision == {"text_encoder": "fp32", "denoiser": "bf16", "vae_decoder": "fp32", "vae_encoder": "fp32"}
-        picture, expected = (np.asarray(p(PROMPT, **{**FAST, "num_inference_steps": 20}).images[0]) for p in (pipeline, exact))
+        assert pipeline._backend.precision == {
+            "text_encoder": "fp32",
+            "denoiser": "bf16",
+            "vae_decoder": "fp32",
+            "vae_encoder": "fp32",
+        }
+        picture, expected = (
+            np.asarray(p(PROMPT, **{**FAST, "num_inference_steps": 20}).images[0]) for p in (pipeline, exact)
+        )
     assert 35 <= verify.psnr(picture, expected) < 99
 
 
 def test_a_garbled_precision_is_an_error(demo_bundle, tmp_path, edit_manifest):
     bundle = shutil.copytree(demo_bundle, tmp_path / "demo")
     edit_manifest(bundle, openvino={"precision": {"denoiser": "int8"}})
-    with pytest.raises(ManifestError, match=r"openvino\.precision\.denoiser is \"int8\"; it must be one of 'fp32', 'bf16'"):
+    with pytest.raises(
+        ManifestError, match=r"openvino\.precision\.denoiser is \"int8\"; it must be one of 'fp32', 'bf16'"
+    ):
         Pipeline.load(bundle, backend="openvino")
 
 
@@ -264,7 +284,9 @@ def test_a_large_graph_stays_compiled_for_one_size_and_a_small_one_for_some(demo
 
 
 def test_a_large_model_rests_between_its_components_and_makes_the_same_pictures(demo_bundle, monkeypatch):
-    monkeypatch.setattr("engine.backends.openvino.pages.Scratch.least", 1)  # as large weights do, these come back from files
+    monkeypatch.setattr(
+        "engine.backends.openvino.pages.Scratch.least", 1
+    )  # as large weights do, these come back from files
     with Pipeline.load(demo_bundle, backend="openvino") as pipeline:
         expected = [np.asarray(pipeline(prompt, **FAST).images[0]) for prompt in (PROMPT, "a ring")]
         monkeypatch.setattr("engine.backends.openvino.backend.LARGE_GRAPH", 1)
@@ -295,4 +317,6 @@ def test_latents_that_overflow_are_an_error_not_a_black_picture(demo_bundle, tmp
     scheduler = json.loads((bundle / "manifest.json").read_text())["scheduler"]
     edit_manifest(bundle, scheduler={**scheduler, "trained_betas": [0.5] * 1000, "prediction_type": "epsilon"})
     with pytest.raises(NumericalError, match=r"not finite after \d+ evaluations"):
-        Pipeline.load(bundle, backend="openvino")(PROMPT, num_inference_steps=10, seed=0, guidance_scale=1000.0, progress=False)
+        Pipeline.load(bundle, backend="openvino")(
+            PROMPT, num_inference_steps=10, seed=0, guidance_scale=1000.0, progress=False
+        )

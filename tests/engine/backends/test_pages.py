@@ -1,4 +1,5 @@
 """Mapped files stay readable when their pages are given back, and weigh less."""
+
 import mmap
 import sys
 import tempfile

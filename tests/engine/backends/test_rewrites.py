@@ -1,4 +1,5 @@
 """Rewrites leave the result as it is and take away work; what they do not fit is left alone."""
+
 import itertools
 
 import numpy as np
@@ -40,9 +41,15 @@ def rewritten(build, rewrite, *inputs):
 def upsampled(image, height=2, width=2, **options):
     """`image` enlarged by repeating pixels, as torch's exporter writes it."""
     sizes = [image.get_shape()[2] * height, image.get_shape()[3] * width]
-    return op.interpolate(image=image, scales_or_sizes=op.constant(np.array(sizes, np.int64)), mode=options.get("mode", "nearest"),
-                          shape_calculation_mode="sizes", coordinate_transformation_mode="asymmetric", nearest_mode=options.get("nearest_mode", "floor"),
-                          axes=op.constant(np.array([2, 3], np.int64)))
+    return op.interpolate(
+        image=image,
+        scales_or_sizes=op.constant(np.array(sizes, np.int64)),
+        mode=options.get("mode", "nearest"),
+        shape_calculation_mode="sizes",
+        coordinate_transformation_mode="asymmetric",
+        nearest_mode=options.get("nearest_mode", "floor"),
+        axes=op.constant(np.array([2, 3], np.int64)),
+    )
 
 
 def upsampler(bias=None, kernel=3, stride=1, pad=1, dtype=np.float32, **options):
@@ -50,9 +57,12 @@ def upsampler(bias=None, kernel=3, stride=1, pad=1, dtype=np.float32, **options)
 
     def build():
         image = op.parameter([2, 3, 4, 6], dtype)
-        made = op.convolution(upsampled(image, **options), op.constant(weights), [stride] * 2, [pad] * 2, [pad] * 2, [1, 1])
+        made = op.convolution(
+            upsampled(image, **options), op.constant(weights), [stride] * 2, [pad] * 2, [pad] * 2, [1, 1]
+        )
         added = made if bias is None else op.add(made, op.constant(np.full(bias, 7.0, dtype)))
         return openvino.Model([op.relu(added)], [image], "upsampler")
+
     return build
 
 
@@ -67,11 +77,23 @@ def test_half_precision_weights_stay_in_half_precision():
     model = upsampler(dtype=np.float16)()
     fold_upsampling(openvino, model, Scratch().copy)
     assert operators(model).count("Convolution") == 4
-    assert {node.get_element_type().to_dtype() for node in model.get_ordered_ops() if node.get_type_name() == "Convolution"} == {np.dtype(np.float16)}
+    assert {
+        node.get_element_type().to_dtype() for node in model.get_ordered_ops() if node.get_type_name() == "Convolution"
+    } == {np.dtype(np.float16)}
 
 
-@pytest.mark.parametrize("options", [
-    {"kernel": 5, "pad": 2}, {"stride": 2}, {"pad": 0}, {"height": 3}, {"width": 1}, {"mode": "linear_onnx"}, {"nearest_mode": "ceil"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel": 5, "pad": 2},
+        {"stride": 2},
+        {"pad": 0},
+        {"height": 3},
+        {"width": 1},
+        {"mode": "linear_onnx"},
+        {"nearest_mode": "ceil"},
+    ],
+)
 def test_other_convolutions_stay(options):
     found = rewritten(upsampler(**options), fold_upsampling, normal(2, 3, 4, 6))
     assert found.count("Convolution") == 1
@@ -84,7 +106,9 @@ def test_a_doubled_image_that_is_used_otherwise_too_stays_there():
     def build():
         image = op.parameter([1, 3, 4, 4], np.float32)
         large = upsampled(image)
-        return openvino.Model([op.convolution(large, op.constant(weights), [1, 1], [1, 1], [1, 1], [1, 1]), large], [image], "both")
+        return openvino.Model(
+            [op.convolution(large, op.constant(weights), [1, 1], [1, 1], [1, 1], [1, 1]), large], [image], "both"
+        )
 
     assert rewritten(build, fold_upsampling, normal(1, 3, 4, 4)).count("Interpolate") == 1
 
@@ -99,6 +123,7 @@ def halved(axis=-1, parts=2, transposed=False, shared=False):
         found = op.split(layer, op.constant(np.array(axis)), parts)
         gated = op.multiply(found.output(0), op.gelu(found.output(1), "erf"))
         return openvino.Model([gated, *([layer] if shared else [])], [x], "halved")
+
     return build
 
 
@@ -133,15 +158,23 @@ def test_a_graph_whose_rows_are_not_first_is_refused():
     shapes = {"state": (1, 3), "row_sample": (0,), "timestep": (0,), "context": (0, 3), "mixing": (1, 0)}
 
     def denoiser(rows):
-        inputs = {name: op.parameter([size or rows for size in shape], np.int32 if name == "row_sample" else np.float32, name=name)
-                  for name, shape in shapes.items()}
+        inputs = {
+            name: op.parameter(
+                [size or rows for size in shape], np.int32 if name == "row_sample" else np.float32, name=name
+            )
+            for name, shape in shapes.items()
+        }
         latents = op.gather(inputs["state"], inputs["row_sample"], op.constant(np.array(0)))
         turned = op.transpose(latents, op.constant(np.array([1, 0])))
         conditioned = op.add(turned, op.unsqueeze(inputs["timestep"], op.constant(np.array(0))))
         guided = op.matmul(inputs["mixing"], op.matmul(inputs["context"], conditioned, False, False), False, False)
         return openvino.Model([guided], list(inputs.values()), "denoiser")
 
-    with pytest.raises(BackendError, match=r"cannot be shared by the rows of a sample: .* shape \[1, 1\] for a row of each sample and \[1, 2\] for all"):
+    with pytest.raises(
+        BackendError,
+        match=r"cannot be shared by the rows of a sample: .* shape \[1, 1\] for a row of each sample and \[1, 2\] for "
+        r"all",
+    ):
         split(openvino, denoiser(1), denoiser(2))
 
 
@@ -153,6 +186,7 @@ def test_the_folded_weights_are_those_that_meet_the_same_pixel():
 
 def test_values_of_bfloat16_are_read_and_rounded_as_openvino_does():
     import torch
+
     values = np.array([[1.0, -3.14159, 1e-30, 65504.0, 1.00390625, 1.01171875, 3e38, 0.0]], np.float32)
     model = op.constant(np.zeros((1, 8), np.float32), openvino.Type.bf16)
     made = _constant_like(openvino, values, model, Scratch().copy)

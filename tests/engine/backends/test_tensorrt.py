@@ -1,4 +1,5 @@
 """The TensorRT backend on the fake GPU: how often it waits and copies, what it leaves behind, and how it fails."""
+
 import gc
 import hashlib
 import json
@@ -41,6 +42,7 @@ def bundle(planned):
 def own_bundle(bundle, tmp_path):
     """A copy whose plans may be spoilt."""
     import shutil
+
     return shutil.copytree(bundle, tmp_path / "demo")
 
 
@@ -53,6 +55,7 @@ def pixels(result):
 
 
 # --- the loop
+
 
 @pytest.mark.parametrize("scheduler", ["ddim", "euler_a"])
 def test_a_picture_is_waited_for_once(planned, version, scheduler):
@@ -73,12 +76,15 @@ def test_even_the_first_picture_is_waited_for_once(bundle, machine):
 
 @pytest.mark.parametrize("eager", [False, True], ids=["lazy", "eager"])
 def test_the_host_may_run_ahead_by_any_number_of_steps(planned, version, demo_fp16, eager):
-    """The lazy GPU starts when the host waits, the eager one at once: neither sees memory that the host has changed since."""
+    """The lazy GPU starts when the host waits, the eager one at once: neither sees memory that the host has changed
+    since."""
     with Pipeline.load(demo_fp16, backend="onnxruntime") as oracle:
         wanted = pixels(oracle(PROMPT, **{**FAST, "num_inference_steps": 40}, scheduler="euler_a"))
     with fakes.install(version, eager=eager), Pipeline.load(planned(version)) as pipeline:
         for _ in range(2):
-            np.testing.assert_array_equal(pixels(pipeline(PROMPT, **{**FAST, "num_inference_steps": 40}, scheduler="euler_a")), wanted)
+            np.testing.assert_array_equal(
+                pixels(pipeline(PROMPT, **{**FAST, "num_inference_steps": 40}, scheduler="euler_a")), wanted
+            )
 
 
 def test_every_step_but_the_first_of_a_size_is_one_graph_launch(bundle, machine):
@@ -93,6 +99,7 @@ def test_every_step_but_the_first_of_a_size_is_one_graph_launch(bundle, machine)
 def test_a_step_copies_its_row_and_nothing_else(bundle, machine):
     """State goes back inside the graph: per step two copies on the GPU, none to or from the host."""
     with Pipeline.load(bundle) as pipeline:
+
         def copies(steps):
             pipeline(PROMPT, **{**FAST, "num_inference_steps": steps})
             before = dict(machine.cuda.counts.copies)
@@ -169,6 +176,7 @@ def test_sizes_that_were_not_used_for_long_give_back_their_memory(bundle, machin
 
 # --- what is left behind
 
+
 def test_close_frees_everything(planned, version):
     with fakes.install(version) as machine:
         with Pipeline.load(planned(version)) as pipeline:
@@ -193,7 +201,10 @@ def test_two_pipelines_on_two_gpus(bundle):
     with fakes.install(VERSION, devices=[fakes.Device(), fakes.Device()]) as machine:
         with Pipeline.load(bundle) as first, Pipeline.load(bundle, device="cuda:1") as second:
             wanted, made = pixels(first(PROMPT, **FAST)), {}
-            threads = [threading.Thread(target=lambda i=i, one=one: made.update({i: pixels(one(PROMPT, **FAST))})) for i, one in enumerate((first, second))]
+            threads = [
+                threading.Thread(target=lambda i=i, one=one: made.update({i: pixels(one(PROMPT, **FAST))}))
+                for i, one in enumerate((first, second))
+            ]
             for thread in threads:
                 thread.start()
             for thread in threads:
@@ -211,7 +222,10 @@ def test_a_gpu_that_is_not_there(bundle, machine):
 
 def test_no_gpu_and_no_driver(bundle):
     for options in ({"devices": []}, {"driver": False}):
-        with fakes.install(VERSION, **options), pytest.raises(e.BackendError, match=r"NVIDIA driver|CUDA does not start"):
+        with (
+            fakes.install(VERSION, **options),
+            pytest.raises(e.BackendError, match=r"NVIDIA driver|CUDA does not start"),
+        ):
             Pipeline.load(bundle, backend="tensorrt")
 
 
@@ -222,13 +236,17 @@ def test_without_a_gpu_the_default_is_the_cpu(bundle):
 
 # --- capture
 
+
 @pytest.mark.parametrize("call", ["cuStreamBeginCapture", "cuGraphInstantiate", "cuGraphUpload"])
 def test_a_capture_that_fails_is_told_once_and_the_picture_is_the_same(bundle, machine, call):
     with Pipeline.load(bundle) as good:
         wanted = pixels(good(PROMPT, **FAST))
     with Pipeline.load(bundle) as pipeline:
         machine.cuda.fail(call, CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED)
-        with pytest.warns(RuntimeWarning, match="could not be captured as a CUDA graph .*STREAM_CAPTURE_UNSUPPORTED.*launched one by one"):
+        with pytest.warns(
+            RuntimeWarning,
+            match="could not be captured as a CUDA graph .*STREAM_CAPTURE_UNSUPPORTED.*launched one by one",
+        ):
             result = pipeline(PROMPT, **FAST)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -273,17 +291,21 @@ def test_an_engine_that_refuses_to_be_captured(bundle, machine):
 
 # --- failures
 
-@pytest.mark.parametrize(("call", "at", "words"), [
-    ("Runtime", 1, "does not start on GPU 0"),
-    ("deserialize_cuda_engine", 2, "plan of the denoiser could not be deserialized"),
-    ("create_execution_context", 1, "made no execution context for the text_encoder"),
-    ("set_optimization_profile_async", 1, "refused profile 0 of the text_encoder"),
-    ("set_input_shape", 1, "refused shape .* for the text_encoder's input input_ids"),
-    ("set_tensor_address", 1, "refused an address for the text_encoder's input_ids"),
-    ("execute_async_v3", 1, "did not start the text_encoder"),
-    ("execute_async_v3", 2, "did not start the denoiser"),
-    ("execute_async_v3", 4, "did not start the vae_decoder"),
-])
+
+@pytest.mark.parametrize(
+    ("call", "at", "words"),
+    [
+        ("Runtime", 1, "does not start on GPU 0"),
+        ("deserialize_cuda_engine", 2, "plan of the denoiser could not be deserialized"),
+        ("create_execution_context", 1, "made no execution context for the text_encoder"),
+        ("set_optimization_profile_async", 1, "refused profile 0 of the text_encoder"),
+        ("set_input_shape", 1, "refused shape .* for the text_encoder's input input_ids"),
+        ("set_tensor_address", 1, "refused an address for the text_encoder's input_ids"),
+        ("execute_async_v3", 1, "did not start the text_encoder"),
+        ("execute_async_v3", 2, "did not start the denoiser"),
+        ("execute_async_v3", 4, "did not start the vae_decoder"),
+    ],
+)
 def test_every_refusal_of_tensorrt_is_an_error_with_its_log(bundle, machine, call, at, words):
     machine.library.faults.fail(call, at=at)
     with pytest.raises(e.TensorRtError, match=words) as raised, Pipeline.load(bundle) as pipeline:
@@ -328,9 +350,13 @@ def test_after_a_shortage_the_pipeline_goes_on(bundle, machine):
 def test_after_a_sticky_error_the_pipeline_refuses_and_says_to_restart(bundle, machine):
     with Pipeline.load(bundle) as pipeline:
         machine.cuda.fail("cuStreamSynchronize", CUresult.CUDA_ERROR_ILLEGAL_ADDRESS)
-        with pytest.raises(e.DeviceLostError, match=r"ILLEGAL_ADDRESS .*while waiting for the pixels .*start a new one"):
+        with pytest.raises(
+            e.DeviceLostError, match=r"ILLEGAL_ADDRESS .*while waiting for the pixels .*start a new one"
+        ):
             pipeline(PROMPT, **FAST)
-        with pytest.raises(e.DeviceLostError, match=r"is lost to this process since .*ILLEGAL_ADDRESS.*start a new process"):
+        with pytest.raises(
+            e.DeviceLostError, match=r"is lost to this process since .*ILLEGAL_ADDRESS.*start a new process"
+        ):
             pipeline(PROMPT, **FAST)
 
 
@@ -343,11 +369,19 @@ def test_a_launch_that_fails_names_what_was_running(bundle, machine):
 
 # --- plans that are not for here
 
-@pytest.mark.parametrize(("device", "version", "words"), [
-    (fakes.Device("NVIDIA A100", (8, 0)), VERSION, ["GPU NVIDIA H200 there, NVIDIA A100 here", "compute capability 9.0 there, 8.0 here"]),
-    (fakes.Device(), "11.4.0", ["TensorRT 10.16.1 there, 11.4.0 here"]),
-    (fakes.Device(), "8.6.0", ["TensorRT 10.16.1 there, 8.6.0 here"]),
-])
+
+@pytest.mark.parametrize(
+    ("device", "version", "words"),
+    [
+        (
+            fakes.Device("NVIDIA A100", (8, 0)),
+            VERSION,
+            ["GPU NVIDIA H200 there, NVIDIA A100 here", "compute capability 9.0 there, 8.0 here"],
+        ),
+        (fakes.Device(), "11.4.0", ["TensorRT 10.16.1 there, 11.4.0 here"]),
+        (fakes.Device(), "8.6.0", ["TensorRT 10.16.1 there, 8.6.0 here"]),
+    ],
+)
 def test_plans_of_another_machine_are_named_and_never_deserialized(bundle, device, version, words):
     with fakes.install(version, devices=[device]) as machine:
         with pytest.raises(e.PlanNotFoundError) as raised:
@@ -359,17 +393,33 @@ def test_plans_of_another_machine_are_named_and_never_deserialized(bundle, devic
 
 def test_a_bundle_without_plans(demo_fp16, tmp_path, machine):
     bundle = copy_bundle(demo_fp16, tmp_path)
-    with pytest.raises(e.PlanNotFoundError, match=r"no TensorRT plans for this machine \(NVIDIA H200, compute capability 9.0, TensorRT 10.16.1\); it has none"):
+    with pytest.raises(
+        e.PlanNotFoundError,
+        match=r"no TensorRT plans for this machine \(NVIDIA H200, compute capability 9.0, TensorRT 10.16.1\); it has "
+        r"none",
+    ):
         Pipeline.load(bundle)
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"machine": {"gpu": "NVIDIA H100", "compute_capability": "9.0", "tensorrt": VERSION}}, "GPU NVIDIA H100 there, NVIDIA H200 here"),
-    ({"machine": {"gpu": "NVIDIA H200", "compute_capability": "9.0", "tensorrt": "10.14.1"}}, "TensorRT 10.14.1 there"),
-    ({"precision": "bf16"}, "precision bf16 there, fp16 in the bundle"),
-    ({"format": 0}, "has format 0, not 2"),
-    ({"settings": {"optimization_level": 5}}, "profiles or builder settings in build.json are not those that text_encoder, denoiser"),
-])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"machine": {"gpu": "NVIDIA H100", "compute_capability": "9.0", "tensorrt": VERSION}},
+            "GPU NVIDIA H100 there, NVIDIA H200 here",
+        ),
+        (
+            {"machine": {"gpu": "NVIDIA H200", "compute_capability": "9.0", "tensorrt": "10.14.1"}},
+            "TensorRT 10.14.1 there",
+        ),
+        ({"precision": "bf16"}, "precision bf16 there, fp16 in the bundle"),
+        ({"format": 0}, "has format 0, not 2"),
+        (
+            {"settings": {"optimization_level": 5}},
+            "profiles or builder settings in build.json are not those that text_encoder, denoiser",
+        ),
+    ],
+)
 def test_build_json_is_compared_field_by_field(own_bundle, machine, change, words):
     file = plan_folder(own_bundle) / "build.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
@@ -383,7 +433,10 @@ def test_plans_of_other_graphs_are_refused(own_bundle, machine, edit_manifest):
     manifest = json.loads((own_bundle / "manifest.json").read_text())
     graph = own_bundle / "onnx" / "denoiser.onnx"
     graph.write_bytes(graph.read_bytes() + b" ")
-    manifest["files"]["onnx/denoiser.onnx"] = {"sha256": hashlib.sha256(graph.read_bytes()).hexdigest(), "bytes": graph.stat().st_size}
+    manifest["files"]["onnx/denoiser.onnx"] = {
+        "sha256": hashlib.sha256(graph.read_bytes()).hexdigest(),
+        "bytes": graph.stat().st_size,
+    }
     edit_manifest(own_bundle, files=manifest["files"])
     with pytest.raises(e.PlanMismatchError, match="the ONNX graphs of denoiser have changed since"):
         Pipeline.load(own_bundle)
@@ -391,8 +444,10 @@ def test_plans_of_other_graphs_are_refused(own_bundle, machine, edit_manifest):
 
 def test_a_plan_cut_in_half_is_not_read(own_bundle, machine):
     plan = plan_folder(own_bundle) / "denoiser.plan"
-    plan.write_bytes(plan.read_bytes()[:plan.stat().st_size // 2])
-    with pytest.raises(e.PlanDamagedError, match=r"denoiser.plan has \d+ bytes instead of \d+; build it again: python build_engines.py"):
+    plan.write_bytes(plan.read_bytes()[: plan.stat().st_size // 2])
+    with pytest.raises(
+        e.PlanDamagedError, match=r"denoiser.plan has \d+ bytes instead of \d+; build it again: python build_engines.py"
+    ):
         Pipeline.load(own_bundle)
     assert machine.library.counts.deserializations == 0
 
@@ -423,10 +478,22 @@ def test_missing_plans(own_bundle, machine):
 
 # --- sizes
 
-@pytest.mark.parametrize(("options", "error", "words"), [
-    ({"height": 128}, e.SizeError, "height 128 is not a size that this bundle was built for; the nearest size that this bundle allows is 96"),
-    ({"num_images_per_prompt": 5}, e.BatchError, r"are 5 pictures in one call; this bundle was built for 1 or 1 to 4. .*--batch 1:1:5"),
-])
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        (
+            {"height": 128},
+            e.SizeError,
+            "height 128 is not a size that this bundle was built for; the nearest size that this bundle allows is 96",
+        ),
+        (
+            {"num_images_per_prompt": 5},
+            e.BatchError,
+            r"are 5 pictures in one call; this bundle was built for 1 or 1 to 4. .*--batch 1:1:5",
+        ),
+    ],
+)
 def test_sizes_are_those_of_the_plans(bundle, machine, options, error, words):
     with Pipeline.load(bundle) as pipeline, pytest.raises(error, match=words) as raised:
         pipeline(PROMPT, **FAST, **options)
@@ -448,5 +515,8 @@ def test_plugins_are_registered_where_a_plan_may_hold_one(version):
 def test_versions_that_nobody_wrote_this_for(bundle, machine, monkeypatch):
     for version in ("8.5.3", "9.2.0", "10.9.0", "12.0.1"):
         monkeypatch.setattr(machine.tensorrt, "__version__", version)
-        with pytest.raises(e.BackendError, match=rf"TensorRT {version} is installed; LatentRT runs on 8.6, 10.12 and later, and 11: pip install"):
+        with pytest.raises(
+            e.BackendError,
+            match=rf"TensorRT {version} is installed; LatentRT runs on 8.6, 10.12 and later, and 11: pip install",
+        ):
             Pipeline.load(bundle, backend="tensorrt")

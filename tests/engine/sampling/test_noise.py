@@ -1,4 +1,5 @@
 """Random numbers against torch's CPU generator."""
+
 import numpy as np
 import pytest
 import torch

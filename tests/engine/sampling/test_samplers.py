@@ -1,4 +1,5 @@
 """Step tables against diffusers' schedulers, driving the same non-linear toy model."""
+
 import json
 
 import diffusers
@@ -13,8 +14,15 @@ from engine.sampling.samplers import LABELS, SAMPLERS, sampler_name, step_table
 from engine.sampling.schedule import Schedule
 
 SHAPE = (2, 4, 8, 8)
-SD1 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "clip_sample": False,
-       "set_alpha_to_one": False, "skip_prk_steps": True}
+SD1 = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+}
 CLASSES = {
     "ddim": (diffusers.DDIMScheduler, {}),
     "ddpm": (diffusers.DDPMScheduler, {}),
@@ -80,11 +88,16 @@ def test_every_timestep_spacing_equals_diffusers(name, steps, spacing):
     check(name, {**SD1, "timestep_spacing": spacing}, steps)
 
 
-@pytest.mark.parametrize("options", [
-    {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}, {"beta_schedule": "squaredcos_cap_v2"},
-    {"set_alpha_to_one": True, "steps_offset": 0}, {"num_train_timesteps": 500},
-    {"trained_betas": [0.001 + 1e-5 * i for i in range(900)], "num_train_timesteps": 900},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"set_alpha_to_one": True, "steps_offset": 0},
+        {"num_train_timesteps": 500},
+        {"trained_betas": [0.001 + 1e-5 * i for i in range(900)], "num_train_timesteps": 900},
+    ],
+)
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_noise_schedule_equals_diffusers(name, options):
     if name == "dpmpp_2m_karras" and options.get("beta_schedule") == "squaredcos_cap_v2":
@@ -95,13 +108,26 @@ def test_every_noise_schedule_equals_diffusers(name, options):
 
 @pytest.mark.parametrize("name", ["ddim", "euler", "euler_a", "dpmpp_2m"])
 def test_zero_terminal_snr_equals_diffusers(name):
-    check(name, {**SD1, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, 12, tolerance=1e-3)
+    check(
+        name,
+        {**SD1, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+        12,
+        tolerance=1e-3,
+    )
 
 
-@pytest.mark.parametrize("options", [
-    {"solver_order": 1}, {"solver_type": "heun"}, {"final_sigmas_type": "sigma_min"}, {"euler_at_final": True},
-    {"lower_order_final": False, "final_sigmas_type": "sigma_min"}, {"use_karras_sigmas": True}, {"lambda_min_clipped": -2.0},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"solver_order": 1},
+        {"solver_type": "heun"},
+        {"final_sigmas_type": "sigma_min"},
+        {"euler_at_final": True},
+        {"lower_order_final": False, "final_sigmas_type": "sigma_min"},
+        {"use_karras_sigmas": True},
+        {"lambda_min_clipped": -2.0},
+    ],
+)
 @pytest.mark.parametrize("steps", [10, 20])
 def test_dpm_solver_options_equal_diffusers(options, steps):
     check("dpmpp_2m", {**SD1, **options}, steps)
@@ -139,7 +165,9 @@ def test_every_sampler_has_a_label_and_an_oracle():
 @pytest.mark.parametrize("steps", [999, 1000])
 def test_a_thousand_steps_work_or_are_refused_by_name(name, steps):
     if steps == 1000 and name not in ("euler", "euler_a", "dpmpp_2m_karras"):
-        with pytest.raises(StepsError, match="take fewer"):  # steps_offset=1 would reach timestep 1000, or noise levels coincide
+        with pytest.raises(
+            StepsError, match="take fewer"
+        ):  # steps_offset=1 would reach timestep 1000, or noise levels coincide
             step_table(name, Schedule.from_config(SD1), steps)
     else:
         table = step_table(name, Schedule.from_config(SD1), steps)
@@ -154,20 +182,31 @@ def test_an_unknown_scheduler_lists_the_known_ones():
         sampler_name(None, Schedule.from_config({**SD1, "_class_name": "UniPCMultistepScheduler"}))
 
 
-@pytest.mark.parametrize(("config", "message"), [
-    ({"clip_sample": True}, "clip_sample=true"), ({"thresholding": True}, "thresholding=true"),
-    ({"prediction_type": "flow"}, "prediction_type 'flow'"), ({"beta_schedule": "laplace"}, "beta_schedule 'laplace'"),
-])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"clip_sample": True}, "clip_sample=true"),
+        ({"thresholding": True}, "thresholding=true"),
+        ({"prediction_type": "flow"}, "prediction_type 'flow'"),
+        ({"beta_schedule": "laplace"}, "beta_schedule 'laplace'"),
+    ],
+)
 def test_a_schedule_that_is_not_supported_says_which_option(config, message):
     with pytest.raises(SchedulerConfigError, match=message):
         Schedule.from_config({**SD1, **config})
 
 
-@pytest.mark.parametrize(("name", "config", "message"), [
-    ("pndm", {"skip_prk_steps": False}, "skip_prk_steps=False"), ("dpmpp_2m", {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type"),
-    ("dpmpp_2m", {"use_lu_lambdas": True}, "use_lu_lambdas"), ("ddim", {"timestep_spacing": "odd"}, "timestep_spacing is 'odd'"),
-    ("ddpm", {"variance_type": "learned_range"}, "variance_type='learned_range'"), ("euler", {"timestep_type": "continuous"}, "timestep_type"),
-])
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("pndm", {"skip_prk_steps": False}, "skip_prk_steps=False"),
+        ("dpmpp_2m", {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type"),
+        ("dpmpp_2m", {"use_lu_lambdas": True}, "use_lu_lambdas"),
+        ("ddim", {"timestep_spacing": "odd"}, "timestep_spacing is 'odd'"),
+        ("ddpm", {"variance_type": "learned_range"}, "variance_type='learned_range'"),
+        ("euler", {"timestep_type": "continuous"}, "timestep_type"),
+    ],
+)
 def test_a_sampler_option_that_is_not_supported_is_named(name, config, message):
     with pytest.raises(SchedulerConfigError, match=message):
         step_table(name, Schedule.from_config({**SD1, **config}), 10)

@@ -1,4 +1,5 @@
 """Tokens against transformers' CLIPTokenizer, and the warning about text that is cut off against diffusers'."""
+
 import logging
 
 import pytest
@@ -7,9 +8,21 @@ import torch
 from engine import Pipeline
 
 TEXTS = [
-    "", " ", "a large red circle on a blue background", "An IMAGE of a Zebra, small-orange  star 42", "it's we'll they've 3.14", "naïve café — déjà vu",
-    "日本語 テスト", "emoji 🎨🖼️ mix", "<|endoftext|> inside", "tab\tnew\nline", "a&amp;b &lt;c&gt;",
-    "UPPER lower 123abc a1b2", "x" * 300, "ring " * 75, "ring " * 76,
+    "",
+    " ",
+    "a large red circle on a blue background",
+    "An IMAGE of a Zebra, small-orange  star 42",
+    "it's we'll they've 3.14",
+    "naïve café — déjà vu",
+    "日本語 テスト",
+    "emoji 🎨🖼️ mix",
+    "<|endoftext|> inside",
+    "tab\tnew\nline",
+    "a&amp;b &lt;c&gt;",
+    "UPPER lower 123abc a1b2",
+    "x" * 300,
+    "ring " * 75,
+    "ring " * 76,
 ]
 
 
@@ -21,7 +34,9 @@ def both(request, tiny_bundles, tiny_sources):
 @pytest.mark.parametrize("text", TEXTS)
 def test_tokens_equal_transformers(both, text):
     pipeline, source = both
-    expected = source.tokenizer()(text, padding="max_length", max_length=77, truncation=True, return_tensors="np").input_ids
+    expected = source.tokenizer()(
+        text, padding="max_length", max_length=77, truncation=True, return_tensors="np"
+    ).input_ids
     assert pipeline._tokenizer([text]).tolist() == expected.tolist()
 
 

@@ -1,4 +1,5 @@
 """Attention of models with scores beyond half precision (`upcast_attention`, SD 2.1), in graphs in half precision."""
+
 import functools
 
 import numpy as np
@@ -21,16 +22,16 @@ def as_they_are(unet):
 
 
 def with_much_in_common(unet):
-    """A channel of the tokens that is the same for all of them gives queries and keys one large vector; the rest of the keys is orthogonal to it. Scores of
-    1e5 that differ by a few."""
+    """A channel of the tokens that is the same for all of them gives queries and keys one large vector; the rest of the
+    keys is orthogonal to it. Scores of 1e5 that differ by a few."""
     for block in (module for module in unet.modules() if hasattr(module, "attn1")):
         block.norm1.weight[0], block.norm1.bias[0] = 0.0, 3.0
         attention = block.attn1
         sign = torch.randn(attention.to_q.out_features, generator=torch.Generator().manual_seed(1)).sign()
         for head in attention.to_k.weight.unflatten(0, (attention.heads, -1)):  # views
-            direction = sign[:len(head), None] / len(head) ** 0.5
+            direction = sign[: len(head), None] / len(head) ** 0.5
             head -= direction @ (direction.T @ head)
-        common = sign[:attention.to_q.out_features // attention.heads].repeat(attention.heads)
+        common = sign[: attention.to_q.out_features // attention.heads].repeat(attention.heads)
         attention.to_q.weight[:, 0], attention.to_k.weight[:, 0] = 50 * common, 50 * common
 
 
@@ -64,7 +65,8 @@ INPUTS = random_inputs("denoiser", 1, 2, 8, 12, 32)
 
 @functools.cache
 def guided(change, dtype, way="ours"):
-    """The denoiser's guided output in torch. `way` is "ours", "plain" without upcast_attention, or "float scores" as it was."""
+    """The denoiser's guided output in torch. `way` is "ours", "plain" without upcast_attention, or "float scores" as it
+    was."""
     unet = changed_unet(change)
     for module in unet.modules():
         if isinstance(module, Attention):
@@ -72,7 +74,10 @@ def guided(change, dtype, way="ours"):
 
     def output():
         with torch.no_grad():
-            return Denoiser(unet, dtype)(**{name: torch.from_numpy(value) for name, value in INPUTS.items()})[:, 0].numpy()
+            return Denoiser(unet, dtype)(**{name: torch.from_numpy(value) for name, value in INPUTS.items()})[
+                :, 0
+            ].numpy()
+
     return float_scores(output) if way == "float scores" else output()
 
 
@@ -99,8 +104,9 @@ def test_scores_that_are_far_apart_stay_finite():
 
 @pytest.mark.parametrize("size", [1, 3, 10, 30, 100, 300])
 def test_a_product_in_half_costs_what_it_costs_models_that_do_not_overflow(size):
-    """One attention whose scores spread by `size` squared: about twice the error of float32 scores (three times at most), and that of the plain product, as
-    long as this does not overflow. Which key wins is a matter of the last digits of queries and keys then, in float32 too."""
+    """One attention whose scores spread by `size` squared: about twice the error of float32 scores (three times at
+    most), and that of the plain product, as long as this does not overflow. Which key wins is a matter of the last
+    digits of queries and keys then, in float32 too."""
     torch.manual_seed(0)
     attention = Attention(256, heads=8, dim_head=64, processor=PlainAttention(False)).requires_grad_(False)
     attention.to_q.weight.normal_(std=size / 16)
@@ -112,7 +118,9 @@ def test_a_product_in_half_costs_what_it_costs_models_that_do_not_overflow(size)
     attention.upcast_attention = True
     ours = attention(tokens)
     floats = float_scores(lambda: attention(tokens))
-    plain, ours, floats = (difference(value.double().numpy(), exact.numpy()).relative_rms for value in (plain, ours, floats))
+    plain, ours, floats = (
+        difference(value.double().numpy(), exact.numpy()).relative_rms for value in (plain, ours, floats)
+    )
     assert ours < 3 * floats
     assert np.isnan(plain) if size == 300 else ours < 1.6 * plain
 
@@ -120,10 +128,16 @@ def test_a_product_in_half_costs_what_it_costs_models_that_do_not_overflow(size)
 def test_the_graph_does_the_same_and_every_tensorrt_reads_it(tmp_path):
     file = tmp_path / "denoiser.onnx"
     export_onnx("denoiser", Denoiser(changed_unet(with_much_in_common), torch.float16), example("denoiser", 32), file)
-    output, = OnnxRuntimeBackend({"denoiser": file}).run("denoiser", INPUTS)
-    assert difference(output[:, 0], guided(with_much_in_common, torch.float32)).relative_rms < COMPONENT_TOLERANCE["fp16"]
+    (output,) = OnnxRuntimeBackend({"denoiser": file}).run("denoiser", INPUTS)
+    assert (
+        difference(output[:, 0], guided(with_much_in_common, torch.float32)).relative_rms < COMPONENT_TOLERANCE["fp16"]
+    )
     graph = read_graph(file, None, "8")
-    products = [node for node in graph.nodes if node.operator == "MatMul" and {graph.tensors[name].dtype for name in node.outputs} == {"FLOAT"}]
+    products = [
+        node
+        for node in graph.nodes
+        if node.operator == "MatMul" and {graph.tensors[name].dtype for name in node.outputs} == {"FLOAT"}
+    ]
     assert len(products) == 2  # guidance and sampler; scores in float32 would be more
 
 
@@ -132,7 +146,9 @@ def test_no_product_overflows_whatever_the_values(size):
     """Also where query and key point the same way, and for a query of zeros."""
     query = torch.full((1, 1, 3, 64), size).half()
     query[0, 0, 0] = 0
-    key = torch.stack([query[0, 0, 1], -query[0, 0, 1], torch.randn(64, generator=torch.Generator().manual_seed(0)).half()])[None, None]
+    key = torch.stack(
+        [query[0, 0, 1], -query[0, 0, 1], torch.randn(64, generator=torch.Generator().manual_seed(0)).half()]
+    )[None, None]
     ours, exact = bounded_scores(query, key).double(), query.double() @ key.double().transpose(-1, -2)
     assert torch.isfinite(ours).all()
     assert (ours - exact).abs().max() <= 2e-3 * max(float(exact.abs().max()), 1e-6)

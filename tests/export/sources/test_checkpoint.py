@@ -1,4 +1,5 @@
 """Where models come from, and what is said about those that cannot be used."""
+
 import json
 import os
 import pickle
@@ -30,9 +31,13 @@ def test_a_compvis_file_gives_the_weights_that_it_was_made_of(tmp_path, kind, su
     latents, context, t = torch.randn(1, 4, 16, 8), torch.randn(1, 77, 64), torch.tensor([500.0])
     ids = torch.randint(0, 300, (2, 77))
     with torch.no_grad():
-        torch.testing.assert_close(source.unet()(latents, t, context).sample, modules["unet"](latents, t, context).sample)
+        torch.testing.assert_close(
+            source.unet()(latents, t, context).sample, modules["unet"](latents, t, context).sample
+        )
         torch.testing.assert_close(source.vae().decode(latents).sample, modules["vae"].decode(latents).sample)
-        torch.testing.assert_close(source.text_encoder()(ids).last_hidden_state, modules["text_encoder"](ids).last_hidden_state)
+        torch.testing.assert_close(
+            source.text_encoder()(ids).last_hidden_state, modules["text_encoder"](ids).last_hidden_state
+        )
     assert source.scheduler_config()["prediction_type"] == ("v_prediction" if kind == "sd2" else "epsilon")
     assert source.tokenizer().pad_token == ("!" if kind == "sd2" else "<|endoftext|>")
     assert source.sample_size() == (768 if kind == "sd2" else 512)
@@ -49,8 +54,13 @@ def test_the_prediction_type_of_an_sd2_file_can_be_given(tmp_path):
 
 
 def test_step_875000_of_sd2_predicts_noise(tmp_path):
-    torch.save({"state_dict": compvis_state_dict(compvis_modules("sd2")), "global_step": 875000}, tmp_path / "base.ckpt")
-    assert resolve(str(tmp_path / "base.ckpt"), tokenizer=BUILT_IN / "tokenizer").scheduler_config()["prediction_type"] == "epsilon"
+    torch.save(
+        {"state_dict": compvis_state_dict(compvis_modules("sd2")), "global_step": 875000}, tmp_path / "base.ckpt"
+    )
+    assert (
+        resolve(str(tmp_path / "base.ckpt"), tokenizer=BUILT_IN / "tokenizer").scheduler_config()["prediction_type"]
+        == "epsilon"
+    )
 
 
 class Malicious:
@@ -84,25 +94,36 @@ def test_a_lora_file_is_not_a_model(tmp_path):
 
 def test_an_inpainting_unet_is_refused(tmp_path):
     from export.graphs.modules import Denoiser
-    unet = UNet2DConditionModel(in_channels=9, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+
+    unet = UNet2DConditionModel(
+        in_channels=9, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
+    )
     with pytest.raises(e.UnsupportedModelError, match=r"in_channels=9; .* \(9 is inpainting"):
         Denoiser(unet, torch.float32)
-    unet = UNet2DConditionModel(num_class_embeds=3, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+    unet = UNet2DConditionModel(
+        num_class_embeds=3, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
+    )
     with pytest.raises(e.UnsupportedModelError, match="num_class_embeds=3"):
         Denoiser(unet, torch.float32)
 
 
 def test_a_vae_of_another_factor_is_refused():
     from export.graphs.modules import VaeDecoder, VaeEncoder
+
     for graph in (VaeDecoder, VaeEncoder):
-        with pytest.raises(e.UnsupportedModelError, match=r"the VAE has 4 channels, a factor of 1 .* have 4, 8 and none"):
+        with pytest.raises(
+            e.UnsupportedModelError, match=r"the VAE has 4 channels, a factor of 1 .* have 4, 8 and none"
+        ):
             graph(AutoencoderKL(block_out_channels=(32,)), torch.float32)
 
 
 def test_an_sdxl_folder_is_refused(tmp_path):
     folder = write_tiny_model(tmp_path / "model", "sd1")
     index = json.loads((folder / "model_index.json").read_text())
-    index |= {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
+    index |= {
+        "_class_name": "StableDiffusionXLPipeline",
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    }
     (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(e.UnsupportedModelError, match="StableDiffusionXLPipeline"):
         resolve(str(folder))
@@ -121,20 +142,29 @@ def test_a_folder_with_damaged_weights(tmp_path):
     folder = write_tiny_model(tmp_path / "model", "sd1")
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(e.UnreadableModelError, match=r"unet/diffusion_pytorch_model\.safetensors cannot be read: SafetensorError: .*invalid header length"):
+    with pytest.raises(
+        e.UnreadableModelError,
+        match=r"unet/diffusion_pytorch_model\.safetensors cannot be read: SafetensorError: .*invalid header length",
+    ):
         resolve(str(folder)).unet()
 
 
 def test_half_precision_variants_are_found(tmp_path):
     from ...models import diffusers_pipeline
+
     diffusers_pipeline(tiny_modules("sd1")).to(torch.float16).save_pretrained(tmp_path / "model", variant="fp16")
     source = resolve(str(tmp_path / "model"))
     assert {p.dtype for p in (*source.unet().parameters(), *source.text_encoder().parameters())} == {torch.float32}
 
 
-@pytest.mark.parametrize(("model", "words"), [
-    ("nonsense", "no folder or file here, and not a hub id"), ("sd15", "add --random-weights"), ("missing.ckpt", "there is no file"),
-])
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("nonsense", "no folder or file here, and not a hub id"),
+        ("sd15", "add --random-weights"),
+        ("missing.ckpt", "there is no file"),
+    ],
+)
 def test_an_unknown_model_is_explained(model, words):
     with pytest.raises(e.UnknownModelError, match=words):
         resolve(model)
@@ -147,8 +177,10 @@ def test_random_weights_need_a_known_architecture():
 
 def test_no_network_is_said_in_one_line(tmp_path):
     """A fresh process, because the hub's library reads its settings when it is imported."""
-    code = ("from export.sources.checkpoint import resolve; from export.errors import NoNetworkError\n"
-            "try: resolve('nobody/no-such-model')\nexcept NoNetworkError as error: print(error)")
+    code = (
+        "from export.sources.checkpoint import resolve; from export.errors import NoNetworkError\n"
+        "try: resolve('nobody/no-such-model')\nexcept NoNetworkError as error: print(error)"
+    )
     environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "nobody/no-such-model is not in the local cache and the hub could not be reached" in done.stdout
@@ -163,8 +195,13 @@ def test_random_weights_tokenizer_has_clips_ids():
 
 
 def test_fingerprints_change_with_the_weights_of_their_part_only(tmp_path):
-    first, second = resolve(str(write_tiny_model(tmp_path / "a", "sd1"))), resolve(str(write_tiny_model(tmp_path / "b", "sd1")))
-    assert all(first.fingerprint(part) == second.fingerprint(part) for part in ("unet", "vae", "text_encoder", "tokenizer"))
+    first, second = (
+        resolve(str(write_tiny_model(tmp_path / "a", "sd1"))),
+        resolve(str(write_tiny_model(tmp_path / "b", "sd1"))),
+    )
+    assert all(
+        first.fingerprint(part) == second.fingerprint(part) for part in ("unet", "vae", "text_encoder", "tokenizer")
+    )
     unet = second.unet()
     with torch.no_grad():
         unet.conv_out.bias += 1

@@ -1,4 +1,5 @@
 """Plans: what is built for which version, what is kept, what is said when it fails. On the fake GPU."""
+
 import gc
 import json
 import re
@@ -64,6 +65,7 @@ def said(bundle, profiles=PROFILES, settings=None, **options):
 
 # --- what is built
 
+
 def test_every_component_is_compared_scanned_and_timed(bundle, version):
     with fakes.install(version) as machine:
         outcome = build_plans(bundle, PROFILES, report=lambda message: None)
@@ -86,6 +88,7 @@ def test_every_component_is_compared_scanned_and_timed(bundle, version):
 def header(plan: Path) -> dict:
     """What the fake TensorRT was told when it built a plan."""
     from tests.fakes.tensorrt_plan import read_plan
+
     return read_plan(plan.read_bytes()).header
 
 
@@ -104,7 +107,8 @@ def test_precision_comes_from_the_graph(bundle, version):
 
 
 def test_8_keeps_the_timestep_and_what_follows_the_last_convolution_in_float32(bundle):
-    """And neither norms nor softmax, which would keep attention from being fused. The fake's types in between read FLOAT, as NVIDIA says."""
+    """And neither norms nor softmax, which would keep attention from being fused. The fake's types in between read
+    FLOAT, as NVIDIA says."""
     with fakes.install("8.6.0"):
         lines = said(bundle, compare=False)
     pinned = {component: header(plan_folder(bundle) / f"{component}.plan")["precisions"] for component in COMPONENTS}
@@ -119,7 +123,12 @@ def test_8_keeps_the_timestep_and_what_follows_the_last_convolution_in_float32(b
 
 def test_8_does_not_build_a_network_that_is_pinned_as_a_whole(bundle, monkeypatch):
     monkeypatch.setattr(tensorrt_versions, "is_cast", lambda trt, layer: False)
-    with fakes.install("8.6.0"), pytest.raises(PlanBuildError, match=r"\d+ of \d+ layers of the \w+ would be pinned to float32.*at most a quarter"):
+    with (
+        fakes.install("8.6.0"),
+        pytest.raises(
+            PlanBuildError, match=r"\d+ of \d+ layers of the \w+ would be pinned to float32.*at most a quarter"
+        ),
+    ):
         said(bundle, compare=False)
 
 
@@ -137,7 +146,9 @@ def test_no_plan_holds_a_plugin(bundle, version):
 def test_a_normalization_that_8_refuses(bundle):
     with fakes.install("8.6.0") as machine:
         machine.library.faults.fail("add_normalization")
-        with pytest.raises(TensorRtError, match=r"TensorRT 8.6.0 made no normalization of the layer node_InstanceNormalization"):
+        with pytest.raises(
+            TensorRtError, match=r"TensorRT 8.6.0 made no normalization of the layer node_InstanceNormalization"
+        ):
             said(bundle, compare=False)
 
 
@@ -156,13 +167,22 @@ def test_a_size_that_varies_between_profiles_is_left_open(bundle, machine):
 
 
 def test_settings_reach_the_builder(bundle, machine):
-    build_plans(bundle, PROFILES, Settings(optimization_level=1, workspace=1 << 28, max_aux_streams=0), compare=False, report=lambda message: None)
+    build_plans(
+        bundle,
+        PROFILES,
+        Settings(optimization_level=1, workspace=1 << 28, max_aux_streams=0),
+        compare=False,
+        report=lambda message: None,
+    )
     told = header(plan_folder(bundle) / "denoiser.plan")
     assert (told["level"], told["workspace"], told["aux_streams"]) == (1, 1 << 28, 0)
 
 
 def test_rows_are_those_with_and_without_guidance():
-    assert [profile.rows for profile in with_rows(Shapes(FIXED, FIXED, Range(3, 3, 3)))] == [Range(6, 6, 6), Range(3, 3, 3)]
+    assert [profile.rows for profile in with_rows(Shapes(FIXED, FIXED, Range(3, 3, 3)))] == [
+        Range(6, 6, 6),
+        Range(3, 3, 3),
+    ]
     assert [profile.rows for profile in with_rows(Shapes(FIXED, FIXED, Range(1, 2, 4)))] == [Range(1, 4, 8)]
 
 
@@ -180,10 +200,13 @@ def test_the_built_plans_make_the_picture_of_onnx_runtime(bundle, version):
     with fakes.install(version):
         build_plans(bundle, with_rows(Shapes(FIXED, FIXED, ONE)), compare=False, report=lambda message: None)
         with Pipeline.load(bundle) as pipeline:
-            np.testing.assert_array_equal(np.asarray(pipeline("a star", num_inference_steps=3, seed=1).images[0]), wanted)
+            np.testing.assert_array_equal(
+                np.asarray(pipeline("a star", num_inference_steps=3, seed=1).images[0]), wanted
+            )
 
 
 # --- what is kept
+
 
 def test_unchanged_plans_are_not_built_again(bundle, machine):
     build_plans(bundle, PROFILES, compare=False, report=lambda message: None)
@@ -194,7 +217,9 @@ def test_unchanged_plans_are_not_built_again(bundle, machine):
 
 def test_only_what_changed_is_built(bundle, machine):
     said(bundle, compare=False)
-    outcome = build_plans(bundle, [Shapes(FIXED, FIXED, ONE, Range(1, 1, 1))], compare=False, report=lambda message: None)
+    outcome = build_plans(
+        bundle, [Shapes(FIXED, FIXED, ONE, Range(1, 1, 1))], compare=False, report=lambda message: None
+    )
     assert outcome.built == ("denoiser",)
 
 
@@ -202,8 +227,12 @@ def test_a_damaged_plan_is_built_again(bundle, machine):
     said(bundle, compare=False)
     (plan_folder(bundle) / "denoiser.plan").write_bytes(b"")
     lines = said(bundle, compare=False)
-    assert re.search(r"the plans in .* do not run and will be replaced: .*denoiser.plan has 0 bytes instead of \d+", lines[0])
-    assert [line for line in lines if "built in" in line] == [line for line in lines if "[1/1] denoiser: built in" in line]
+    assert re.search(
+        r"the plans in .* do not run and will be replaced: .*denoiser.plan has 0 bytes instead of \d+", lines[0]
+    )
+    assert [line for line in lines if "built in" in line] == [
+        line for line in lines if "[1/1] denoiser: built in" in line
+    ]
 
 
 def test_the_timing_cache_is_used_and_says_what_it_saved(bundle, machine):
@@ -221,7 +250,10 @@ def test_a_timing_cache_of_another_machine_is_replaced(bundle, machine):
     said(bundle, compare=False)
     cache = plan_folder(bundle).with_name(f"{plan_folder(bundle).name}.timing.cache")
     cache.write_bytes(b"not a timing cache")
-    assert any("timing.cache is not usable here and will be replaced" in line for line in said(bundle, compare=False, force=True))
+    assert any(
+        "timing.cache is not usable here and will be replaced" in line
+        for line in said(bundle, compare=False, force=True)
+    )
     assert cache.read_bytes() != b"not a timing cache"
 
 
@@ -270,12 +302,18 @@ with fakes.install("10.16.1"):
 
 
 def test_a_build_that_is_killed_goes_on_where_it_was(bundle, machine):
-    done = subprocess.run([sys.executable, "-c", KILLED, str(ROOT), str(bundle)], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(ROOT), str(bundle)], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert plans_of(plan_folder(bundle)) == ["denoiser"]
     with pytest.raises(PlanNotFoundError, match="has no plan of the text_encoder; build the plans again"):
         Pipeline.load(bundle, backend="tensorrt")
-    assert build_plans(bundle, PROFILES, compare=False, report=lambda message: None).built == ("text_encoder", "vae_decoder", "vae_encoder")
+    assert build_plans(bundle, PROFILES, compare=False, report=lambda message: None).built == (
+        "text_encoder",
+        "vae_decoder",
+        "vae_encoder",
+    )
 
 
 def test_plans_that_run_stay_until_the_new_ones_do_and_these_are_built_once(bundle, machine):
@@ -296,14 +334,22 @@ def test_plans_that_run_stay_until_the_new_ones_do_and_these_are_built_once(bund
 
 
 def test_some_components_can_be_built(bundle, machine):
-    assert "; a pipeline needs the plans of text_encoder, vae_decoder too" in said(bundle, components=["denoiser"], compare=False)[-1]
+    assert (
+        "; a pipeline needs the plans of text_encoder, vae_decoder too"
+        in said(bundle, components=["denoiser"], compare=False)[-1]
+    )
     assert plans_of(plan_folder(bundle)) == ["denoiser"]
     assert said(bundle, components=["denoiser"], compare=False)[0] == "denoiser: unchanged"
     assert plans_of(plan_folder(bundle)) == ["denoiser"]
-    assert run("--bundle", bundle, "--rows", "2", "--components", "vae_decoder,text_encoder", "--no-verify", "--quiet") == 0
+    assert (
+        run("--bundle", bundle, "--rows", "2", "--components", "vae_decoder,text_encoder", "--no-verify", "--quiet")
+        == 0
+    )
     assert plans_of(plan_folder(bundle)) == ["denoiser", "text_encoder", "vae_decoder"]
     assert said(bundle, components=["denoiser"])[-1].endswith("is up to date")
-    forced = build_plans(bundle, PROFILES, components=["denoiser"], compare=False, force=True, report=lambda message: None)
+    forced = build_plans(
+        bundle, PROFILES, components=["denoiser"], compare=False, force=True, report=lambda message: None
+    )
     assert forced.built == ("denoiser",)
     assert plans_of(plan_folder(bundle)) == ["denoiser", "text_encoder", "vae_decoder"]
 
@@ -311,18 +357,29 @@ def test_some_components_can_be_built(bundle, machine):
 # --- failures
 
 FAILURES = [
-    ("Builder", "made no builder"), ("create_network", "made no network"), ("create_builder_config", "made no configuration"),
-    ("parse_from_file", "does not parse"), ("build_serialized_network", "built no plan"), ("add_optimization_profile", "refused the profile"),
+    ("Builder", "made no builder"),
+    ("create_network", "made no network"),
+    ("create_builder_config", "made no configuration"),
+    ("parse_from_file", "does not parse"),
+    ("build_serialized_network", "built no plan"),
+    ("add_optimization_profile", "refused the profile"),
 ]
 
 
-@pytest.mark.parametrize(("version", "call", "words"), [("10.16.1", *failure) for failure in FAILURES] + [("8.6.0", *FAILURES[4]), ("11.4.0", *FAILURES[4])])
+@pytest.mark.parametrize(
+    ("version", "call", "words"),
+    [("10.16.1", *failure) for failure in FAILURES] + [("8.6.0", *FAILURES[4]), ("11.4.0", *FAILURES[4])],
+)
 def test_every_refusal_is_an_error_with_the_log_and_the_old_plans_stay(bundle, version, call, words):
     with fakes.install(version) as machine:
         said(bundle, compare=False)
         old = {file.name: file.read_bytes() for file in plan_folder(bundle).iterdir()}
         machine.library.faults.fail(call)
-        with pytest.raises(PlanBuildError, match=rf"TensorRT {version} {words}.* for the denoiser; TensorRT's log ends with: .*The old plans are untouched"):
+        with pytest.raises(
+            PlanBuildError,
+            match=rf"TensorRT {version} {words}.* for the denoiser; TensorRT's log ends with: .*The old plans are "
+            r"untouched",
+        ):
             said(bundle, compare=False, force=True)
         assert {file.name: file.read_bytes() for file in plan_folder(bundle).iterdir()} == old
         assert not list((bundle / "plans").glob(".*"))
@@ -334,17 +391,24 @@ def test_a_graph_that_the_parser_does_not_know(bundle, edit_manifest):
     graph.write_bytes(b"not a graph")
     manifest = json.loads((bundle / "manifest.json").read_text())
     from engine.bundle import sha256
+
     manifest["files"]["onnx/denoiser.onnx"] = {"sha256": sha256(graph), "bytes": graph.stat().st_size}
     edit_manifest(bundle, files=manifest["files"])
-    with fakes.install("8.6.0"), pytest.raises(PlanBuildError, match=r"does not parse .*denoiser.onnx \(Failed to parse the ONNX model"):
+    with (
+        fakes.install("8.6.0"),
+        pytest.raises(PlanBuildError, match=r"does not parse .*denoiser.onnx \(Failed to parse the ONNX model"),
+    ):
         said(bundle, compare=False)
 
 
 def test_beyond_the_tolerance_the_build_fails_and_names_component_and_layer(bundle, machine, monkeypatch):
     monkeypatch.setattr(to_tensorrt, "tolerance", lambda component, precision: -1.0)
     monkeypatch.setattr(diagnose, "tolerance", lambda component, precision: -1.0)
-    with pytest.raises(VerificationError, match=r"the plan of the denoiser differs from ONNX Runtime by .*allowed in fp16. The old plans are untouched. "
-                                                r"The first layer that diverges is node_\w+ \(\w+, output .*it is in (half|float) and its values go from "):
+    with pytest.raises(
+        VerificationError,
+        match=r"the plan of the denoiser differs from ONNX Runtime by .*allowed in fp16. The old plans are untouched. "
+        r"The first layer that diverges is node_\w+ \(\w+, output .*it is in (half|float) and its values go from ",
+    ):
         said(bundle)
     assert not (bundle / "plans").exists() or not list((bundle / "plans").glob("*/build.json"))
 
@@ -359,8 +423,12 @@ def test_values_that_are_not_finite_fail_the_build(bundle, machine, monkeypatch)
         return inputs
 
     monkeypatch.setattr(to_tensorrt, "random_inputs", overflowing)
-    with pytest.raises(VerificationError, match=r"the plan of the denoiser gives values that are not finite in next_state at 64 x 64, batch 1, 2 U-Net rows; "
-                                                r"build the bundle with --precision bf16 or fp32"):
+    with pytest.raises(
+        VerificationError,
+        match=r"the plan of the denoiser gives values that are not finite in next_state at 64 x 64, batch 1, 2 U-Net "
+        r"rows; "
+        r"build the bundle with --precision bf16 or fp32",
+    ):
         said(bundle)
 
 
@@ -386,7 +454,11 @@ def test_what_tensorrt_made_goes_while_its_gpu_is_current(bundle, fails):
 def test_a_driver_that_8_would_crash_on_is_refused(bundle):
     with fakes.install("8.6.0") as machine, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["cuda.bindings.driver"], "cuDriverGetVersion", lambda: (CUresult.CUDA_SUCCESS, 11080))
-        with pytest.raises(BackendError, match=r"TensorRT 8.6.0 needs a driver for CUDA 12.0 or later, and the one here is for CUDA 11.8; update the driver"):
+        with pytest.raises(
+            BackendError,
+            match=r"TensorRT 8.6.0 needs a driver for CUDA 12.0 or later, and the one here is for CUDA 11.8; update "
+            r"the driver",
+        ):
             said(bundle)
         with pytest.raises(BackendError, match=r"the one here is for CUDA 11\.8"):
             TensorRtRuntime()
@@ -395,7 +467,11 @@ def test_a_driver_that_8_would_crash_on_is_refused(bundle):
 
 def test_too_small_a_gpu_is_found_before_the_build(bundle):
     with fakes.install("10.16.1", devices=[fakes.Device("NVIDIA T400", (7, 5), memory=512 << 20)]) as machine:
-        with pytest.raises(RoomError, match=r"estimated to need 1\.\d GiB of the GPU's memory, and 0\.5 of 0\.5 GiB are free on GPU 0 \(NVIDIA T400\)"):
+        with pytest.raises(
+            RoomError,
+            match=r"estimated to need 1\.\d GiB of the GPU's memory, and 0\.5 of 0\.5 GiB are free on GPU 0 \(NVIDIA "
+            r"T400\)",
+        ):
             said(bundle)
         assert machine.library.counts.builds == 0
 
@@ -415,14 +491,22 @@ def test_device_memory_that_runs_out_while_checking(bundle, machine):
 
 def test_bf16_needs_a_newer_tensorrt(bundle, edit_manifest):
     edit_manifest(bundle, precision="bf16")
-    with fakes.install("8.6.0"), pytest.raises(UsageError, match=r"TensorRT 8.6.0 has no bfloat16; build the bundle with --precision fp16"):
+    with (
+        fakes.install("8.6.0"),
+        pytest.raises(UsageError, match=r"TensorRT 8.6.0 has no bfloat16; build the bundle with --precision fp16"),
+    ):
         said(bundle)
 
 
 def test_opset_23_needs_a_newer_tensorrt(bundle, edit_manifest):
     components = json.loads((bundle / "manifest.json").read_text())["components"]
     edit_manifest(bundle, components={name: {**entry, "opset": 23} for name, entry in components.items()})
-    with fakes.install("8.6.0"), pytest.raises(UsageError, match=r"are of opset 23, and TensorRT 8.6.0 takes 18; build the bundle with --opset 18"):
+    with (
+        fakes.install("8.6.0"),
+        pytest.raises(
+            UsageError, match=r"are of opset 23, and TensorRT 8.6.0 takes 18; build the bundle with --opset 18"
+        ),
+    ):
         said(bundle)
 
 
@@ -432,6 +516,7 @@ def test_no_bundle(tmp_path, machine):
 
 
 # --- progress and Ctrl-C
+
 
 def test_ctrl_c_cancels_a_build_and_leaves_the_old_plans(bundle, machine, monkeypatch):
     said(bundle, compare=False)
@@ -446,7 +531,9 @@ def test_ctrl_c_cancels_a_build_and_leaves_the_old_plans(bundle, machine, monkey
         return step(phases, phase, number)
 
     monkeypatch.setattr(Phases, "step", interrupted)
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
+    handler = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a job in the background inherits that it is ignored
     try:
         with pytest.raises(KeyboardInterrupt):
             said(bundle, compare=False, force=True)
@@ -484,6 +571,7 @@ def test_an_error_in_the_builders_thread_arrives_here():
 
 # --- the command
 
+
 def run(*arguments):
     return build_engines.main([str(argument) for argument in arguments])
 
@@ -491,34 +579,56 @@ def run(*arguments):
 def test_the_command_builds_plans_of_a_bundle(bundle, machine, capsys):
     assert run("--bundle", bundle, "--height", "64,96", "--width", "64,72", "--rows", "2,1") == 0
     profiles = json.loads((plan_folder(bundle) / "build.json").read_text())["profiles"]
-    assert [(p["height"][1], p["width"][1], p["rows"][1]) for p in profiles] == [(64, 64, 2), (64, 64, 1), (96, 72, 2), (96, 72, 1)]
+    assert [(p["height"][1], p["width"][1], p["rows"][1]) for p in profiles] == [
+        (64, 64, 2),
+        (64, 64, 1),
+        (96, 72, 2),
+        (96, 72, 1),
+    ]
     assert "[1/4] denoiser: built in" in capsys.readouterr().out
 
 
 def test_with_a_gpu_the_command_builds_graphs_in_fp16_and_plans(demo_fp16, machine, tmp_path, capsys):
-    shutil.copytree(demo_fp16, tmp_path / "demo", ignore=shutil.ignore_patterns("plans"))  # so that nothing is traced again
+    shutil.copytree(
+        demo_fp16, tmp_path / "demo", ignore=shutil.ignore_patterns("plans")
+    )  # so that nothing is traced again
     assert run("--output", tmp_path, "--no-verify") == 0
     manifest = json.loads((tmp_path / "demo" / "manifest.json").read_text())
     assert manifest["precision"] == "fp16"
     build_json = json.loads((plan_folder(tmp_path / "demo") / "build.json").read_text())
     assert [(p["height"], p["batch"], p["rows"]) for p in build_json["profiles"]] == [
-        ([64] * 3, [1] * 3, [2] * 3), ([64] * 3, [1] * 3, [1] * 3)]
+        ([64] * 3, [1] * 3, [2] * 3),
+        ([64] * 3, [1] * 3, [1] * 3),
+    ]
     assert build_json["components"]["denoiser"]["check"]["reason"] == "--no-verify"
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["sd15", "--bundle", "x"], "--bundle builds TensorRT plans of a bundle that is there; leave MODEL and other backends than tensorrt out"),
-    (["--bundle", "x", "--backend", "onnxruntime"], "leave MODEL and other backends than tensorrt out"),
-    (["--bundle", "missing"], "there is no bundle at missing"),
-    (["--bundle", "BUNDLE", "--height", "64,96", "--width", "64,64,64"], "--height has 2 values and another option 3"),
-    (["--bundle", "BUNDLE", "--height", "60"], "--height 60 is not a multiple of 8"),
-    (["--bundle", "BUNDLE", "--batch", "4", "--rows", "2"], "--rows 2 is fewer than --batch 4"),
-    (["--bundle", "BUNDLE", "--device", "cuda:7"], "device 'cuda:7' does not exist"),
-    (["--bundle", "BUNDLE", "--device", "cpu"], "--device cpu cannot build TensorRT plans"),
-    (["--bundle", "BUNDLE", "--workspace", "-1"], "--workspace -1 is not a number of GiB above 0"),
-    (["--backend", "onnxruntime", "--rows", "2"], "--rows is for --backend tensorrt; leave it out"),
-    (["--bundle", "BUNDLE", "--components", "denoiser,unet"], "--components has 'unet'; there are text_encoder, denoiser, vae_decoder, vae_encoder"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["sd15", "--bundle", "x"],
+            "--bundle builds TensorRT plans of a bundle that is there; leave MODEL and other backends than tensorrt "
+            "out",
+        ),
+        (["--bundle", "x", "--backend", "onnxruntime"], "leave MODEL and other backends than tensorrt out"),
+        (["--bundle", "missing"], "there is no bundle at missing"),
+        (
+            ["--bundle", "BUNDLE", "--height", "64,96", "--width", "64,64,64"],
+            "--height has 2 values and another option 3",
+        ),
+        (["--bundle", "BUNDLE", "--height", "60"], "--height 60 is not a multiple of 8"),
+        (["--bundle", "BUNDLE", "--batch", "4", "--rows", "2"], "--rows 2 is fewer than --batch 4"),
+        (["--bundle", "BUNDLE", "--device", "cuda:7"], "device 'cuda:7' does not exist"),
+        (["--bundle", "BUNDLE", "--device", "cpu"], "--device cpu cannot build TensorRT plans"),
+        (["--bundle", "BUNDLE", "--workspace", "-1"], "--workspace -1 is not a number of GiB above 0"),
+        (["--backend", "onnxruntime", "--rows", "2"], "--rows is for --backend tensorrt; leave it out"),
+        (
+            ["--bundle", "BUNDLE", "--components", "denoiser,unet"],
+            "--components has 'unet'; there are text_encoder, denoiser, vae_decoder, vae_encoder",
+        ),
+    ],
+)
 def test_mistakes_exit_with_2(bundle, machine, capsys, arguments, words):
     assert run(*[str(bundle) if argument == "BUNDLE" else argument for argument in arguments]) == 2
     assert words in capsys.readouterr().err
@@ -535,7 +645,10 @@ import sys
 class Forbid:
     def find_spec(self, name, path=None, target=None):
         first = name.split(".")[0]
-        if first in {"torch", "onnx", "onnxruntime", "PIL", "tokenizers", "tqdm", "filelock", "diffusers", "transformers", "polygraphy", "safetensors"}:
+        if first in {
+            "torch", "onnx", "onnxruntime", "PIL", "tokenizers", "tqdm", "filelock", "diffusers", "transformers",
+            "polygraphy", "safetensors",
+        }:
             raise ModuleNotFoundError("forbidden: " + name, name=first)
 sys.path.insert(0, sys.argv[1])
 import tests.fakes as fakes  # the fake computes with onnxruntime; the code under test must not see it
@@ -555,7 +668,9 @@ with fakes.install(sys.argv[3]):
 
 
 def test_plans_need_numpy_tensorrt_and_cuda_alone(bundle, version):
-    done = subprocess.run([sys.executable, "-c", BARE, str(ROOT), str(bundle), version], capture_output=True, text=True, cwd=bundle.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, str(ROOT), str(bundle), version], capture_output=True, text=True, cwd=bundle.parent
+    )
     assert done.returncode == 0, done.stderr
     assert "denoiser: not compared (onnxruntime is not installed), " in done.stdout
     assert "tensorrt on GPU 0: usable" in done.stdout
