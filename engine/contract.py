@@ -1,34 +1,31 @@
-"""What the exporter and the runtime agree on: the graphs, their inputs and outputs, and the sizes they are good for.
+"""The words in which exporter and runtime agree about graphs: tensors, components, families, and the sizes that they
+serve.
 
-    text_encoder  input_ids [rows, 77] int32                         -> context [rows, 77, C]
-    denoiser      state [batch, K, 4, height, width], row_sample [rows] int32, context [rows, tokens, C],
-                  timestep [rows], mixing [batch, rows], update [batch, K, K+2], noise [batch, 4, height, width]
-                                                                     -> next_state [batch, K, 4, height, width]
-    vae_decoder   latents [batch, 4, height, width]                  -> image [batch, 8 height, 8 width, 3] uint8,
-                  magnitude [batch]
-    vae_encoder   image [batch, 8 height, 8 width, 3] uint8          -> mean, std [batch, 4, height, width]
-
-float32 unless said otherwise; height and width are those of the latents. The denoiser is one whole step: it evaluates
-the U-Net on slot 0 of the state, row by row, combines the rows' outputs per sample (guidance) and applies the sampler,
-`next_state = update @ [state; output; noise]`. `magnitude` is a sum over the decoder's absolute values: it is finite if
-they all are, which pixels cannot tell. The rows of a sample have one timestep, so that what does not depend on the text
-may be computed once for them.
+A `Family` (family.py) lists its components and their tensors. Everything that handles a graph's inputs or outputs reads
+them there: tracing, checks, OpenVINO's parts, TensorRT's profiles and the layout of a step's row, counters, random
+inputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 SLOTS = 4
 """K: how many latent-sized tensors a sampler may remember. Slot 0 is the latent itself, scaled to unit variance
 (VP)."""
 
+PROMPT_TOKENS = 77
+MAX_STEPS = 1000
+
+DYNAMIC = ("batch", "rows", "tokens", "height", "width")
+"""The dimensions that a call chooses. Height and width are those of the latents. Other names are the model's sizes."""
+
+# Until their last reader is gone; family.py has what counts.
 LATENT_CHANNELS = 4
 VAE_FACTOR = 8
 """Pixels per latent element, in both directions."""
-
-PROMPT_TOKENS = 77
-MAX_STEPS = 1000
 
 COMPONENTS = ("text_encoder", "denoiser", "vae_decoder", "vae_encoder")
 
@@ -52,6 +49,137 @@ INTEGERS = {"input_ids": "int32", "row_sample": "int32", "image": "uint8"}
 def dtype(tensor: str) -> str:
     """The type of an input's or output's elements."""
     return INTEGERS.get(tensor, "float32")
+
+
+Sizes = Mapping[str, int]
+"""The size of each named dimension."""
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or output of a graph.
+
+    dims: sizes, names of dimensions, or multiples of one, such as "8*height". The first one is "batch" for a tensor
+    with a value for each sample, and "rows" for one with a value for each row of the U-Net (with guidance a sample has
+    two).
+    changes: how often an input gets a new value: with each "step", once a "loop", or "never" while pictures join and
+    leave.
+    below: integers are below this number, or index the dimension of this name; real numbers are spread over 0 to it.
+    None stands for standard normal values.
+    solver: guidance and the sampler read it, not the U-Net. exact: what follows from it alone is computed in float32,
+    whatever the model's precision is. fed_by: the component's output that becomes this input in the next step.
+    """
+
+    name: str
+    dims: tuple[int | str, ...]
+    dtype: str = "float32"
+    changes: Literal["never", "loop", "step"] = "loop"
+    below: int | str | None = None
+    solver: bool = False
+    exact: bool = False
+    fed_by: str | None = None
+
+    def shape(self, sizes: Sizes) -> Shape:
+        """Its shape where the dimensions have these sizes. KeyError for one that is missing."""
+        return tuple(_size(dim, sizes) for dim in self.dims)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of its dimensions."""
+        return frozenset(_name(dim) for dim in self.dims if isinstance(dim, str))
+
+    @property
+    def indexes(self) -> str | None:
+        """The dimension that its values count along, if they do."""
+        return self.below if isinstance(self.below, str) else None
+
+
+@dataclass(frozen=True)
+class Component:
+    """A graph. `required`: no picture is made without it. `halves`: a CPU may run it in bfloat16, where the builder has
+    measured that pictures stay right."""
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    required: bool = True
+    halves: bool = True
+
+    def input(self, name: str) -> Tensor:
+        return next(tensor for tensor in self.inputs if tensor.name == name)
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        return tuple(tensor.name for tensor in self.inputs)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        return tuple(tensor.name for tensor in self.outputs)
+
+    @property
+    def dimensions(self) -> frozenset[str]:
+        """The names of its inputs' dimensions."""
+        return frozenset().union(*(tensor.names for tensor in self.inputs))
+
+    def shapes(self, sizes: Sizes) -> dict[str, Shape]:
+        """The shape of each input where the dimensions have these sizes."""
+        return {tensor.name: tensor.shape(sizes) for tensor in self.inputs}
+
+    def sizes(self, shapes: Mapping[str, Sequence[int | None]]) -> dict[str, int]:
+        """The size of each dimension that inputs of these shapes tell; what is None or below 0 in a shape tells
+        nothing. ValueError where they contradict the contract or each other."""
+        found: dict[str, int] = {}
+        for tensor in self.inputs:
+            shape = shapes.get(tensor.name)
+            if shape is None:
+                continue
+            if len(shape) != len(tensor.dims):
+                raise ValueError(f"{tensor.name} has {len(shape)} dimensions instead of {len(tensor.dims)}")
+            for dim, size in zip(tensor.dims, shape):
+                if size is not None and size >= 0:
+                    _note(found, dim, size, tensor.name)
+        return found
+
+    def model_sizes(self, shapes: Mapping[str, Sequence[int | None]]) -> dict[str, int]:
+        """The sizes that are the model's, read off the shapes of a graph's inputs."""
+        return {name: size for name, size in self.sizes(shapes).items() if name not in DYNAMIC}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model: what its bundles hold.
+
+    channels: of a latent; factor: pixels per latent element, in both directions; tokenizers: how many a text goes
+    through.
+    """
+
+    name: str
+    components: tuple[Component, ...]
+    channels: int
+    factor: int
+    tokenizers: int = 1
+
+    def __getitem__(self, name: str) -> Component:
+        """The component of that name. KeyError where there is none."""
+        for component in self.components:
+            if component.name == name:
+                return component
+        raise KeyError(name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(component.name for component in self.components)
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The components that every picture needs."""
+        return tuple(component.name for component in self.components if component.required)
+
+    def plane(self, height: int, width: int) -> Shape:
+        """The shape [C, h, w] of the latents of a picture of that many pixels."""
+        return self.channels, height // self.factor, width // self.factor
 
 
 @dataclass(frozen=True)
@@ -93,14 +221,47 @@ class Shapes:
 
     def allows(self, height: int, width: int, batch: int, rows: int) -> bool:
         """Whether one call of these sizes is served."""
-        return (
-            height in self.height
-            and width in self.width
-            and batch in self.batch
-            and (self.rows is None or rows in self.rows)
-        )
+        sides = height in self.height and width in self.width
+        return sides and batch in self.batch and (self.rows is None or rows in self.rows)
 
-    def static(self) -> dict[str, int]:
-        """The graphs' dimensions that never change, by name."""
-        sizes = {"height": (self.height, VAE_FACTOR), "width": (self.width, VAE_FACTOR), "batch": (self.batch, 1)}
+    def static(self, factor: int = 8) -> dict[str, int]:
+        """The graphs' dimensions that never change, by name, for a family with that factor."""
+        sizes = {"height": (self.height, factor), "width": (self.width, factor), "batch": (self.batch, 1)}
         return {name: side.opt // unit for name, (side, unit) in sizes.items() if side.static}
+
+    def sizes(self, factor: int, which: Literal["min", "opt", "max"] = "opt") -> dict[str, int]:
+        """The sizes of a call at this end of the ranges, for a family with that factor; `rows` are those with guidance
+        where every number is served."""
+        height, width, batch = (int(getattr(side, which)) for side in (self.height, self.width, self.batch))
+        rows = 2 * batch if self.rows is None else int(getattr(self.rows, which))
+        return {
+            "batch": batch,
+            "rows": rows,
+            "tokens": PROMPT_TOKENS,
+            "height": height // factor,
+            "width": width // factor,
+        }
+
+
+def _name(dim: str) -> str:
+    return dim.rpartition("*")[2]
+
+
+def _factor(dim: str) -> int:
+    return int(dim.rpartition("*")[0] or 1)
+
+
+def _size(dim: int | str, sizes: Sizes) -> int:
+    return dim if isinstance(dim, int) else _factor(dim) * sizes[_name(dim)]
+
+
+def _note(found: dict[str, int], dim: int | str, size: int, tensor: str) -> None:
+    """Adds what one dimension of a shape tells. ValueError where it contradicts what is known."""
+    factor, name = (1, None) if isinstance(dim, int) else (_factor(dim), _name(dim))
+    known = dim if name is None else found.get(name)
+    if size % factor or (known is not None and known != size // factor):
+        raise ValueError(
+            f"{tensor} has {size} where {dim} is {known if known is not None else f'a multiple of {factor}'}"
+        )
+    if name is not None:
+        found[name] = size // factor
