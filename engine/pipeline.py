@@ -362,7 +362,7 @@ def _plan(
         contexts=contexts,
         row_sample=row_sample,
         mixing=np.ascontiguousarray(mixing, np.float32),
-        timesteps=np.broadcast_to(table.timesteps.astype(np.float32)[:, None], (count, len(contexts))),
+        timesteps=np.broadcast_to(table.timesteps.astype(np.float32)[:, None], (count, batch)),
         updates=np.broadcast_to(table.updates.astype(np.float32)[:, None], (count, batch, *table.updates.shape[1:])),
         noise=noise,
     )

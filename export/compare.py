@@ -53,7 +53,7 @@ def input_shapes(
         "state": (batch, SLOTS, *latents[1:]),
         "row_sample": (rows,),
         "context": (rows, tokens, channels),
-        "timestep": (rows,),
+        "timestep": (batch,),
         "mixing": (batch, rows),
         "update": (batch, SLOTS, SLOTS + 2),
         "noise": latents,
@@ -77,7 +77,7 @@ def random_inputs(
         inputs["image"] = generator.integers(0, 256, shapes["image"], np.uint8)
     if component == "denoiser":
         inputs["row_sample"] = np.arange(rows, dtype=np.int32) % batch
-        inputs["timestep"] = np.linspace(999.0, 3.5, batch, dtype=np.float32)[inputs["row_sample"]]
+        inputs["timestep"] = np.linspace(999.0, 3.5, batch, dtype=np.float32)
         inputs["update"][:, 0] = 0.0
         inputs["update"][:, 0, SLOTS] = 1.0
     return inputs

@@ -158,7 +158,8 @@ class TextEncoder(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """One whole denoising step: U-Net, guidance and sampler."""
+    """One whole denoising step: U-Net, guidance and sampler. The timestep of a sample is embedded once, in float32,
+    and spread to its rows."""
 
     def __init__(self, unet: UNet2DConditionModel, dtype: torch.dtype, fused_attention: bool = False) -> None:
         super().__init__()
@@ -178,16 +179,19 @@ class Denoiser(nn.Module):
         noise: Tensor,
     ) -> Tensor:
         rows = torch.index_select(state[:, 0], 0, row_sample)
-        output = self._evaluate(rows.to(self.dtype), timestep, context.to(self.dtype)).float()
+        embedding = torch.index_select(self._embed(timestep), 0, row_sample)
+        output = self._evaluate(rows.to(self.dtype), embedding.to(self.dtype), context.to(self.dtype)).float()
         guided = torch.matmul(mixing, output.flatten(1))
         columns = torch.cat([state.flatten(2), guided.unsqueeze(1), noise.flatten(1).unsqueeze(1)], dim=1)
         return torch.bmm(update, columns).reshape(state.shape)
 
-    def _evaluate(self, sample: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+    def _embed(self, timestep: Tensor) -> Tensor:
+        return self.unet.time_embedding(self.unet.time_proj(timestep))
+
+    def _evaluate(self, sample: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
         """UNet2DConditionModel.forward for the models of Stable Diffusion 1.x and 2.x. Upsampling always asks for the
         size of the skip connection: the same as doubling, and right for the sizes that halving rounds."""
         unet = self.unet
-        embedding = unet.time_embedding(unet.time_proj(timestep)).to(self.dtype)
         sample = unet.conv_in(sample)
         skips = [sample]
         for block in unet.down_blocks:

@@ -66,12 +66,11 @@ def example(
         ids = torch.randint(0, 256, (rows, PROMPT_TOKENS), generator=generator, dtype=torch.int32)
         return Example({"input_ids": ids}, {"input_ids": {0: "rows"}})
     if component == "denoiser":
-        row_sample = torch.arange(rows, dtype=torch.int32) % batch
         inputs = {
             "state": normal(batch, SLOTS, LATENT_CHANNELS, height, width),
-            "row_sample": row_sample,
+            "row_sample": torch.arange(rows, dtype=torch.int32) % batch,
             "context": normal(rows, tokens, context_size),
-            "timestep": torch.linspace(999.0, 3.5, batch)[row_sample],
+            "timestep": torch.linspace(999.0, 3.5, batch),
             "mixing": normal(batch, rows),
             "update": normal(batch, SLOTS, SLOTS + 2),
             "noise": normal(batch, LATENT_CHANNELS, height, width),
@@ -80,7 +79,7 @@ def example(
             "state": {0: "batch", 3: "height", 4: "width"},
             "row_sample": {0: "rows"},
             "context": {0: "rows", 1: "tokens"},
-            "timestep": {0: "rows"},
+            "timestep": {0: "batch"},
             "mixing": {0: "batch", 1: "rows"},
             "update": {0: "batch"},
             "noise": plane,

@@ -78,7 +78,7 @@ def test_the_graphs_keep_the_contract(built):
         "state": ["batch", 4, 4, "height", "width"],
         "row_sample": ["rows"],
         "context": ["rows", "tokens", 32],
-        "timestep": ["rows"],
+        "timestep": ["batch"],
         "mixing": ["batch", "rows"],
         "update": ["batch", 4, 6],
         "noise": ["batch", 4, "height", "width"],
