@@ -13,7 +13,10 @@ export LATENTRT_PROMPT
 unexport PROMPT
 MAKEOVERRIDES :=
 
-.PHONY: demo test lint train clean
+# One thread for each library in each of the two processes. Groups: see pytest_collection_modifyitems in tests/conftest.py.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder
+
+.PHONY: demo test test-fast lint train clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python build_engines.py
@@ -21,7 +24,11 @@ demo: $(VENV)/.installed
 	@echo 'The next one:  $(BIN)/python -m engine picture "a small green star on a white background"'
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(PYTEST)
+
+# For daily work: all but what is slow. The first run also makes the bundles that the tests share, in build/test-engines.
+test-fast: lint
+	$(PYTEST) -m 'not slow'
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

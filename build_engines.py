@@ -22,8 +22,9 @@ from engine import __version__
 from engine.backends import BACKENDS, default_backend, gpu_number, tensorrt_is_usable
 from engine.backends.openvino.backend import OpenVinoBackend
 from engine.commands import show_what_cannot_be_printed
-from engine.contract import COMPONENTS, VAE_FACTOR, Range, Shapes
+from engine.contract import Range, Shapes
 from engine.errors import EngineError, shown
+from engine.family import STABLE_DIFFUSION
 from engine.libraries import install_command
 from engine.manifest import LARGEST_BATCH, LARGEST_SIDE, SMALLEST_SIDE
 from export.errors import ExportError, UsageError
@@ -111,7 +112,12 @@ def parser() -> argparse.ArgumentParser:
         choices=range(6),
         help="how long TensorRT searches; 5 takes hours (default: 3)",
     )
-    p.add_argument("--workspace", type=float, metavar="GIB", help="memory that TensorRT may try out (default: all)")
+    p.add_argument(
+        "--workspace",
+        type=float,
+        metavar="GIB",
+        help="memory that TensorRT may use while it tries kernels (default: all)",
+    )
     p.add_argument(
         "--max-aux-streams",
         type=int,
@@ -137,8 +143,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--scheduler",
         metavar="NAME",
-        help="the sampler that the bundle has as its own, for a model whose own is not known here (default: the "
-        "model's)",
+        help="the bundle's own sampler, for a model whose own is not supported (default: the model's)",
     )
     p.add_argument(
         "--no-verify",
@@ -154,8 +159,8 @@ def parser() -> argparse.ArgumentParser:
 
 def parse_ranges(options: argparse.Namespace) -> dict[str, list[Range]]:
     """What --height, --width, --batch and --rows ask for, by name; names that were not given are missing."""
-    side = (VAE_FACTOR, SMALLEST_SIDE, LARGEST_SIDE)
-    limits = {"height": side, "width": side, "batch": (1, 1, LARGEST_BATCH), "rows": (1, 1, 2 * LARGEST_BATCH)}
+    pixels = (STABLE_DIFFUSION.factor, SMALLEST_SIDE, LARGEST_SIDE)
+    limits = {"height": pixels, "width": pixels, "batch": (1, 1, LARGEST_BATCH), "rows": (1, 1, 2 * LARGEST_BATCH)}
     given = {name: getattr(options, name).split(",") for name in limits if getattr(options, name) is not None}
     return {name: [parse_range(text, name, *limits[name]) for text in texts] for name, texts in given.items()}
 
@@ -163,7 +168,7 @@ def parse_ranges(options: argparse.Namespace) -> dict[str, list[Range]]:
 def profiles(asked: dict[str, list[Range]], defaults: Shapes) -> list[Shapes]:
     """One profile for each set of height, width and batch (a single one goes with all), and in each for every number of
     rows."""
-    from export.tensorrt.build import with_rows
+    from export.tensorrt.profiles import with_rows
 
     sides = {name: asked.get(name, [getattr(defaults, name)]) for name in ("height", "width", "batch")}
     count = max(len(values) for values in sides.values())
@@ -228,10 +233,9 @@ def check_bundle_options(options: argparse.Namespace) -> None:
     if options.bundle is not None:
         if options.model is not None or options.backend not in (None, "tensorrt"):
             raise UsageError(
-                "--bundle builds TensorRT plans of a bundle that is there; leave MODEL and other backends than "
-                "tensorrt out"
+                "--bundle builds TensorRT plans of an existing bundle; leave out MODEL and backends other than tensorrt"
             )
-        refuse(options, FOR_A_MODEL, "is for building a bundle from a model, and --bundle takes one that is there")
+        refuse(options, FOR_A_MODEL, "is for building a bundle from a model, and --bundle takes an existing one")
     if options.name is not None and (
         not NAME.fullmatch(options.name) or len(options.name.encode(errors="replace")) > LONGEST_NAME
     ):
@@ -253,8 +257,9 @@ def check_tensorrt_options(options: argparse.Namespace, gpu: int | None) -> None
         raise UsageError(f"--workspace {options.workspace:g} is not a number of GiB above 0")
     if options.max_aux_streams is not None and not 0 <= options.max_aux_streams < 2**10:
         raise UsageError(f"--max-aux-streams is {shown(options.max_aux_streams)}; it must be from 0 to 1023")
-    if unknown := set(("denoiser" if options.components is None else options.components).split(",")) - set(COMPONENTS):
-        raise UsageError(f"--components has {shown(', '.join(sorted(unknown)))}; there are {', '.join(COMPONENTS)}")
+    known = STABLE_DIFFUSION.names
+    if options.components is not None and (unknown := set(options.components.split(",")) - set(known)):
+        raise UsageError(f"--components has {shown(', '.join(sorted(unknown)))}; there are {', '.join(known)}")
     load_tensorrt()
     with Device(gpu).closing():
         pass
@@ -310,21 +315,19 @@ def build_plans(
     """The plans of the bundle in `folder`."""
     from engine.bundle import Bundle
     from export.tensorrt import build as to_tensorrt
+    from export.tensorrt.compiling import Settings
 
     shapes, one = Bundle.open(folder, verify=False).shapes, Range(1, 1, 1)
     sides = {
         name: Range(best, best, best) for name, best in (("height", shapes.height.opt), ("width", shapes.width.opt))
     }
     level = 3 if options.optimization_level is None else options.optimization_level
-    settings = to_tensorrt.Settings(
-        level, options.workspace and int(options.workspace * 2**30), options.max_aux_streams
-    )
-    components = options.components.split(",") if options.components is not None else COMPONENTS
+    settings = Settings(level, options.workspace and int(options.workspace * 2**30), options.max_aux_streams)
     to_tensorrt.build_plans(
         folder,
         profiles(asked, Shapes(**sides, batch=one)),
         settings,
-        components=components,
+        components=None if options.components is None else options.components.split(","),
         gpu=gpu,
         compare=not options.no_verify,
         diagnose=options.diagnose,

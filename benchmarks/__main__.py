@@ -15,8 +15,8 @@ from engine.commands import show_what_cannot_be_printed
 from engine.libraries import install_command
 
 COMMANDS = {
-    "latency": "how fast a picture is, stage by stage, beside diffusers and others",
-    "overhead": "what surrounds the U-Net: host time of a step, import, process start, installed size",
+    "latency": "latency per image, stage by stage, against diffusers and others",
+    "overhead": "the cost around the U-Net: host time of a step, import, process start, installed size",
     "roofline": "operations and bytes of each component, and how close to the hardware it runs",
     "scaling": "time and memory against steps, batch and pixels",
     "parity": "how far the pictures are from float32 diffusers', by backend and precision",
@@ -27,9 +27,10 @@ COMMANDS = {
 
 
 def parser(chosen: str) -> argparse.ArgumentParser:
-    """With the options of the chosen command only: the others may need packages that are not installed."""
+    """The parser, with the options of the chosen command only. The others may need packages that are not installed."""
     p = argparse.ArgumentParser(
-        prog="python -m benchmarks", description="Measurements that say what they were made on."
+        prog="python -m benchmarks",
+        description="Measurements, stored with the hardware, versions and settings that they were made with.",
     )
     commands = p.add_subparsers(dest="command", required=True)
     for name, purpose in COMMANDS.items():
@@ -45,7 +46,8 @@ def _module(command: str) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command: 0, 2 for a mistake of the user's, 1 for a failure, 130 for Ctrl-C where nothing was measured yet."""
+    """Runs the command. Returns its exit code: 0, 2 for a user's mistake, 1 for a failure, 130 for Ctrl-C before
+    anything was measured."""
     words = sys.argv[1:] if arguments is None else arguments
     show_what_cannot_be_printed()
     failure: Exception

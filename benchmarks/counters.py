@@ -21,20 +21,21 @@ from onnx.external_data_helper import load_external_data_for_tensor
 from onnx.reference import ReferenceEvaluator
 
 from benchmarks.errors import CountError
-from engine.contract import PROMPT_TOKENS, VAE_FACTOR
+from engine.contract import PROMPT_TOKENS
+from engine.family import STABLE_DIFFUSION
 
 SMALL = 1024
-"""Elements of the largest tensor that is evaluated: a shape, or the indices of frequencies."""
+"""The largest number of elements of a tensor that is evaluated: a shape, or the indices of frequencies."""
 
 AXES = 64
-"""Elements of the largest weight that can be a shape or an axis."""
+"""The largest number of elements of a weight that can be a shape or an axis."""
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Operation:
-    """A matrix product or convolution: `bytes` are those of its inputs and its output, each touched once."""
+    """A matrix product or convolution. `bytes`: its inputs and its output, each touched once."""
 
     kind: str
     name: str
@@ -56,32 +57,27 @@ class Count:
 
     @property
     def bytes(self) -> int:
-        """What its matrix operations read and write."""
+        """The bytes that its matrix operations read and write."""
         return sum(operation.bytes for operation in self.operations)
 
     def floor(self, flop_per_second: float, bytes_per_second: float) -> float:
-        """Seconds below which no implementation comes that runs the operations one by one: the sum over them of what
-        takes longer, arithmetic or memory."""
+        """The least seconds of any implementation that runs the operations one by one: for each the longer of
+        arithmetic and memory, summed."""
         return sum(
             max(operation.flop / flop_per_second, operation.bytes / bytes_per_second) for operation in self.operations
         )
 
 
 def sizes_of(height: int, width: int, batch: int, rows: int, tokens: int = PROMPT_TOKENS) -> dict[str, int]:
-    """The graphs' dimensions for a picture of so many pixels."""
-    return {
-        "batch": batch,
-        "rows": rows,
-        "tokens": tokens,
-        "height": height // VAE_FACTOR,
-        "width": width // VAE_FACTOR,
-    }
+    """The graphs' dimensions for a picture of this size in pixels."""
+    _, *plane = STABLE_DIFFUSION.plane(height, width)
+    return {"batch": batch, "rows": rows, "tokens": tokens, "height": plane[0], "width": plane[1]}
 
 
 def count(file: Path, sizes: Mapping[str, int], element_bytes: int = 4) -> Count:
-    """Counts the graph in `file`; `element_bytes` is the size of an element of what its matrix operations compute with.
+    """Counts the graph in `file`. `element_bytes` is the size of an element in its matrix operations.
 
-    Raises CountError for an operation or a shape that it does not understand.
+    Raises CountError for an unknown operation or shape.
     """
     graph, shapes = _with_shapes(file, sizes)
     operations = []
@@ -143,10 +139,10 @@ UNKNOWN = frozenset(
 
 
 def _with_shapes(file: Path, sizes: Mapping[str, int]) -> tuple[onnx.GraphProto, dict[str, Any]]:
-    """The graph with its inputs' sizes put in, and the shape of every value (None where it is not known).
+    """The graph with its inputs' sizes filled in, and the shape of every value (None if it is unknown).
 
-    Shapes that the graph computes (the product of a height and a width) are beyond ONNX's inference: it and the
-    evaluation of small values take turns until neither finds anything new.
+    ONNX's inference does not follow shapes that the graph computes, such as the product of a height and a width. So
+    inference and the evaluation of small values take turns until neither finds anything new.
     """
     model = onnx.load(str(file), load_external_data=False)
     graph = model.graph

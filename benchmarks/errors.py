@@ -1,4 +1,4 @@
-"""Every error that a benchmark raises on purpose."""
+"""The errors that benchmarks raise on purpose."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class NothingOfOursError(BenchmarkUsageError):
 
 
 class SkippedSide(BenchmarkError):
-    """What a competitor needs is not installed; the others are measured without it."""
+    """A competitor's packages are not installed. The others are measured without it."""
 
 
 class SideError(BenchmarkError):
@@ -33,7 +33,7 @@ class SideError(BenchmarkError):
 
 
 class CountError(BenchmarkError):
-    """A graph holds a matrix operation whose cost is not known here, or shapes that cannot be found."""
+    """A graph has a matrix operation of unknown cost, or unknown shapes."""
 
 
 class ResultsError(BenchmarkError):

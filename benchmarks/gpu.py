@@ -40,6 +40,7 @@ from typing import Any
 from benchmarks import gpu_background, gpu_profile
 from benchmarks.gpu_profile import PartFailed
 from benchmarks.report import conditions, gpu, print_table, write_json
+from engine.family import STABLE_DIFFUSION
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("export", "build", "check", "picture", "latency", "layers", "eager", "compile")
@@ -51,15 +52,14 @@ QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
-"""Lazily, since TensorRT 8.6 has 1.3 GB of kernels, which take 6 s to load in each process."""
+"""Kernels are loaded lazily, because TensorRT 8.6 has 1.3 GB of them, which take 6 s to load in each process."""
 
-COMPONENTS = ("denoiser", "text_encoder", "vae_decoder", "vae_encoder")
 GOALS = (("faster than torch.compile", "compile", 1.5), ("faster than eager", "eager", 2.5))
 
 
 @dataclass(frozen=True)
 class Model:
-    """What build_engines.py is told, and the size in pixels."""
+    """The arguments of build_engines.py, and the size in pixels."""
 
     arguments: tuple[str, ...]
     side: int
@@ -84,7 +84,7 @@ class Benchmark:
         )
 
     def run(self) -> bool:
-        """Runs the chosen parts of the chosen models; whether all of them ended well."""
+        """Runs the chosen parts of the chosen models. Returns whether all succeeded."""
         good, parts = (
             True,
             ["profile"] if self.options.profile else [part for part in PARTS if part in self.options.parts],
@@ -120,7 +120,7 @@ class Benchmark:
         return {"seconds": round(perf_counter() - started, 1)}
 
     def export_arguments(self, model: str) -> list[str]:
-        """What build_engines.py is told, so that the bundle is called as the model is here."""
+        """The arguments of build_engines.py that give the bundle the model's name."""
         side = str(MODELS[model].side)
         return [
             *MODELS[model].arguments,
@@ -142,8 +142,8 @@ class Benchmark:
         ]
 
     def build(self, model: str) -> dict[str, Any]:
-        """Plans for guided steps without a timing cache, and once more with it where that is asked for. After a failure
-        it goes on behind what is there."""
+        """Builds plans for guided steps without a timing cache, and if asked for again with it. After a failure, a new
+        run continues after the finished ones."""
         plans = self.bundle(model) / "plans"
         begun = "failed" in self.results["models"].get(model, {}).get("build", {})
         if not begun:
@@ -231,7 +231,7 @@ class Benchmark:
         )
 
     def layers(self, model: str) -> dict[str, Any]:
-        """What TensorRT made of the denoiser: its layers by kind and their time."""
+        """The layers of the denoiser's plan by kind, and their time."""
         return self.run_tensorrt("-m", "benchmarks.gpu_tensorrt", "layers", "--bundle", str(self.bundle(model)))
 
     def eager(self, model: str) -> dict[str, Any]:
@@ -239,7 +239,7 @@ class Benchmark:
         return self._baseline(model, "eager")
 
     def compile(self, model: str) -> dict[str, Any]:
-        """diffusers with torch.compile(mode="max-autotune") where that ends in time, else "reduce-overhead"."""
+        """diffusers with torch.compile(mode="max-autotune"), or "reduce-overhead" if that does not end in time."""
         return self._baseline(model, self.options.compile_mode)
 
     def _baseline(self, model: str, mode: str) -> dict[str, Any]:
@@ -278,14 +278,14 @@ class Benchmark:
         return self._process(self.options.tensorrt_python, arguments)
 
     def _process(self, python: str, arguments: Sequence[str]) -> dict[str, Any]:
-        """Runs a part's process: what it prints is shown, and the JSON object in its last line returned."""
+        """Runs a part's process and shows its output. Returns the JSON object in its last line."""
         printed = self.printed([*shlex.split(python), *arguments])
         lines = printed.strip().splitlines()
         print("\n".join(line[:400] for line in lines[-30:] if not line.startswith("{")), flush=True)
         return dict(json.loads(lines[-1])) if lines and lines[-1].startswith("{") else {}
 
     def printed(self, command: Sequence[str]) -> str:
-        """All that a command prints. PartFailed where it fails or takes longer than the limit."""
+        """The output of a command. PartFailed if it fails or takes longer than the limit."""
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -311,7 +311,7 @@ class Benchmark:
 
 
 def summary(results: dict[str, Any]) -> list[list[str]]:
-    """One row for each model, number of steps and way of running, as far as they were measured."""
+    """One row for each model, number of steps and way of running that was measured."""
     rows = []
     for model, parts in results["models"].items():
         ways = {
@@ -338,7 +338,8 @@ def summary(results: dict[str, Any]) -> list[list[str]]:
 
 
 def verdicts(results: dict[str, Any]) -> list[str]:
-    """The goals, met or missed and by how much, for each model and number of steps that has both sides."""
+    """Whether each goal was met and by how much, for each model and number of steps that both sides were measured
+    for."""
     lines = []
     for model, parts in results["models"].items():
         ours = (parts.get("latency", {}).get("cuda_graph") or {}).get("steps", {})
@@ -403,9 +404,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--status", action="store_true", help="tell how far a run in the background is")
     p.add_argument(
         "--components",
-        type=names(COMPONENTS),
-        default=list(COMPONENTS),
-        help="what the part build builds, in this order (default: all)",
+        type=names(STABLE_DIFFUSION.names),
+        default=list(STABLE_DIFFUSION.names),
+        help="the components of the part build, in this order (default: all)",
     )
     p.add_argument("--pictures", type=int, default=20)
     p.add_argument("--warmup", type=int, default=3)

@@ -1,4 +1,4 @@
-"""A run of benchmarks.gpu that outlives the shell that started it, and can be asked how far it is."""
+"""Runs benchmarks.gpu in the background: it outlives the shell that started it, and reports its progress."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ LOG_LINES = 12
 
 
 def detach(folder: Path, arguments: Sequence[str]) -> str:
-    """Starts the run in a session of its own, so that no closed terminal ends it; what to do next, in words."""
+    """Starts the run in a session of its own, so closing the terminal does not end it. Returns a line that says what to
+    do next."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / STATUS).unlink(missing_ok=True)
     with open(folder / LOG, "ab") as log:
@@ -37,7 +38,7 @@ def detach(folder: Path, arguments: Sequence[str]) -> str:
 
 @contextmanager
 def told(folder: Path) -> Iterator[Callable[[str], None]]:
-    """Keeps the status of this run: the function that is given notes what begins now."""
+    """Keeps the status of this run. The block gets a function that records what begins now."""
     state: dict[str, Any] = {"pid": os.getpid(), "running": None, "since": time.time(), "ended": []}
 
     def close() -> None:
@@ -58,7 +59,7 @@ def told(folder: Path) -> Iterator[Callable[[str], None]]:
 
 
 def status(folder: Path) -> str:
-    """What runs, what has ended and the end of the log, in words."""
+    """Text about what runs, what has ended, and the end of the log."""
     try:
         state = json.loads((folder / STATUS).read_text())
     except (OSError, ValueError):

@@ -1,12 +1,12 @@
-"""The denoiser's graph with one change, in place of the one in a bundle: what benchmarks.gpu --profile measures. Needs
+"""Replaces the denoiser's graph in a bundle by one with a single change, which benchmarks.gpu --profile measures. Needs
 torch."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,13 +15,16 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from engine.bundle import MANIFEST, sha256
+from engine.bundle import sha256
 from engine.contract import PROMPT_TOKENS
-from export.build import modules
-from export.graphs import modules as graphs
-from export.graphs.tracing import example, export_onnx, fuses_attention
+from engine.family import STABLE_DIFFUSION
+from engine.manifest import File, Manifest, read, write
+from export.component import Exporter, GraphFormat
+from export.graphs import attention, precision
+from export.graphs.recipes import RECIPES
 from export.libraries import quiet_libraries
-from export.sources.checkpoint import Source, resolve
+from export.sources.checkpoint import resolve
+from export.sources.source import Models, Source
 
 
 def write_denoiser(source: Source, bundle: Path, graph: str, opset: int) -> None:
@@ -32,37 +35,44 @@ def write_denoiser(source: Source, bundle: Path, graph: str, opset: int) -> None
         soften(model.graph)
         onnx.save(model, str(file))
     else:
-        kind, unet, channels = modules(source, "denoiser")
-        with GRAPHS[graph](unet):
-            module = kind(unet, torch.float16, fuses_attention("denoiser", "fp16", opset))
+        models, form = Models(source), GraphFormat("fp16", opset)
+        with GRAPHS[graph](models("unet")):
             file.with_name(f"{file.name}.data").unlink()
-            export_onnx("denoiser", module, example("denoiser", channels), file, opset)
-    manifest = json.loads((bundle / MANIFEST).read_text())
-    for name in (f"onnx/{file.name}", f"onnx/{file.name}.data"):
-        manifest["files"][name] = {"sha256": sha256(bundle / name), "bytes": (bundle / name).stat().st_size}
-    manifest["components"]["denoiser"].update(opset=opset, fingerprint=f"benchmarks.gpu_graphs {graph}")
-    (bundle / MANIFEST).write_text(json.dumps(manifest))
+            exporter = Exporter(source, STABLE_DIFFUSION["denoiser"], RECIPES["denoiser"], form)
+            exporter.export(models, bundle, graph, lambda message: None)
+    manifest = Manifest.of(read(bundle))
+    changed = replace(manifest.components["denoiser"], opset=opset, fingerprint=f"benchmarks.gpu_graphs {graph}")
+    names = (f"onnx/{file.name}", f"onnx/{file.name}.data")
+    files = {name: File(sha256(bundle / name), (bundle / name).stat().st_size) for name in names}
+    write(
+        bundle,
+        replace(
+            manifest,
+            components={**manifest.components, "denoiser": changed},
+            files={**manifest.files, **files},
+        ),
+    )
 
 
 @contextmanager
 def plain(unet: Any) -> Iterator[None]:
-    """As it is."""
+    """The graph without a change."""
     yield
 
 
 @contextmanager
 def norms_in_half(unet: Any) -> Iterator[None]:
-    """Norms take half and give half; TensorRT computes them in float32 inside."""
-    with patch.object(graphs, "Float32Norm", lambda norm: norm):
+    """Norms take and return half precision; TensorRT computes them in float32 inside."""
+    with patch.object(precision, "Float32Norm", lambda norm: norm):
         yield
 
 
 @contextmanager
 def float_scores(unet: Any) -> Iterator[None]:
-    """Of models with upcast_attention: a product in float32."""
+    """For models with upcast_attention: the product of queries and keys in float32."""
     with (
-        patch.object(graphs, "centred", lambda tokens: tokens),
-        patch.object(graphs, "bounded_scores", lambda query, key: query.float() @ key.float().transpose(-1, -2)),
+        patch.object(attention, "centred", lambda tokens: tokens),
+        patch.object(attention, "bounded_scores", lambda query, key: query.float() @ key.float().transpose(-1, -2)),
     ):
         yield
 

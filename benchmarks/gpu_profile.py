@@ -38,8 +38,8 @@ class PartFailed(Exception):
 
 @dataclass(frozen=True)
 class Variant:
-    """What differs from the default: the graph (one of gpu_graphs.GRAPHS), its opset, options of build_engines.py;
-    `model` where it is for one alone."""
+    """A difference from the default: the graph (one of gpu_graphs.GRAPHS), its opset, options of build_engines.py.
+    `model`: the only model that it is for."""
 
     graph: str = "plain"
     opset: int = 18
@@ -58,12 +58,13 @@ VARIANTS = {
     "text keys once": Variant("text_keys_once"),
     "one time projection": Variant("one_time_projection"),
 }
-"""In the order of what they promise. "text keys once" holds keys and values of a text as constants: the time that a
-second plan for them would save, not the picture. "opset 23" needs TensorRT 10.14 or later."""
+"""The most promising first. "text keys once" has keys and values of a text as constants: it shows the time that a
+second plan for them would save, and makes no right picture. "opset 23" needs TensorRT 10.14 or later."""
 
 
 def profile(benchmark: Benchmark, model: str) -> dict[str, Any]:
-    """Every variant, written into gpu.json as it ends; one that fails is told, and the others go on."""
+    """Measures every variant and writes it into gpu.json as it ends. A variant that fails is reported, and the others
+    go on."""
     if not (benchmark.bundle(model) / "manifest.json").is_file():
         benchmark.export(model)
     found: dict[str, Any] = {"torch": attempt(baseline, benchmark, model), "variants": {}}
@@ -78,7 +79,7 @@ def profile(benchmark: Benchmark, model: str) -> dict[str, Any]:
 
 
 def attempt(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """What it gives, or why it failed."""
+    """The variant's numbers, or why it failed."""
     try:
         return work(*arguments)
     except PartFailed as error:

@@ -21,11 +21,10 @@ from engine import Pipeline
 from engine.backends.tensorrt.cuda import Device
 from engine.backends.tensorrt.runtime import TensorRtRuntime
 from engine.bundle import Bundle
-from engine.contract import INPUTS, OUTPUTS
 from engine.picture import psnr
 from engine.plans import Plans
-from export.compare import as_json, compared, difference, tolerance
-from export.tensorrt.build import profile_inputs
+from export.compare import as_json, differences, not_finite, tolerance
+from export.tensorrt.profiles import profile_inputs
 
 PROMPT = "a large red circle on a blue background"
 GUIDANCE = 7.5
@@ -42,36 +41,31 @@ def check(bundle: Path, file: Path) -> dict[str, Any]:
     """Each plan on the inputs of a reference file, against torch's outputs in it."""
     reference, found = np.load(file), {}
     opened = Bundle.open(bundle, verify=False)
-    for component in OUTPUTS:
-        runtime = TensorRtRuntime()
+    for component in opened.family.components:
+        name = component.name
+        runtime = TensorRtRuntime(family=opened.family)
         plans = Plans.find(opened, runtime.machine)
-        if component not in plans.build["components"]:
+        if name not in plans.build["components"]:
             runtime.close()
-            print(f"{component}: not built")
+            print(f"{name}: not built")
             continue
-        runtime.load([(component, plans.read(component))])
-        inputs = {name: reference[f"{component}/{name}"] for name in INPUTS[component]}
-        outputs = dict(zip(OUTPUTS[component], runtime.run(component, inputs)))
+        runtime.load([(name, plans.read(name))])
+        outputs = runtime.run(name, {tensor: reference[f"{name}/{tensor}"] for tensor in component.input_names})
         runtime.close()
-        wanted = {name: compared(component, name, reference[f"{component}/{name}"]) for name in outputs}
-        worst = max(
-            (difference(compared(component, name, value), wanted[name]) for name, value in outputs.items()),
-            key=lambda one: one.relative_rms,
-        )
-        finite = all(np.isfinite(value.astype(np.float32)).all() for value in outputs.values())
-        allowed = tolerance(component, opened.precision)
-        found[component] = {
+        worst = differences(component, outputs, [reference[f"{name}/{tensor}"] for tensor in component.output_names])
+        finite, allowed = not_finite(component, outputs) is None, tolerance(component, opened.precision)
+        found[name] = {
             **as_json(worst),
-            "finite": bool(finite),
+            "finite": finite,
             "allowed": allowed,
-            "good": bool(finite and worst.relative_rms <= allowed),
+            "good": finite and worst.relative_rms <= allowed,
         }
-        print(f"{component}: {worst.relative_rms:.2e} from torch in float32, {allowed:.0e} is allowed")
+        print(f"{name}: {worst.relative_rms:.2e} from torch in float32, {allowed:.0e} is allowed")
     return found
 
 
 def picture(bundle: Path, file: Path, png: Path) -> dict[str, Any]:
-    """Our picture beside diffusers' from the same seed, and whether CUDA graphs change it."""
+    """Our picture against diffusers' from the same seed, and whether CUDA graphs change it."""
     expected = np.load(file)
     made: dict[str, np.ndarray] = {}
     for graphs in (True, False):
@@ -180,19 +174,20 @@ def measure(pipeline: Pipeline, steps: int, pictures: int, warmup: int) -> dict[
 @contextmanager
 def denoiser(bundle: Path) -> Iterator[tuple[TensorRtRuntime, dict[str, np.ndarray]]]:
     """The denoiser's plan alone, and inputs of the size that its first profile is best at."""
-    runtime = TensorRtRuntime()
+    opened = Bundle.open(bundle, verify=False)
+    component = opened.family["denoiser"]
+    runtime = TensorRtRuntime(family=opened.family)
     try:
-        plans = Plans.find(Bundle.open(bundle, verify=False), runtime.machine)
-        runtime.load([("denoiser", plans.read("denoiser"))])
-        channels, _ = runtime.engines["denoiser"].allowed("context", 2)
-        yield runtime, profile_inputs("denoiser", plans.profiles[0], channels)
+        plans = Plans.find(opened, runtime.machine)
+        runtime.load([(component.name, plans.read(component.name))])
+        sizes = runtime.engines[component.name].model_sizes
+        yield runtime, profile_inputs(opened.family, component, plans.profiles[0], sizes)
     finally:
         runtime.close()
 
 
 def described(runtime: TensorRtRuntime) -> dict[str, Any]:
-    """The denoiser's layers as the engine inspector tells them: how many of each kind, and those that are fused
-    attention."""
+    """The denoiser's layers by the engine inspector: how many of each kind, and those that are fused attention."""
     with runtime.device:
         told = json.loads(runtime.engines["denoiser"].inspect())
     known = [layer if isinstance(layer, dict) else {"Name": layer} for layer in told["Layers"]]
@@ -209,13 +204,13 @@ def described(runtime: TensorRtRuntime) -> dict[str, Any]:
 
 
 def layers(bundle: Path) -> dict[str, Any]:
-    """What TensorRT made of the denoiser."""
+    """The layers of the denoiser's plan."""
     with denoiser(bundle) as (runtime, _):
         return described(runtime)
 
 
 def step(bundle: Path) -> dict[str, Any]:
-    """GPU time of one evaluation of the denoiser, captured and not, and what its layers are."""
+    """GPU time of one evaluation of the denoiser, captured and not, and its layers."""
     with denoiser(bundle) as (runtime, inputs):
         plain = runtime.seconds("denoiser", inputs, STEPS_TIMED + 3)[3:]
         with runtime.device:

@@ -15,31 +15,37 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_tensorrt import GUIDANCE, PICTURE_STEPS, PROMPT, percentiles
-from engine.contract import OUTPUTS, VAE_FACTOR
-from export.build import modules
+from engine.contract import Range, Shapes
+from engine.family import STABLE_DIFFUSION
 from export.compare import random_inputs
+from export.graphs.recipes import RECIPES
 from export.libraries import quiet_libraries
 from export.sources.checkpoint import Source, resolve
 
 
 def reference(source: Source, side: int, file: Path, device: str) -> dict[str, Any]:
-    """Random inputs of every component and what torch makes of them in float32."""
+    """Random inputs of every component, and torch's outputs for them in float32."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     arrays: dict[str, np.ndarray] = {}
-    for component in OUTPUTS:
-        kind, model, channels = modules(source, component)
-        inputs = random_inputs(component, 1, 2, side // VAE_FACTOR, side // VAE_FACTOR, channels)
-        module: Any = kind
+    for component in STABLE_DIFFUSION.components:
+        recipe = RECIPES[component.name]
+        inputs = random_inputs(component, picture_sizes(source, side))
+        module = recipe.module(source.load(recipe.part), torch.float32).to(device)
         with torch.no_grad():
-            made = module(model, torch.float32).to(device)(
-                **{name: torch.from_numpy(value).to(device) for name, value in inputs.items()}
-            )
+            made = module(**{name: torch.from_numpy(value).to(device) for name, value in inputs.items()})
         outputs = made if isinstance(made, tuple) else (made,)
-        arrays |= {f"{component}/{name}": value for name, value in inputs.items()}
-        arrays |= {f"{component}/{name}": value.cpu().numpy() for name, value in zip(OUTPUTS[component], outputs)}
-        del model, made, outputs
+        arrays |= {f"{component.name}/{name}": value for name, value in inputs.items()}
+        named = zip(component.output_names, outputs)
+        arrays |= {f"{component.name}/{name}": value.cpu().numpy() for name, value in named}
+        del module, made, outputs
     np.savez(file, **arrays)  # type: ignore[arg-type]
     return {"file": str(file)}
+
+
+def picture_sizes(source: Source, side: int) -> dict[str, int]:
+    """The sizes of every dimension for one guided picture of `side` x `side` pixels."""
+    pixels, one = Range(side, side, side), Range(1, 1, 1)
+    return {**Shapes(pixels, pixels, one).sizes(STABLE_DIFFUSION.factor), **source.sizes()}
 
 
 def prepared(source: Source, device: str, dtype: torch.dtype) -> Any:
@@ -117,11 +123,9 @@ def step(source: Source, side: int, mode: str, device: str, repeats: int = 50) -
     gpu = device != "cpu"
     dtype = torch.float16 if gpu else torch.float32
     unet = source.unet().to(device, dtype, memory_format=torch.channels_last).eval()
-    channels, latents = unet.config.cross_attention_dim, side // VAE_FACTOR
-    sample, text = (
-        torch.randn(2, 4, latents, latents, device=device, dtype=dtype),
-        torch.randn(2, 77, channels, device=device, dtype=dtype),
-    )
+    text_shape = STABLE_DIFFUSION["denoiser"].shapes(picture_sizes(source, side))["context"]
+    sample = torch.randn(2, *STABLE_DIFFUSION.plane(side, side), device=device, dtype=dtype)
+    text = torch.randn(text_shape, device=device, dtype=dtype)
     timestep = torch.tensor([500, 500], device=device)
     run = unet if mode == "eager" else torch.compile(unet, mode=mode, fullgraph=True)
     samples = []

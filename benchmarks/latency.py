@@ -1,4 +1,4 @@
-"""How fast a picture is, beside what a user would pick instead: the same weights, size, steps, sampler, seeds and
+"""Latency per image, against what a user would choose instead: the same weights, size, steps, sampler, seeds and
 threads.
 
 Every side runs in its own process. They take turns, picture by picture and in alternating order, so that a drift of the
@@ -30,23 +30,22 @@ from benchmarks.report import conditions, print_table, write_json
 from benchmarks.sides import OURS, SCHEDULERS, THEIRS, Request, Setup, Side
 from engine.backends import default_backend
 from engine.bundle import Bundle
+from engine.checks import check_shapes
 from engine.picture import psnr
-from engine.request import check_shapes
 
 PICTURES = 20
 WARM_UPS, WARM_UP = 5, 5.0
-"""Pictures of each side that are not counted; no more are begun after so many seconds."""
+"""The uncounted pictures of each side at the start. After so many seconds no more are begun."""
 SHORT = 2.0
-"""Seconds. A picture that takes less is measured after one more that is not counted: the caches are full of what
-another side had in them, which made the built-in model's pictures 25 % slower in the turns that began with another
-side."""
+"""Seconds. Before a picture that takes less, one more is made that is not counted, because the caches are full of
+another side's data. That made the built-in model's pictures 25 % slower in turns that began with another side."""
 SLOW = 600.0
-"""Seconds that one configuration may take; slower machines make fewer pictures, at least LEAST."""
+"""Seconds that one configuration may take. Slower machines make fewer pictures, but at least LEAST."""
 LEAST = 3
 ATTEMPTS = 3
-"""Turns that are tried for each one that is wanted, where other programs disturb."""
+"""How many turns are tried for each wanted one if other programs disturb."""
 PATIENCE = 60.0
-"""Seconds that are waited for them after a disturbed turn."""
+"""Seconds to wait for other programs after a disturbed turn."""
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black")
@@ -54,7 +53,7 @@ GUIDANCE = 7.5
 
 
 def prompt(index: int) -> str:
-    """Another text for every picture, so that nobody's cache helps; of the kind that the built-in model knows."""
+    """Another text for every picture, so no side's cache helps. The built-in model knows texts of this kind."""
     return (
         f"a large {COLOURS[index % 8]} {SHAPES[index % 6]} on a {COLOURS[(index + 1 + index // 24 % 7) % 8]} background"
     )
@@ -76,14 +75,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         type=integer_from(1),
         default=PICTURES,
         metavar="N",
-        help=f"of each side after the warm-up (default: {PICTURES})",
+        help=f"pictures of each side after the warm-up (default: {PICTURES})",
     )
     parser.add_argument(
         "--budget",
         type=seconds,
         default=SLOW,
         metavar="SECONDS",
-        help=f"for one configuration; fewer pictures are made where they would take longer, at least {LEAST} (default: "
+        help=f"for one configuration; fewer pictures are made if they would take longer, at least {LEAST} (default: "
         f"{SLOW:g})",
     )
     parser.add_argument(
@@ -94,7 +93,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def common_arguments(parser: argparse.ArgumentParser) -> None:
-    """What all commands that make pictures take."""
+    """The options of all commands that make pictures."""
     parser.add_argument("--bundle", type=Path, default=Path("engines/demo"), help="default: engines/demo")
     parser.add_argument(
         "--backend", metavar="A,B", help=f"ours: {', '.join(OURS)} (default: what Pipeline.load would choose)"
@@ -103,7 +102,7 @@ def common_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         type=Path,
         metavar="FOLDER",
-        help="the bundle's model in the diffusers layout, where the bundle does not say where it is",
+        help="the bundle's model in the diffusers layout, if the bundle does not name its folder",
     )
     parser.add_argument(
         "--cache",
@@ -126,7 +125,7 @@ def common_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SIDE=PATH",
-        help="another interpreter for a side, where its packages do not get along with these",
+        help="another interpreter for a side whose packages conflict with these",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file")
 
@@ -138,7 +137,7 @@ def run(options: argparse.Namespace) -> None:
     sizes = [parse_size(text) for text in names(options.sizes)] or [(bundle.shapes.width.opt, bundle.shapes.height.opt)]
     wanted = [(width, height, batch) for width, height in sizes for batch in options.batch]
     for width, height, batch in wanted:
-        check_shapes(height, width, batch, 2 * batch, (bundle.shapes,), bundle.command)
+        check_shapes(height, width, batch, 2 * batch, (bundle.shapes,), bundle.command, bundle.family.factor)
     setups = setups_of(bundle, sides, options)
     content: dict[str, Any] = {
         "benchmark": "latency",
@@ -184,7 +183,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def pythons(given: Sequence[str]) -> dict[str, str]:
-    """The interpreters of sides that have one of their own."""
+    """The interpreter of each side that has its own."""
     for text in given:
         if "=" not in text:
             raise BenchmarkUsageError(
@@ -194,7 +193,7 @@ def pythons(given: Sequence[str]) -> dict[str, str]:
 
 
 def setups_of(bundle: Bundle, sides: Sequence[str], options: argparse.Namespace) -> list[Setup]:
-    """What each side loads. UnknownSideError for a name that none has."""
+    """What each side loads. UnknownSideError for an unknown name."""
     for side in sides:
         if side not in (*OURS, *THEIRS):
             raise UnknownSideError(f"{side!r} is not known; it must be one of {', '.join((*OURS, *THEIRS))}")
@@ -210,8 +209,8 @@ def setups_of(bundle: Bundle, sides: Sequence[str], options: argparse.Namespace)
 
 @contextmanager
 def opened(setups: Sequence[Setup], interpreters: dict[str, str]) -> Iterator[tuple[list[Side], dict[str, str]]]:
-    """The processes of all sides that are installed, and why the others are not; they end with the block.
-    NothingOfOursError if none of ours is."""
+    """The processes of all installed sides, and the reason for each that is missing. The processes end with the block.
+    NothingOfOursError if none of ours is installed."""
     sides: list[Side] = []
     skipped: dict[str, str] = {}
     with ExitStack() as stack:
@@ -239,8 +238,8 @@ def opened(setups: Sequence[Setup], interpreters: dict[str, str]) -> Iterator[tu
 def measure(
     setups: Sequence[Setup], interpreters: dict[str, str], request: Request, pictures: int, budget: float
 ) -> dict[str, Any]:
-    """One configuration: what each side took, the ratios, and what was refused. Ctrl-C ends it with the turns that are
-    complete."""
+    """Measures one configuration: each side's times, the ratios, and what was refused. Ctrl-C ends it after the
+    complete turns."""
     turns: list[dict[str, Any]] = []
     disturbed: list[dict[str, Any]] = []
     interrupted, ends = False, {}
@@ -307,7 +306,7 @@ def request_of(request: Request, index: int, side: Side, folder: str) -> Request
 
 
 def _turn(sides: Sequence[Side], usual: dict[str, float], request: Request, index: int, folder: str) -> dict[str, Any]:
-    """One counted picture of each side: their times, and the PSNR between ours and theirs."""
+    """Makes one counted picture on each side. Returns the times, and the PSNR between ours and theirs."""
     before, times = load(_pids(sides)), {}
     for side in sides:
         asked = request_of(request, index, side, folder)
@@ -327,7 +326,7 @@ def _pids(sides: Sequence[Side]) -> list[int]:
 def evaluate(
     loaded: dict[str, Any], first: dict[str, Any], turns: Sequence[dict[str, Any]], ends: dict[str, Any], batch: int
 ) -> dict[str, Any]:
-    """Summaries of the sides and ratios between ours and theirs, or why there are none, from what was measured."""
+    """Summaries of the sides and the ratios between ours and theirs, or why there are none."""
     sides = {
         name: _side(
             name, loaded[name], first.get(name), [turn["times"][name] for turn in turns], ends.get(name, {}), batch
@@ -453,12 +452,12 @@ def show(found: dict[str, Any]) -> None:
 
 
 SILENCE = 30.0
-"""Seconds between two lines of progress where there is no terminal."""
+"""Seconds between two lines of progress without a terminal."""
 _last_line = [perf_counter()]
 
 
 def progress(text: str) -> None:
-    """On a terminal a line that is written again and again, elsewhere one now and then."""
+    """Shows progress: a line that is rewritten on a terminal, and elsewhere a new line from time to time."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
     elif text and perf_counter() - _last_line[0] > SILENCE:

@@ -1,4 +1,4 @@
-"""What the hardware does at best: measured rates of matrix products and of copying."""
+"""Measures the hardware's best rates of matrix products and of copying."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from benchmarks.errors import BenchmarkUsageError
 from engine.libraries import import_library, installed
 
 MATRIX_SIDES = (1024, 2048, 4096)
-"""Of square matrices; the fastest counts."""
+"""The sizes of the square matrices. The fastest counts."""
 COPY_BYTES = 1 << 28
 SECONDS = 1.0
-"""How long each of them is repeated."""
+"""Seconds for which each of them is repeated."""
 
 
 def matrix_rate(device: str, precision: str, threads: int = 0, seconds: float = SECONDS) -> float:
@@ -55,7 +55,7 @@ def copy_rate(device: str, threads: int = 0, seconds: float = SECONDS) -> float:
 
 
 def _fastest(run: Callable[[], Any], seconds: float) -> float:
-    """The shortest of the runs that fit into so many seconds, two at least."""
+    """The shortest of the runs that fit into so many seconds, but at least two."""
     run()
     times: list[float] = []
     while len(times) < 2 or sum(times) < seconds:

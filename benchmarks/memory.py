@@ -56,7 +56,7 @@ def measure(arguments: list[str], folder: str) -> tuple[float, float, list[str]]
             process.wait()
     if process.returncode:
         raise SideError(
-            f"python {' '.join(arguments)} ended with status {process.returncode}; what it printed above says why"
+            f"python {' '.join(arguments)} ended with status {process.returncode}; the reason is printed above"
         )
     peak_bytes = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return perf_counter() - started, peak_bytes / 2**30, lines

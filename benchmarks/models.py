@@ -1,4 +1,4 @@
-"""What a bundle was made of, for the sides that are not ours: the same weights as a diffusers folder, and the same
+"""The model of a bundle for the sides that are not ours: a diffusers folder with the same weights, and the same
 sampler."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from benchmarks.options import check_room
 from benchmarks.sides import SCHEDULERS
 from engine.bundle import Bundle
 from engine.errors import UnknownSchedulerError
-from engine.sampling.samplers import sampler_name
+from engine.sampling.catalog import sampler_name
 from engine.sampling.schedule import Schedule
 
 
@@ -28,9 +28,8 @@ def model_folder(bundle: Bundle, given: Path | None, cache: Path | None) -> Path
     origin = bundle.manifest["source"]
     if origin["kind"] not in ("built-in", "random", "hub"):
         raise BenchmarkUsageError(
-            f"the bundle {bundle.folder} was made of the {origin['kind']} {origin['id']!r}; pass where the same model "
-            "lies in the "
-            f"diffusers layout with --model, or --against '' to measure without others"
+            f"the bundle {bundle.folder} was made of the {origin['kind']} {origin['id']!r}; pass the same "
+            "model's folder in the diffusers layout with --model, or --against '' to measure without others"
         )
     from export.libraries import quiet_libraries
 

@@ -1,4 +1,4 @@
-"""What the commands ask of their options before anything is measured."""
+"""Checks the options of the commands before anything is measured."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PLOTS = (".png", ".svg", ".pdf")
 
 
 def integer_from(smallest: int) -> Callable[[str], int]:
-    """A type for argparse: integers that are not less."""
+    """A type for argparse: integers from `smallest` up."""
 
     def integer(text: str) -> int:
         try:
@@ -32,13 +32,13 @@ def integer_from(smallest: int) -> Callable[[str], int]:
 
 
 def integers_from(smallest: int) -> Callable[[str], list[int]]:
-    """A type for argparse: such integers, separated by commas, one at least."""
+    """A type for argparse: one or more such integers, separated by commas."""
     one = integer_from(smallest)
     return lambda text: [one(part) for part in text.split(",")]
 
 
 def seconds(text: str) -> float:
-    """A type for argparse: a time that is not over at once."""
+    """A type for argparse: a positive number of seconds."""
     try:
         value = float(text)
     except ValueError:

@@ -1,4 +1,5 @@
-"""What surrounds the U-Net: host time of a step, import, process start to picture, installed size; ours and diffusers'.
+"""The cost around the U-Net: host time of a step, import, process start to picture, installed size; ours and
+diffusers'.
 
 The host time of a step is that outside the U-Net call, at 64 x 64 latents and batch 1. Both loops run for real,
 through their public pipelines, with a U-Net call that takes no time: ours with a session that returns at once,
@@ -32,10 +33,13 @@ PROMPT = "a large red circle on a blue background"
 
 
 class InstantSession:
-    """Stands for an ONNX Runtime session whose runs take no time."""
+    """Replaces an ONNX Runtime session; its runs take no time."""
 
     def __init__(self, real: Any) -> None:
         self._real = real
+
+    def get_inputs(self) -> Any:
+        return self._real.get_inputs()
 
     def io_binding(self) -> Any:
         return self._real.io_binding()
@@ -45,8 +49,8 @@ class InstantSession:
 
 
 def seconds_per_step(run: Callable[[int], None]) -> list[float]:
-    """What one more step costs a whole call, with the tables and the noise that are made before the loop; one number a
-    repeat."""
+    """Seconds that one more step adds to a whole call, including the tables and the noise that are made before the
+    loop. One number for each repeat."""
 
     def seconds(steps: int) -> float:
         started = perf_counter()
@@ -97,7 +101,7 @@ def diffusers(scheduler_class: str) -> list[float]:
 
 
 def sampler_graph_seconds() -> float:
-    """What guidance and sampler cost inside the graph: the denoiser's last operations alone, in ONNX Runtime."""
+    """Seconds of guidance and sampler inside the graph: the denoiser's last operations alone, in ONNX Runtime."""
     inputs = inputs_of(1, SIZE, SIZE)
     run = sampler_graph("MatMul", inputs, np.ones((2, inputs["noise"].size), np.float32), "onnxruntime")
     for _ in range(20):

@@ -59,8 +59,7 @@ def read(file: Path) -> dict[str, Any]:
             raise ResultsError(f"{file} holds a benchmark {content['benchmark']!r}; known are {', '.join(TABLES)}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ResultsError(
-            f"{file} is not a result of a benchmark ({type(error).__name__}: {error}); measure it again, or take it "
-            "away"
+            f"{file} is not a result of a benchmark ({type(error).__name__}: {error}); measure it again, or remove it"
         ) from error
     return dict(content)
 

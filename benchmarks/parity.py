@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def evaluate(pictures: list[dict[str, np.ndarray]], described: dict[str, dict[str, str]]) -> dict[str, Any]:
-    """Of every side but the reference: the worst and the median PSNR in dB, and the largest difference of 255."""
+    """For every side except the reference: the lowest and the median PSNR in dB, and the largest difference of 255."""
     sides: dict[str, Any] = {}
     for name in [name for name in described if name != REFERENCE] if pictures else []:
         decibels = [psnr(made[name], made[REFERENCE]) for made in pictures]

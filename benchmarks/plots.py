@@ -11,7 +11,7 @@ from benchmarks.errors import BenchmarkUsageError
 from engine.libraries import install_command
 
 FOLDER = "MPLCONFIGDIR"
-"""The environment variable by which a user names matplotlib's folder."""
+"""The environment variable that names matplotlib's folder."""
 
 STAGES = (("text_encoder", "text encoder"), ("denoise", "denoising"), ("vae_decoder", "VAE decoder"))
 

@@ -1,4 +1,4 @@
-"""Whether the machine is ours: the share of its processors that other programs, and other guests of its host, take."""
+"""Measures the share of the processors that other programs, and other guests of the host, use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from time import perf_counter, sleep
 
 DISTURBED = 0.05
-"""The share of the processors that others may have of those that we use."""
+"""The largest share of our processors that others may use."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Load:
 
 
 def load(pids: Sequence[int]) -> Load | None:
-    """Now; None where there is no /proc."""
+    """The load now. None without /proc."""
     if sys.platform != "linux":
         return None
     tick = os.sysconf("SC_CLK_TCK")
@@ -40,7 +40,7 @@ def _ticks(pid: int) -> int:
 
 
 def others_share(before: Load | None, after: Load | None) -> float:
-    """Of all processors' time between two moments, what others had; 0 where nobody can tell."""
+    """The share of all processors' time between two moments that others used. 0 if it is unknown."""
     if before is None or after is None:
         return 0.0
     others = (after.everybody - before.everybody) - (after.ours - before.ours)
@@ -48,12 +48,13 @@ def others_share(before: Load | None, after: Load | None) -> float:
 
 
 def allowed_share(threads: int) -> float:
-    """What others may have while we use so many threads (0: all processors): those that are left over, and a little."""
+    """The share that others may use while we use so many threads (0: all processors): the processors that are left
+    over, and a little."""
     return DISTURBED + (max(0.0, 1 - threads / (os.cpu_count() or 1)) if threads else 0.0)
 
 
 def wait_until_quiet(pids: Sequence[int], seconds: float, allowed: float = DISTURBED) -> bool:
-    """True as soon as others have left the machine alone for a second, False after so many seconds."""
+    """True as soon as others have been quiet for a second, False after so many seconds."""
     end = perf_counter() + seconds
     while perf_counter() < end:
         before = load(pids)

@@ -1,4 +1,4 @@
-"""What every benchmark prints and stores: a table, and a JSON file with the conditions of the run."""
+"""Prints tables, and stores results in a JSON file with the conditions of the run."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def conditions(module: str = "benchmarks") -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Its name, and which of INSTRUCTIONS it has: machines of one name differ in them, and so do their times."""
+    """The processor's name, and which of INSTRUCTIONS it has. Processors of one name differ in them, and so do their
+    times."""
     info = Path("/proc/cpuinfo")
     first = info.read_text().split("\n\n", 1)[0] if info.is_file() else ""
     fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
@@ -126,7 +127,7 @@ def print_table(header: list[str], rows: list[list[Any]]) -> None:
 
 
 def write_json(file: Path | None, content: dict[str, Any]) -> None:
-    """Prints where the numbers went; without a file, how to keep them."""
+    """Writes the numbers and prints where. Without a file, prints how to keep them."""
     if file is None:
         print("every sample, with hardware, versions and commit, goes into a file with --json FILE")
         return

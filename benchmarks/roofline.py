@@ -1,4 +1,4 @@
-"""Where a picture's time goes, and how close that is to what the hardware can do.
+"""The latency of each component, and how close it is to the hardware's limits.
 
 Operations and bytes are counted from the bundle's ONNX graphs; the rates of matrix products and copying are measured,
 through the fastest library that is installed; the floor is the sum over the matrix operations of what takes longer,
@@ -24,9 +24,7 @@ from benchmarks.report import conditions, print_table, write_json
 from benchmarks.sides import Request
 from engine.backends import default_backend
 from engine.bundle import Bundle
-from engine.request import check_shapes
-
-COMPONENTS = ("text_encoder", "denoiser", "vae_decoder")
+from engine.checks import check_shapes
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
     bundle = Bundle.open(options.bundle, verify=False)
     backends = names(options.backend or default_backend())
     width, height = parse_size(options.sizes) if options.sizes else (bundle.shapes.width.opt, bundle.shapes.height.opt)
-    check_shapes(height, width, 1, 2, (bundle.shapes,), bundle.command)
+    check_shapes(height, width, 1, 2, (bundle.shapes,), bundle.command, bundle.family.factor)
     content: dict[str, Any] = {
         "benchmark": "roofline",
         "bundle": bundle.name,
@@ -91,18 +89,16 @@ def evaluate(
 ) -> dict[str, Any]:
     """Counts, rates, floors and what was reached, for each component and for the picture."""
     device = "cuda" if library == "tensorrt" else "cpu"
+    required = bundle.family.required
     bandwidth = copy_rate(device, threads)
     rates = {
         precision: matrix_rate(device, precision, threads)
-        for precision in sorted({precisions[component] for component in COMPONENTS})
+        for precision in sorted({precisions[component] for component in required})
     }
-    seconds = {
-        "text_encoder": [sample["text_encoder"] for sample in samples],
-        "denoiser": [step for sample in samples for step in sample["steps"]],
-        "vae_decoder": [sample["vae_decoder"] for sample in samples],
-    }
+    seconds = {name: [sample[name] for sample in samples] for name in required if name != "denoiser"}
+    seconds["denoiser"] = [step for sample in samples for step in sample["steps"]]
     components: dict[str, Any] = {}
-    for component in COMPONENTS:
+    for component in required:
         precision = precisions[component]
         counted = count(bundle.graphs[component], sizes_of(height, width, 1, 2), 4 if precision == "fp32" else 2)
         measured, floor = statistics.summarize(seconds[component]), counted.floor(rates[precision], bandwidth)
@@ -117,9 +113,9 @@ def evaluate(
             "flop_per_second": counted.flop / measured.p50,
             "flop_per_byte": counted.flop / counted.bytes,
         }
-    calls = {"text_encoder": 1, "denoiser": samples[0]["evaluations"], "vae_decoder": 1}
+    calls = {**dict.fromkeys(required, 1), "denoiser": samples[0]["evaluations"]}
     floor, total = (
-        sum(calls[name] * components[name]["floor"] for name in COMPONENTS),
+        sum(calls[name] * components[name]["floor"] for name in required),
         statistics.summarize([sample["total"] for sample in samples]),
     )
     refused = statistics.refuse_noise("the time of a picture", total.spread)
@@ -130,7 +126,7 @@ def evaluate(
         "refused": refused,
         "picture": {
             "evaluations": calls["denoiser"],
-            "flop": sum(calls[name] * components[name]["flop"] for name in COMPONENTS),
+            "flop": sum(calls[name] * components[name]["flop"] for name in required),
             "seconds": total,
             "floor": floor,
             "reached": floor / total.p50,

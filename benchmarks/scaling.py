@@ -15,7 +15,8 @@ from benchmarks.report import conditions, print_table, write_json
 from benchmarks.sides import Request, Setup
 from engine.backends import default_backend
 from engine.bundle import Bundle
-from engine.contract import VAE_FACTOR, Range
+from engine.contract import Range
+from engine.family import STABLE_DIFFUSION
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +93,8 @@ def _with(request: Request, **changes: Any) -> Request:
 
 def _sides(side: Range) -> list[int]:
     """Half, once, one and a half times and twice the best size, as far as the range goes."""
-    found = {side.opt * part // 2 // VAE_FACTOR * VAE_FACTOR for part in (1, 2, 3, 4)}
+    factor = STABLE_DIFFUSION.factor
+    found = {side.opt * part // 2 // factor * factor for part in (1, 2, 3, 4)}
     return [value if value in side else side.opt for value in sorted(found)] if not side.static else [side.opt]
 
 
@@ -104,7 +106,7 @@ def measure(setup: Setup, interpreters: dict[str, str], request: Request, pictur
 
 
 def _point(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """What all rounds say of a point."""
+    """A summary of all rounds of a point."""
     total = statistics.summarize([seconds for found in rounds for seconds in found["totals"]])
     memory = {
         name: max((found[name] for found in rounds if found[name] is not None), default=None)
@@ -114,7 +116,7 @@ def _point(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def fit(axis: str, points: list[dict[str, Any]]) -> dict[str, Any]:
-    """The exponents of time and memory; None where there are too few sizes."""
+    """The exponents of time and memory. None if there are too few sizes."""
     usable = [point for point in points if not point["refused"]]
     sizes = [point[axis] for point in usable]
     if len(set(sizes)) < 2:

@@ -1,5 +1,4 @@
-"""What the settings of the libraries give, and what the exact savings do: one change at a time, beside the library's
-first setting.
+"""Measures settings of the libraries and the exact savings: one change at a time, against the library's first setting.
 
 The denoiser runs at the bundle's best size with guidance. Both settings have a process of their own and take turns, so
 that a drift of the machine hits both, and the ratio is taken turn by turn. The exact savings are those of the OpenVINO
@@ -26,8 +25,10 @@ from benchmarks.options import integer_from
 from benchmarks.report import conditions, print_table, write_json
 from benchmarks.worker import Worker, peak_bytes, serve
 from engine.bundle import Bundle
-from engine.contract import LATENT_CHANNELS, PROMPT_TOKENS, SLOTS, VAE_FACTOR
+from engine.contract import SLOTS, Range, Shapes
+from engine.family import STABLE_DIFFUSION
 from engine.libraries import import_library, installed
+from export.compare import random_inputs
 
 ONNXRUNTIME: dict[str, dict[str, Any]] = {
     "as the backend does": {},
@@ -112,7 +113,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _groups() -> tuple[dict[tuple[str, str], dict[str, dict[str, Any]]], dict[str, str]]:
-    """The settings that this machine can run, by library and precision, and why it cannot run others."""
+    """The settings that this machine can run, by library and precision, and the reasons for those that it cannot
+    run."""
     groups = {("onnxruntime", "fp32"): ONNXRUNTIME, ("openvino", "fp32"): OPENVINO, ("openvino", "bf16"): OPENVINO}
     skipped = {library: f"{library}: {library} is not installed" for library, _ in groups if not installed(library)}
     if "openvino" not in skipped:
@@ -130,7 +132,7 @@ def _groups() -> tuple[dict[tuple[str, str], dict[str, dict[str, Any]]], dict[st
 def _measure(
     job: dict[str, Any], settings: dict[str, dict[str, Any]], turns: int, runs: int
 ) -> Iterator[dict[str, Any]]:
-    """A row for each setting of a library, the first one beside itself."""
+    """A row for each setting of a library. The first one is measured against itself."""
     with closing(Setting({**job, **next(iter(settings.values()))})) as first:
         for number, (name, change) in enumerate(settings.items(), 1):
             progress(f"{job['library']}, {job['precision']}: {name} ({number} of {len(settings)})")
@@ -158,8 +160,8 @@ def _row(
         "step ms": 1e3 * float(np.median([step for _, step in pairs])),
         "of the first": "refused" if refused else share.p50,
         "spread": share.spread,
-        "text ms": 1e3 * loaded["context"],
-        "timestep ms": 1e3 * loaded["timestep"],
+        "text ms": 1e3 * loaded["loop"],
+        "timestep ms": 1e3 * loaded["exact"],
         "before the text ms": 1e3 * loaded["sample"],
         "peak GiB": peak / 2**30,
     }
@@ -182,7 +184,7 @@ class Setting(Worker):
 
 
 class Service:
-    """What that process answers."""
+    """The process's answers."""
 
     def __init__(self) -> None:
         self._step: Callable[[], Any] | None = None
@@ -196,8 +198,8 @@ class Service:
             self._usual = _median(self._step, 1)
             return {
                 "create": created,
-                "context": 0.0,
-                "timestep": 0.0,
+                "loop": 0.0,
+                "exact": 0.0,
                 "sample": 0.0,
                 **{name: _median(part, 5) for name, part in parts.items()},
             }
@@ -210,18 +212,18 @@ class Service:
         return {"step": self._usual}
 
 
+DENOISER = STABLE_DIFFUSION["denoiser"]
+
+
+def sizes_of(height: int, width: int, batch: int = 1) -> dict[str, int]:
+    """The graphs' dimensions for one step with two rows: one guided picture of so many pixels, or two pictures."""
+    ranges = (Range(size, size, size) for size in (height, width, batch, 2))
+    return Shapes(*ranges).sizes(STABLE_DIFFUSION.factor)
+
+
 def inputs_of(context_size: int, height: int, width: int, batch: int = 1) -> dict[str, np.ndarray]:
-    """Random inputs of one step with two rows for one guided picture of so many pixels, or for two pictures."""
-    random, plane = np.random.default_rng(0), (LATENT_CHANNELS, height // VAE_FACTOR, width // VAE_FACTOR)
-    shapes = {
-        "state": (batch, SLOTS, *plane),
-        "context": (2, PROMPT_TOKENS, context_size),
-        "mixing": (batch, 2),
-        "update": (batch, SLOTS, SLOTS + 2),
-        "noise": (batch, *plane),
-    }
-    made = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    return {**made, "row_sample": np.arange(2, dtype=np.int32) % batch, "timestep": np.full(2, 500.0, np.float32)}
+    """Random inputs of one step at `sizes_of`."""
+    return random_inputs(DENOISER, {**sizes_of(height, width, batch), "context_size": context_size})
 
 
 def _median(run: Callable[[], Any], runs: int) -> float:
@@ -234,7 +236,7 @@ def _median(run: Callable[[], Any], runs: int) -> float:
 
 
 def _onnxruntime(job: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Callable[[], Any]]]:
-    from engine.backends.onnxruntime import OnnxRuntimeBackend
+    from engine.backends.onnxruntime.backend import OnnxRuntimeBackend
 
     graph, onnxruntime = Path(job["graph"]), import_library("onnxruntime")
     options = OnnxRuntimeBackend({"denoiser": graph})._options(graph)
@@ -247,17 +249,10 @@ def _onnxruntime(job: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Call
     if "spin" in job:
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(job["spin"])))
     if job.get("static"):
-        sizes = {
-            "batch": 1,
-            "rows": 2,
-            "tokens": PROMPT_TOKENS,
-            "height": job["height"] // VAE_FACTOR,
-            "width": job["width"] // VAE_FACTOR,
-        }
-        for name, size in sizes.items():
+        for name, size in sizes_of(job["height"], job["width"]).items():
             options.add_free_dimension_override_by_name(name, size)
     session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-    context_size = next(value.shape[2] for value in session.get_inputs() if value.name == "context")
+    (context_size,) = (value.shape[2] for value in session.get_inputs() if value.name == "context")
     inputs = inputs_of(context_size, job["height"], job["width"])
     return (lambda: session.run(None, inputs)), {}
 
@@ -276,13 +271,9 @@ def _openvino(job: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Callabl
     inputs = inputs_of(model.input("context").get_partial_shape()[2].get_length(), job["height"], job["width"], batch)
     if job["cut"]:
         del model
-        runners = backend.denoiser(batch, 2, *inputs["noise"].shape[2:])
-        runners.run(inputs)
-        return runners.step, {
-            "context": runners.context.run,
-            "timestep": runners.timestep.run,
-            "sample": runners.sample.run,
-        }
+        backend.run("denoiser", inputs)
+        call = backend.call(sizes_of(job["height"], job["width"], batch))
+        return (lambda: call.run(0)), {name: runner.run for name, runner in call.runners.items()}
     if job["static"]:
         fix_shapes(backend._library, model, {name: value.shape for name, value in inputs.items()})
     runner = backend.compile("denoiser", model, job["precision"], "the denoiser")
@@ -293,7 +284,7 @@ def _openvino(job: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Callabl
 
 
 def sampler_table(height: int, width: int, runs: int = 300) -> list[dict[str, Any]]:
-    """What guidance and the sampler's update take alone, in several forms."""
+    """Seconds of guidance and the sampler's update alone, in several forms."""
     inputs = inputs_of(1, height, width)
     rows = np.random.default_rng(1).standard_normal((2, inputs["noise"].size)).astype(np.float32)
     columns = np.empty((1, SLOTS + 2, rows.shape[1]), np.float32)

@@ -1,4 +1,5 @@
-"""The sides of a comparison: what makes a picture, each in a process of its own, driven picture by picture.
+"""The sides of a comparison. A side is one of the contenders: one of our backends, diffusers, or optimum. Each makes
+pictures in a process of its own.
 
 It is asked first to load something, then for pictures. Started with `python -m benchmarks.sides`.
 """
@@ -19,7 +20,7 @@ import numpy as np
 
 from benchmarks.errors import SkippedSide
 from benchmarks.worker import Worker, peak_bytes, serve
-from engine.contract import COMPONENTS
+from engine.family import STABLE_DIFFUSION
 from engine.libraries import import_library, installed
 
 OURS = ("tensorrt", "openvino", "openvino-fp32", "onnxruntime")
@@ -59,7 +60,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Request:
-    """One call: `file` is where the pixels go, [batch, H, W, 3] uint8."""
+    """One call. `file` gets the pixels, [batch, H, W, 3] uint8."""
 
     prompt: str
     seed: int
@@ -81,11 +82,12 @@ class Side(Worker):
         self.loaded["start"] = perf_counter() - started
 
     def picture(self, request: Request) -> dict[str, Any]:
-        """Seconds of the stages and the whole, evaluations, whether the device was waited for."""
+        """Makes a picture. Returns the seconds of the stages and of the whole, the evaluations, and whether it waited
+        for the device."""
         return self.ask(asdict(request))
 
     def finish(self) -> dict[str, Any]:
-        """Ends the process: its peak memory in bytes, and the device's where there is one."""
+        """Ends the process. Returns its peak memory in bytes, and the device's if there is one."""
         answer = self.ask({"finish": True})
         self.close()
         return answer
@@ -112,7 +114,7 @@ class Ours:
         else:
             self._pipeline = Pipeline.load(setup.bundle, backend=name, threads=threads)
         self.description = self._pipeline._backend.description
-        self.precisions = dict.fromkeys(COMPONENTS, self._pipeline.bundle.precision)
+        self.precisions = dict.fromkeys(self._pipeline.bundle.graphs, self._pipeline.bundle.precision)
         self.precisions |= {
             name: "bf16"
             for name, precision in getattr(self._pipeline._backend, "precision", {}).items()
@@ -122,7 +124,7 @@ class Ours:
         self._sampler = setup.sampler
 
     def picture(self, request: Request) -> dict[str, Any]:
-        self._pipeline._contexts.clear()  # every picture pays for its text, as the others' do
+        self._pipeline._encode.clear()  # every picture pays for its text, as the others' do
         started = perf_counter()
         result = self._pipeline(
             request.prompt,
@@ -152,7 +154,7 @@ class Ours:
 
 
 class Diffusers:
-    """diffusers as its documentation says, with one of DIFFUSERS."""
+    """diffusers, used as its documentation shows, with one of the settings in DIFFUSERS."""
 
     def __init__(self, setup: Setup) -> None:
         _require("torch", "diffusers")
@@ -182,7 +184,7 @@ class Diffusers:
             pipeline.vae.decode = torch.compile(pipeline.vae.decode)
         self._pipeline = pipeline
         self.precision = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
-        self.precisions = dict.fromkeys(COMPONENTS, self.precision)
+        self.precisions = dict.fromkeys(STABLE_DIFFUSION.names, self.precision)
         how = ", channels_last" * settings.channels_last + ", compiled" * settings.compiled
         place = torch.cuda.get_device_name() if self._gpu else f"the CPU, {torch.get_num_threads()} threads"
         self.description = (
@@ -264,7 +266,7 @@ class Optimum:
             self._pipeline.scheduler.config
         )
         self._pipeline.set_progress_bar_config(disable=True)
-        self.precisions = dict.fromkeys(COMPONENTS, "fp32")
+        self.precisions = dict.fromkeys(STABLE_DIFFUSION.names, "fp32")
         self.precision, self.description = "fp32", f"optimum-onnx, ONNX Runtime {onnxruntime.__version__} on the CPU"
 
     picture = Diffusers.picture
@@ -283,7 +285,7 @@ SCHEDULERS = {
     "dpmpp_2m": "DPMSolverMultistepScheduler",
     "pndm": "PNDMScheduler",
 }
-"""diffusers' classes by our names, where from_config makes them equal."""
+"""diffusers' classes by our names, for samplers that from_config makes equal."""
 
 
 def for_transformers_4(model: Path, folder: Path) -> Path:
@@ -331,7 +333,7 @@ def _used_on_gpu() -> int | None:
 
 
 class Service:
-    """What the process of a side answers."""
+    """The answers of a side's process."""
 
     def __init__(self) -> None:
         self._side: Any = None

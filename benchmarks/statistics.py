@@ -18,7 +18,7 @@ STAGES = ("text_encoder", "denoise", "vae_decoder")
 
 @dataclass(frozen=True)
 class Summary:
-    """Of n measurements: smallest, percentiles, and the spread (p90 - p10) / p50."""
+    """Of n measurements: the smallest, percentiles, and the spread (p90 - p10) / p50."""
 
     n: int
     min: float
@@ -37,7 +37,7 @@ def summarize(samples: Sequence[float]) -> Summary:
 
 
 def pair_ratios(ours: Sequence[float], theirs: Sequence[float]) -> Summary:
-    """How many times longer theirs took, pair by pair, so that a drift of the machine cancels."""
+    """Their time divided by ours, pair by pair, so a drift of the machine cancels."""
     return summarize([b / a for a, b in zip(ours, theirs, strict=True)])
 
 
@@ -59,7 +59,7 @@ def refuse_noise(what: str, spread: float) -> list[str]:
 
 
 def refuse_timing(what: str, sample: Mapping[str, Any]) -> list[str]:
-    """The reasons why a timing is none: nobody waited for the device, or the stages do not add up to the whole."""
+    """The reasons why a timing is invalid: nobody waited for the device, or the stages do not add up to the whole."""
     if not sample.get("synchronised"):
         return [
             f"{what} was timed without waiting for the device, so its times say when work was started, not when it was "

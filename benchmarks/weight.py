@@ -1,5 +1,4 @@
-"""How heavy the runtime is beside diffusers: import, process start to saved picture, installed packages. Part of
-`overhead`.
+"""Import, process start to saved picture and installed packages of the runtime, against diffusers. Part of `overhead`.
 
 Every measurement is a fresh process; ours and diffusers' alternate, so that a drift of the machine hits both.
 """
@@ -32,8 +31,7 @@ print(seconds, psutil.Process().memory_info().rss)
 """
 NOTHING = "pass"
 OUR_IMPORT = "from engine import Pipeline; from engine.libraries import import_library; import_library({library!r})"
-"""With the library that runs the graphs, which the pipeline imports when it loads a bundle: diffusers' import has
-torch."""
+"""The imports. Ours includes the library that runs the graphs, because diffusers' includes torch."""
 THEIR_IMPORT = "from diffusers import StableDiffusionPipeline"
 
 OUR_PICTURE = """
@@ -67,7 +65,7 @@ def measure_picture(code: str, model: Path, file: Path) -> float:
 
 
 def _printed(code: str, *arguments: str) -> str:
-    """What Python code prints in a process of its own. SideError if it fails."""
+    """The output of Python code in a process of its own. SideError if it fails."""
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     if done.returncode:
         words = done.stderr.strip() or f"it ended with status {done.returncode}"
@@ -139,7 +137,7 @@ def installed_sizes() -> list[dict[str, Any]]:
 
 
 def closure(roots: list[str]) -> set[str]:
-    """The installed packages among `roots` and all that they require without extras."""
+    """The installed packages among `roots` and everything that they require, without extras."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
@@ -163,6 +161,6 @@ def closure(roots: list[str]) -> set[str]:
 
 
 def package_bytes(name: str) -> int:
-    """The files of an installed package."""
+    """Bytes of the files of an installed package."""
     files = [Path(str(file.locate())) for file in metadata.files(name) or []]
     return sum(file.stat().st_size for file in files if file.is_file())

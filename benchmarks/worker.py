@@ -1,5 +1,5 @@
-"""A process that is asked and answers, one JSON object a line, so that several can take turns: what each loads and its
-peak of memory are its own."""
+"""A process that answers questions, one JSON object a line. Several can take turns, each with its own libraries and its
+own peak memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PATIENCE = 3.0
 
 
 class Worker:
-    """A process of `module`, which calls `serve`. What it cannot do is raised here: SkippedSide, or SideError."""
+    """A process of `module`, which calls `serve`. Its failures are raised here as SkippedSide or SideError."""
 
     def __init__(self, name: str, module: str, python: str = sys.executable) -> None:
         self.name = name
@@ -35,11 +35,10 @@ class Worker:
 
     @property
     def pid(self) -> int:
-        """The process."""
         return self._process.pid
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        """Its answer."""
+        """Asks the process and returns its answer."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -51,8 +50,7 @@ class Worker:
         if not line:
             self.close()
             raise SideError(
-                f"the process of {self.name} ended with status {self._process.returncode}; what it printed above says "
-                "why"
+                f"the process of {self.name} ended with status {self._process.returncode}; the reason is printed above"
             )
         answer = json.loads(line)
         for kind in (SkippedSide, SideError):
@@ -62,8 +60,8 @@ class Worker:
         return dict(answer)
 
     def close(self) -> None:
-        """Ends the process: one that waits for a question tidies up, one that does something else for PATIENCE seconds
-        is killed."""
+        """Ends the process. One that waits for a question cleans up. One that is busy for PATIENCE seconds is
+        killed."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with suppress(BrokenPipeError):
@@ -77,7 +75,7 @@ class Worker:
 
 
 def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """The other end: answers until its input ends or something fails."""
+    """The process's end: answers until its input ends or something fails."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print does not get between the answers
     try:

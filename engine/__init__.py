@@ -1,10 +1,10 @@
-"""LatentRT's runtime: pictures from texts, with NumPy and one inference library.
+"""LatentRT's runtime: text to image with NumPy and one inference library.
 
     from engine import Pipeline
     result = Pipeline.load("engines/demo")("a large red circle on a blue background", num_inference_steps=20, seed=0)
     result.images[0].save("circle.png")
 
-The names below are imported when they are first used: building plans and `python -m engine doctor` need NumPy alone.
+The names below are imported on first use, because building plans and `python -m engine doctor` need only NumPy.
 """
 
 from __future__ import annotations

@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 LOADING_NOTE = 2.0
 WORKING_NOTE = 10.0
-"""Seconds after which standard error is told what takes so long."""
+"""Seconds of work after which a note on standard error says what is running."""
 
 
 def picture(options: argparse.Namespace) -> int:
-    """Makes the pictures, writes them and prints where, how long it took and how far the bundle is from diffusers."""
+    """Makes and writes the pictures. Prints their files, the timings and the bundle's differences from diffusers."""
     from .output import check_output
 
     texts = read_prompts(options.prompt, options.prompts)
@@ -76,8 +76,8 @@ def picture(options: argparse.Namespace) -> int:
 
 
 def make(pipeline: Pipeline, wanted: Sequence[tuple[str, int, Path]], options: argparse.Namespace) -> list[Result]:
-    """Makes the pictures of texts and seeds in as few calls as the bundle allows and writes each call's: the results,
-    without the images."""
+    """Makes the pictures of texts and seeds in as few calls as the bundle allows. Writes the pictures of each call when
+    it ends. Returns the results, without the images."""
     from dataclasses import replace
 
     from .output import write_picture
@@ -127,11 +127,10 @@ def choose_seeds(first: int | None, count: int) -> list[int]:
 
 
 def check_call(options: argparse.Namespace, texts: list[str]) -> Bundle:
-    """The bundle, if it and the arguments look right as far as that can be seen without loading a graph; the pipeline
-    checks the rest."""
+    """The bundle, after all checks that need no graph to be loaded. The pipeline checks the rest."""
     from .bundle import Bundle
-    from .request import check_prompts
-    from .sampling.samplers import sampler_name, step_table
+    from .checks import check_prompts
+    from .sampling.catalog import sampler_name, step_table
     from .sampling.schedule import Schedule
 
     check_prompts(texts, options.negative_prompt)
@@ -144,10 +143,10 @@ def check_call(options: argparse.Namespace, texts: list[str]) -> Bundle:
 
 
 def quickest_backend(bundle: Bundle, device: str | None) -> str | None:
-    """The backend that has a picture first from a cold start: ONNX Runtime for small models on the CPU, which OpenVINO
-    compiles for longer than they run. None leaves the choice to `Pipeline.load`."""
+    """The backend with the shortest time from process start to the first picture: ONNX Runtime for a small model on the
+    CPU, because OpenVINO takes longer to compile it than to run it. None leaves the choice to `Pipeline.load`."""
     from .backends import gpu_number, tensorrt_is_usable
-    from .backends.onnxruntime import LARGE_GRAPH
+    from .backends.onnxruntime.backend import LARGE_GRAPH
 
     if (
         gpu_number(device) is not None
@@ -177,7 +176,8 @@ def call_sizes(pipeline: Pipeline, options: argparse.Namespace, total: int) -> l
 
 
 def split(total: int, sizes: Sequence[int]) -> list[int]:
-    """`total` as a sum of the fewest `sizes`, of equal ones if that takes no more; [total] if there is no such sum."""
+    """`total` as a sum of as few `sizes` as possible, of about equal ones if that needs no more. [total] if there is no
+    such sum."""
     calls, last = [0.0], [0]
     for n in range(1, total + 1):
         fewest = min(((calls[n - size], size) for size in sizes if size <= n), default=(math.inf, 0))
@@ -194,7 +194,7 @@ def split(total: int, sizes: Sequence[int]) -> list[int]:
 
 
 def doctor(options: argparse.Namespace) -> int:
-    """Prints the report: 0 if every bundle can make pictures here, 1 if one cannot or there is none."""
+    """Prints the report. Returns 0 if every bundle can make pictures here, 1 if one cannot or there is none."""
     from .doctor import diagnose
 
     report = diagnose(options.bundles, options.verify)
@@ -206,8 +206,8 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def say(text: str | None) -> None:
-    """Prints, or for None what argparse has printed. A reader that has gone away is no failure: what was asked for is
-    done all the same. OutputFileError for a full disk."""
+    """Prints a line; None flushes what argparse has printed. A closed pipe is no failure: the command does its work all
+    the same. OutputFileError for a full disk."""
     if sys.stdout is None:
         return
     try:
@@ -221,8 +221,8 @@ def say(text: str | None) -> None:
 
 @contextmanager
 def note_after(seconds: float, text: str, wanted: bool, every: float | None = None) -> Iterator[None]:
-    """Tells standard error what is being done if the block takes longer than `seconds`, then `every` so many seconds
-    again."""
+    """Prints a note on standard error if the block takes longer than `seconds`, and again after each `every`
+    seconds."""
     finished, started = threading.Event(), perf_counter()
 
     def tell() -> None:
@@ -245,12 +245,12 @@ def _is_terminal(stream: object) -> bool:
 
 
 def in_words_of_the_shell(message: str) -> str:
-    """A message of the Python interface with the options of the command."""
+    """A message of the Python interface, with arguments written as options of the command."""
     return re.sub(r"\b(backend|device)='([\w:]+)'", r"--\1 \2", message)
 
 
 def what_to_install(error: ImportError, arguments: list[str]) -> str:
-    """What is missing in which Python, and which Python has it or how it gets there."""
+    """The message for a missing package: which Python lacks it, and which one has it or how to install it."""
     environment = Path(__file__).parents[1] / ".venv"
     python = environment / "bin" / "python"
     if python.exists() and environment.resolve() != Path(sys.prefix).resolve():
@@ -264,7 +264,7 @@ def what_to_install(error: ImportError, arguments: list[str]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command: 0, 2 for a mistake of the user's, 1 for a failure."""
+    """Runs the command. Returns its exit code: 0, 2 for a user's mistake, 1 for a failure, 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     show_what_cannot_be_printed()
     try:

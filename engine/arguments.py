@@ -1,5 +1,5 @@
-"""What the command line takes, and the one line that says what is wrong with it. Imports no library, so that --help is
-there at once."""
+"""The options of the command line. A mistake is reported in one line. No library is imported here, because --help
+should appear at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .version import __version__
 
 BACKENDS = ("tensorrt", "openvino", "onnxruntime")
 SCHEDULERS = ("ddim", "ddpm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "pndm")
-"""Of engine.backends and engine.sampling.samplers, which need NumPy."""
+"""Copies of the names in engine.backends and engine.sampling.catalog, which need NumPy."""
 
 MAX_PICTURES = 10_000
 MAX_PROMPTS_BYTES = 16 << 20
@@ -37,19 +37,19 @@ was found."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes are one line, as all errors of the commands."""
+    """Reports a mistake in one line, like every error of the commands."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` lists what is taken\n")
 
 
 def program() -> str:
-    """What the user typed to get here."""
+    """The command's name as the user typed it."""
     return "latentrt" if Path(sys.argv[0]).stem == "latentrt" else "python -m engine"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """What was asked for. SystemExit with 2 and one line for a mistake, with 0 after --help and --version."""
+    """The options. SystemExit with code 2 and one line for a mistake, with code 0 after --help and --version."""
     p = parser()
     options, unknown = p.parse_known_args(arguments)
     if unknown:
@@ -59,7 +59,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The commands and their options."""
     p = Parser(prog=program(), description="Pictures from texts, without torch.")
     p.add_argument("--version", action="version", version=f"LatentRT {__version__}")
     commands = p.add_subparsers(dest="command", required=True)
@@ -69,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     )
     c = commands.add_parser(
         "doctor",
-        help="say what this machine has and which bundles it can use",
+        help="report what this machine has and which bundles it can use",
         epilog=DOCTOR_NOTES,
         formatter_class=layout,
     )
@@ -102,13 +101,13 @@ def _add_picture(c: argparse.ArgumentParser) -> None:
         type=number(),
         default=7.5,
         metavar="G",
-        help="how much the text counts; 1 is without guidance (default: 7.5)",
+        help="how closely pictures follow the text; 1 is without guidance (default: 7.5)",
     )
     c.add_argument(
         "--seed",
         type=whole_number(0, 2**64 - 1),
         metavar="N",
-        help="of the first picture of each text (default: a random one)",
+        help="the seed of the first picture of each text (default: a random one)",
     )
     c.add_argument("--scheduler", metavar="NAME", help=f"{', '.join(SCHEDULERS)} (default: the model's own)")
     c.add_argument(
@@ -130,7 +129,7 @@ def _add_picture(c: argparse.ArgumentParser) -> None:
 
 
 def shorten(text: str, characters: int = 60) -> str:
-    """A text as a message quotes it."""
+    """A quoted text for a message, cut to so many characters."""
     return repr(text if len(text) <= characters else text[:characters] + "...")
 
 
@@ -176,7 +175,7 @@ def path(text: str) -> Path:
     try:
         os.stat(text)
     except ValueError as error:  # NUL, halves of surrogate pairs
-        raise argparse.ArgumentTypeError(f"{shorten(text)} is no name that a file can have") from error
+        raise argparse.ArgumentTypeError(f"{shorten(text)} cannot be a file's name") from error
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise argparse.ArgumentTypeError(f"{shorten(text)} is too long for a file's name") from error

@@ -4,8 +4,8 @@
     <name>/tokenizer/tokenizer.json
     <name>/onnx/<component>.onnx    and <component>.onnx.data
 
-The manifest is read and checked before any other file is touched. A bundle may be replaced while it is loaded: then it
-is looked at again.
+The manifest is read and checked before any other file is touched. If a builder replaces the bundle during loading,
+loading starts again.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from .commands import build_again, build_anything
-from .contract import COMPONENTS, Range, Shapes
+from .contract import Family, Range, Shapes
 from .errors import (
     BackendError,
     BundleChangedError,
@@ -32,30 +32,21 @@ from .errors import (
     MissingFileError,
     UnsafePathError,
 )
-from .manifest import FORMAT, MANIFEST, TOKENIZER, Field, graph_file, own_files, read, shapes
+from .manifest import FORMAT, MANIFEST, TOKENIZER, File, Manifest, SpecialTokens, own_files, read
 
 __all__ = ["FORMAT", "MANIFEST", "Bundle", "SpecialTokens", "sha256", "while_replaced"]
 
 SECONDS_OF_SWAPPING = 10.0
-"""How long a bundle that is being replaced is looked at again. Replacing takes milliseconds."""
+"""For how long loading is tried again while the bundle is being replaced. Replacing takes milliseconds."""
 
 GRAPHS = "onnx/"
-"""Where the files lie that libraries map."""
+"""The folder of the files that libraries map."""
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class SpecialTokens:
-    """Ids of the tokens around a text: SD 1.x pads with the end token, SD 2.x with 0."""
-
-    start: int
-    end: int
-    pad: int
-
-
 class Seal(NamedTuple):
-    """What changes when a file is replaced or written to."""
+    """The properties of a file that change when it is replaced or written to."""
 
     device: int
     inode: int
@@ -70,18 +61,13 @@ class Seal(NamedTuple):
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose manifest has been checked. `manifest` is its whole content, for what has no attribute here.
+    """A bundle whose manifest has been checked. `manifest` is the JSON, `contents` the same as a dataclass.
 
-    `seals` has what each file looked like when its hash was computed, so that one that was changed since is not
-    used."""
+    `seals` describes each file as it was when its hash was computed, so a file that has changed since is not used."""
 
     folder: Path
     manifest: Mapping[str, Any]
-    name: str
-    precision: str
-    shapes: Shapes
-    scheduler: Mapping[str, Any]
-    special_tokens: SpecialTokens
+    contents: Manifest
     seals: dict[str, Seal]
 
     @classmethod
@@ -101,29 +87,43 @@ class Bundle:
             manifest = read(folder)
         except BundleError as error:
             raise type(error)(f"{error}{_several(folder)}; build it again: {build_anything(folder)}") from error
-        again = build_again(folder, manifest)
+        contents = Manifest.of(manifest)
         try:
-            seals = _check_files(folder, manifest, verify)
+            seals = _check_files(folder, contents, verify)
         except UnsafePathError:
             raise
         except BundleError as error:
-            raise type(error)(f"{error}; build it again: {again}") from error
-        tokenizer = manifest["tokenizer"]
-        return cls(
-            folder,
-            manifest,
-            manifest["name"],
-            manifest["precision"],
-            shapes(Field(manifest)),
-            manifest["scheduler"],
-            SpecialTokens(tokenizer["start"], tokenizer["end"], tokenizer["pad"]),
-            seals,
-        )
+            raise type(error)(f"{error}; build it again: {build_again(folder, contents)}") from error
+        return cls(folder, manifest, contents, seals)
+
+    @property
+    def name(self) -> str:
+        return self.contents.name
+
+    @property
+    def family(self) -> Family:
+        return self.contents.family
+
+    @property
+    def precision(self) -> str:
+        return self.contents.precision
+
+    @property
+    def shapes(self) -> Shapes:
+        return self.contents.shapes
+
+    @property
+    def scheduler(self) -> Mapping[str, Any]:
+        return self.contents.scheduler
+
+    @property
+    def special_tokens(self) -> SpecialTokens:
+        return self.contents.tokenizer
 
     @property
     def graphs(self) -> dict[str, Path]:
-        """The ONNX file of each component; its weights lie beside it."""
-        return {component: self.folder / graph_file(component) for component in COMPONENTS}
+        """The ONNX file of each component of the bundle. Its weights lie beside it."""
+        return {component: self.folder / graph.onnx for component, graph in self.contents.components.items()}
 
     @property
     def tokenizer_file(self) -> Path:
@@ -131,14 +131,13 @@ class Bundle:
 
     def command(self, **sizes: Range) -> str:
         """The command that builds this bundle for other `sizes` (height, width, batch)."""
-        return build_again(self.folder, self.manifest, sizes)
+        return build_again(self.folder, self.contents, sizes)
 
     def recheck(self, component: str) -> None:
         """BundleChangedError unless the files of a component are those that were checked when the bundle was opened.
         Files whose seal is the same are not read; others are, and their SHA-256 must be the manifest's."""
-        for name in (graph_file(component), f"{graph_file(component)}.data"):
-            if name in self.seals:
-                self._recheck(name, replaced_too=True)
+        for name in self.contents.files_of(component):
+            self._recheck(name, replaced_too=True)
 
     def recheck_tokenizer(self) -> None:
         """The same for the tokenizer's file."""
@@ -162,20 +161,20 @@ class Bundle:
         if found == sealed or (not replaced_too and (found.device, found.inode) != (sealed.device, sealed.inode)):
             return
         file = self.folder / name
-        if sha256(file) != self.manifest["files"][name]["sha256"]:
+        if sha256(file) != self.contents.files[name].sha256:
             raise self._changed(file)
         self.seals[name] = found
 
     def _changed(self, file: Path) -> BundleChangedError:
         return BundleChangedError(
-            f"{file} is not the file any more that was loaded: the bundle was replaced, changed or deleted meanwhile. "
+            f"{file} is no longer the file that was loaded: the bundle was replaced, changed or deleted. "
             "Load it again: "
             f"Pipeline.load({str(self.folder)!r})"
         )
 
 
 def as_path(folder: Any) -> Path:
-    """A path from what a user gives as one. BundleNotFoundError for what is none."""
+    """The user's argument as a path. BundleNotFoundError if it is no path."""
     if isinstance(folder, bytes) or not isinstance(folder, (str, os.PathLike)):
         kind = type(folder).__name__
         raise BundleNotFoundError(
@@ -190,7 +189,7 @@ def as_path(folder: Any) -> Path:
 
 
 def while_replaced(folder: Path, load: Callable[[], T]) -> T:
-    """What `load` gives; it is called again where it failed because the builder was replacing the bundle in
+    """The result of `load`, which is called again if it failed because a builder was replacing the bundle in
     `folder`."""
     until = time.monotonic() + SECONDS_OF_SWAPPING
     while True:
@@ -217,7 +216,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 def _several(folder: Path) -> str:
-    """What to say where `folder` is a folder of bundles."""
+    """The hint for a `folder` that holds bundles and is none itself."""
     try:
         found = sorted(file.parent.name for file in folder.glob(f"[!.]*/{MANIFEST}"))
     except (OSError, ValueError, RecursionError):
@@ -230,25 +229,29 @@ def _several(folder: Path) -> str:
     )
 
 
-def _check_files(folder: Path, manifest: Mapping[str, Any], verify: bool) -> dict[str, Seal]:
-    """What every file that the manifest names looks like, once its size and its hash are the manifest's. All are opened
-    before the first is read: a bundle that is replaced meanwhile is still one."""
+def _check_files(folder: Path, contents: Manifest, verify: bool) -> dict[str, Seal]:
+    """The seal of every file that the manifest names, after its size and hash were compared with the manifest's. All
+    files are opened before the first is read, so they belong together even if the bundle is replaced meanwhile."""
     seals: dict[str, Seal] = {}
     with ExitStack() as opened:
-        streams = {name: opened.enter_context(_open(folder, name)) for name in manifest["files"]}
-        _refuse_files_without_hash(folder, manifest["files"])
+        streams = {name: opened.enter_context(_open(folder, name)) for name in contents.files}
+        _refuse_files_without_hash(folder, contents)
         for name, stream in streams.items():
             seals[name] = Seal.of(os.fstat(stream.fileno()))
-            expected, file = manifest["files"][name], folder / name
-            if seals[name].size != expected["bytes"]:
-                raise HashMismatchError(f"{file} has {seals[name].size} bytes instead of {expected['bytes']}")
-            if verify and (actual := _digest(stream)) != expected["sha256"]:
-                raise HashMismatchError(f"{file} has SHA-256 {actual[:12]}... instead of {expected['sha256'][:12]}...")
+            _check_file(folder / name, stream, seals[name].size, contents.files[name], verify)
     return seals
 
 
+def _check_file(file: Path, stream: BinaryIO, size: int, expected: File, verify: bool) -> None:
+    """HashMismatchError if a file is not the one that was built."""
+    if size != expected.bytes:
+        raise HashMismatchError(f"{file} has {size} bytes instead of {expected.bytes}")
+    if verify and (actual := _digest(stream)) != expected.sha256:
+        raise HashMismatchError(f"{file} has SHA-256 {actual[:12]}... instead of {expected.sha256[:12]}...")
+
+
 def _open(folder: Path, name: str) -> BinaryIO:
-    """A file of the bundle, which no symbolic link may stand for."""
+    """Opens a file of the bundle. UnsafePathError if a symbolic link is on the way to it."""
     file = folder
     try:
         for part in name.split("/"):
@@ -270,10 +273,10 @@ def _open(folder: Path, name: str) -> BinaryIO:
         raise MissingFileError(f"{file} cannot be read ({error.strerror})") from error
 
 
-def _refuse_files_without_hash(folder: Path, known: Iterable[str]) -> None:
-    """ManifestError for weights that lie where a library would read them, and that the manifest does not know."""
-    for name in own_files() - {MANIFEST} - set(known):
-        if name.startswith("onnx/") and (folder / name).exists():
+def _refuse_files_without_hash(folder: Path, contents: Manifest) -> None:
+    """ManifestError for weights that a library would read although the manifest does not name them."""
+    for name in own_files(contents.family) - contents.files.keys():
+        if name.startswith(GRAPHS) and (folder / name).exists():
             raise ManifestError(f"{folder / name} is there, and {MANIFEST} has no SHA-256 for it")
 
 

@@ -8,24 +8,26 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from .contract import Range
+from .manifest import Manifest, Origin
 
 BUILDER = "build_engines.py"
 
+DEFAULT_OPSET = 18
+"""What the builder takes without --opset."""
+
 
 def show_what_cannot_be_printed() -> None:
-    """Makes the standard streams write characters that a terminal does not know as escapes: a name in them is no
-    failure."""
+    """Makes the standard streams write characters that the terminal cannot show as escapes, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def builder() -> str:
-    """How the builder is started from here: the file in this folder, the console script of an installed package, or the
-    file beside it."""
+    """The command that starts the builder from here: the file in this folder, the console script of an installed
+    package, or the file beside the package."""
     if Path(BUILDER).is_file():
         return f"python {BUILDER}"
     if shutil.which("latentrt-build"):
@@ -34,8 +36,7 @@ def builder() -> str:
 
 
 def build_anything(folder: Path) -> str:
-    """The command for a bundle at `folder` of which nothing is known but its name; only the built-in model needs no
-    MODEL."""
+    """The command for a bundle at `folder` of which only the name is known. The built-in model needs no MODEL."""
     place = f"--output {shlex.quote(str(folder.parent))}"
     if folder.name == "demo":
         return f"{builder()} {place}"
@@ -43,35 +44,26 @@ def build_anything(folder: Path) -> str:
     return f"{builder()} MODEL {place} --name {name}, with the model's folder, file or hub id as MODEL"
 
 
-def build_again(folder: Path, manifest: Mapping[str, Any], sizes: Mapping[str, Range] = MappingProxyType({})) -> str:
-    """The command that builds the bundle in `folder` as it was built, but for the `sizes` (height, width, batch) that
-    are given.
-
-    `manifest` has been checked. It knows a model's path where the bundle was built from a folder or a file.
-    """
-    words = [
-        *_model(manifest["source"]),
-        "--output",
-        str(folder.parent),
-        "--name",
-        folder.name,
-        "--precision",
-        manifest["precision"],
-    ]
-    if (opset := manifest["components"]["denoiser"].get("opset", 18)) != 18:
+def build_again(folder: Path, manifest: Manifest, sizes: Mapping[str, Range] = MappingProxyType({})) -> str:
+    """The command that builds the bundle in `folder` as it was built, but with the given `sizes` (height, width,
+    batch). It names the model's path if the bundle was built from a folder or a file."""
+    words = [*_model(manifest.source), "--output", str(folder.parent), "--name", folder.name]
+    words += ["--precision", manifest.precision]
+    opset = max(graph.opset for graph in manifest.components.values())
+    if opset != DEFAULT_OPSET:
         words += ["--opset", str(opset)]
-    words += ["--backend", "openvino" if "openvino" in manifest else "onnxruntime"]
-    for side in ("height", "width", "batch"):
-        words += [f"--{side}", str(sizes.get(side, Range(*manifest["shapes"][side])))]
-    if not manifest["verification"]["done"]:
+    words += ["--backend", "onnxruntime" if manifest.openvino is None else "openvino"]
+    for name in ("height", "width", "batch"):
+        words += [f"--{name}", str(sizes.get(name, getattr(manifest.shapes, name)))]
+    if not manifest.verification.done:
         words.append("--no-verify")
     return " ".join([builder(), *map(shlex.quote, words)])
 
 
-def _model(source: Mapping[str, Any]) -> list[str]:
+def _model(source: Origin) -> list[str]:
     """MODEL and the options that belong to it."""
-    kinds = {"built-in": [], "random": [source["id"], "--random-weights"]}
-    words: list[str] = kinds.get(source["kind"], [source.get("path") or source["id"]])
-    for name, value in source.get("options", {}).items():
+    kinds = {"built-in": [], "random": [source.id, "--random-weights"]}
+    words: list[str] = kinds.get(source.kind, [source.path or source.id])
+    for name, value in source.options.items():
         words += [f"--{name}", value]
     return words

@@ -1,5 +1,4 @@
-"""The words in which exporter and runtime agree about graphs: tensors, components, families, and the sizes that they
-serve.
+"""What exporter and runtime agree on about graphs: tensors, components, families, and the sizes that they serve.
 
 A `Family` (family.py) lists its components and their tensors. Everything that handles a graph's inputs or outputs reads
 them there: tracing, checks, OpenVINO's parts, TensorRT's profiles and the layout of a step's row, counters, random
@@ -21,35 +20,6 @@ MAX_STEPS = 1000
 
 DYNAMIC = ("batch", "rows", "tokens", "height", "width")
 """The dimensions that a call chooses. Height and width are those of the latents. Other names are the model's sizes."""
-
-# Until their last reader is gone; family.py has what counts.
-LATENT_CHANNELS = 4
-VAE_FACTOR = 8
-"""Pixels per latent element, in both directions."""
-
-COMPONENTS = ("text_encoder", "denoiser", "vae_decoder", "vae_encoder")
-
-INPUTS: dict[str, tuple[str, ...]] = {
-    "text_encoder": ("input_ids",),
-    "denoiser": ("state", "row_sample", "context", "timestep", "mixing", "update", "noise"),
-    "vae_decoder": ("latents",),
-    "vae_encoder": ("image",),
-}
-OUTPUTS: dict[str, tuple[str, ...]] = {
-    "text_encoder": ("context",),
-    "denoiser": ("next_state",),
-    "vae_decoder": ("image", "magnitude"),
-    "vae_encoder": ("mean", "std"),
-}
-
-INTEGERS = {"input_ids": "int32", "row_sample": "int32", "image": "uint8"}
-"""The tensors that are not float32."""
-
-
-def dtype(tensor: str) -> str:
-    """The type of an input's or output's elements."""
-    return INTEGERS.get(tensor, "float32")
-
 
 Sizes = Mapping[str, int]
 """The size of each named dimension."""
@@ -82,7 +52,7 @@ class Tensor:
     fed_by: str | None = None
 
     def shape(self, sizes: Sizes) -> Shape:
-        """Its shape where the dimensions have these sizes. KeyError for one that is missing."""
+        """Its shape for these sizes of the dimensions. KeyError for one that is missing."""
         return tuple(_size(dim, sizes) for dim in self.dims)
 
     @property
@@ -91,15 +61,20 @@ class Tensor:
         return frozenset(_name(dim) for dim in self.dims if isinstance(dim, str))
 
     @property
+    def dynamic(self) -> dict[int, str]:
+        """The axes whose size a call chooses, with the names of their dimensions."""
+        return {axis: dim for axis, dim in enumerate(self.dims) if isinstance(dim, str) and _name(dim) in DYNAMIC}
+
+    @property
     def indexes(self) -> str | None:
-        """The dimension that its values count along, if they do."""
+        """The dimension that its values are indices of, or None."""
         return self.below if isinstance(self.below, str) else None
 
 
 @dataclass(frozen=True)
 class Component:
-    """A graph. `required`: no picture is made without it. `halves`: a CPU may run it in bfloat16, where the builder has
-    measured that pictures stay right."""
+    """A graph. `required`: every picture needs it. `halves`: a CPU may run it in bfloat16, if the builder has measured
+    that pictures stay right."""
 
     name: str
     inputs: tuple[Tensor, ...]
@@ -123,13 +98,23 @@ class Component:
         """The names of its inputs' dimensions."""
         return frozenset().union(*(tensor.names for tensor in self.inputs))
 
+    @property
+    def state(self) -> Tensor:
+        """The input that an output of the step before becomes."""
+        return next(tensor for tensor in self.inputs if tensor.fed_by)
+
+    @property
+    def stepped(self) -> tuple[Tensor, ...]:
+        """The inputs that get a new value with each step, except the state."""
+        return tuple(tensor for tensor in self.inputs if tensor.changes == "step" and not tensor.fed_by)
+
     def shapes(self, sizes: Sizes) -> dict[str, Shape]:
-        """The shape of each input where the dimensions have these sizes."""
+        """The shape of each input for these sizes of the dimensions."""
         return {tensor.name: tensor.shape(sizes) for tensor in self.inputs}
 
     def sizes(self, shapes: Mapping[str, Sequence[int | None]]) -> dict[str, int]:
-        """The size of each dimension that inputs of these shapes tell; what is None or below 0 in a shape tells
-        nothing. ValueError where they contradict the contract or each other."""
+        """The sizes of dimensions that follow from these shapes of inputs. None and negative numbers in a shape stand
+        for unknown sizes. ValueError if the shapes contradict the contract or each other."""
         found: dict[str, int] = {}
         for tensor in self.inputs:
             shape = shapes.get(tensor.name)
@@ -149,7 +134,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of model: what its bundles hold.
+    """A kind of model, and what its bundles hold.
 
     channels: of a latent; factor: pixels per latent element, in both directions; tokenizers: how many a text goes
     through.
@@ -184,7 +169,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Range:
-    """Sizes that a bundle was built for, ends included; `opt` is the one that it is best at."""
+    """Sizes that a bundle was built for, ends included. `opt` is the one that it is fastest at."""
 
     min: int
     opt: int
@@ -207,8 +192,8 @@ class Range:
 
 @dataclass(frozen=True)
 class Shapes:
-    """Height and width in pixels and number of pictures per call that a bundle or a plan serves; `rows` are the U-Net's
-    rows for one call (with guidance twice the pictures), None where every number is served."""
+    """Height and width in pixels and the number of pictures in a call that a bundle or a plan serves. `rows` are the
+    U-Net's rows in a call: with guidance twice the pictures. None means that every number is served."""
 
     height: Range
     width: Range
@@ -224,14 +209,14 @@ class Shapes:
         sides = height in self.height and width in self.width
         return sides and batch in self.batch and (self.rows is None or rows in self.rows)
 
-    def static(self, factor: int = 8) -> dict[str, int]:
-        """The graphs' dimensions that never change, by name, for a family with that factor."""
+    def static(self, factor: int) -> dict[str, int]:
+        """The graphs' dimensions that are the same in every call, by name, for a family with that factor."""
         sizes = {"height": (self.height, factor), "width": (self.width, factor), "batch": (self.batch, 1)}
         return {name: side.opt // unit for name, (side, unit) in sizes.items() if side.static}
 
     def sizes(self, factor: int, which: Literal["min", "opt", "max"] = "opt") -> dict[str, int]:
-        """The sizes of a call at this end of the ranges, for a family with that factor; `rows` are those with guidance
-        where every number is served."""
+        """The sizes of a call at this end of the ranges, for a family with that factor. If every number of rows is
+        served, `rows` are those with guidance."""
         height, width, batch = (int(getattr(side, which)) for side in (self.height, self.width, self.batch))
         rows = 2 * batch if self.rows is None else int(getattr(self.rows, which))
         return {
@@ -256,7 +241,7 @@ def _size(dim: int | str, sizes: Sizes) -> int:
 
 
 def _note(found: dict[str, int], dim: int | str, size: int, tensor: str) -> None:
-    """Adds what one dimension of a shape tells. ValueError where it contradicts what is known."""
+    """Adds the size that follows from one dimension of a shape. ValueError if it contradicts a known one."""
     factor, name = (1, None) if isinstance(dim, int) else (_factor(dim), _name(dim))
     known = dim if name is None else found.get(name)
     if size % factor or (known is not None and known != size // factor):

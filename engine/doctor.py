@@ -1,8 +1,9 @@
-"""What this machine has, which bundles and plans it can use, and for each that it cannot, why and what to run.
+"""Reports what this machine has and which bundles and plans it can use. For each that it cannot use, it says why and
+what to run.
 
     python -m engine doctor [--bundles engines/]
 
-Needs nothing but NumPy. Whatever is wrong with a library, a GPU or a bundle is a line of the report and not its end.
+Needs only NumPy. A broken library, GPU or bundle becomes a line of the report and does not end it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .commands import build_anything, builder
 from .errors import EngineError
 from .libraries import import_library, install_command, installed
 from .plans import Machine, Plans, rebuild_command
-from .sampling.samplers import sampler_name, step_table
+from .sampling.catalog import sampler_name, step_table
 from .sampling.schedule import Schedule
 from .version import __version__
 
@@ -38,15 +39,15 @@ NVIDIA_SMI_SECONDS = 10.0
 
 
 RUNTIME = {"PIL": "pillow", "tokenizers": "tokenizers", "tqdm": "tqdm"}
-"""Packages without which there is no picture, by what they are imported as."""
+"""Packages that every picture needs, by the names that they are imported by."""
 
 Report = Generator[str, None, bool]
-"""Lines, and in the end whether all is well."""
+"""Yields lines, and returns whether all is well."""
 
 
 def diagnose(bundles: Path, verify: bool = False) -> Report:
-    """The report, line by line; True in the end if there are bundles and each can make pictures here with one backend
-    at least. `verify` reads every file of the bundles and plans and compares its SHA-256."""
+    """The report, line by line. Returns True if there are bundles and each can make pictures here with at least one
+    backend. `verify` reads every file of the bundles and plans and compares its SHA-256."""
     yield f"LatentRT {__version__}, Python {platform.python_version()}, NumPy {np.__version__}, {platform.platform()}"
     machines, lines = find_gpus()
     yield from lines
@@ -61,7 +62,7 @@ def diagnose(bundles: Path, verify: bool = False) -> Report:
 
 
 def find_bundles(place: Path) -> tuple[list[Path], str]:
-    """The bundle at `place`, or those in it, damaged ones too; and why there is none."""
+    """The bundle at `place`, or those in it, including damaged ones, and the reason if there is none."""
     build = f"build one: {builder()} --output {shlex.quote(str(place))}"
     try:
         names = sorted(os.listdir(place))
@@ -89,7 +90,7 @@ def _may_be_bundle(folder: Path) -> bool:
 
 
 def find_gpus() -> tuple[list[Machine], list[str]]:
-    """The GPUs that plans could run on here, and what is to be said about them."""
+    """The GPUs that plans can run on, and lines about all GPUs."""
     listed = list_gpus()
     lines = [f"GPU {i}: {line}" for i, line in enumerate(listed)] or ["GPU: none that nvidia-smi knows of"]
     try:
@@ -112,7 +113,7 @@ def find_gpus() -> tuple[list[Machine], list[str]]:
 
 
 def look_at_gpu(number: int) -> tuple[Machine | None, str]:
-    """A GPU as plans know it, where TensorRT is, and a line about it. CudaError if it does not answer."""
+    """A GPU as plans identify it (None without TensorRT), and a line about it. CudaError if it does not answer."""
     from .backends.tensorrt.cuda import Device
     from .backends.tensorrt.versions import load_tensorrt
 
@@ -131,7 +132,7 @@ def look_at_gpu(number: int) -> tuple[Machine | None, str]:
 
 
 def list_gpus() -> list[str]:
-    """What nvidia-smi says, one line for each GPU."""
+    """One line for each GPU that nvidia-smi lists."""
     if not shutil.which("nvidia-smi"):
         return []
     try:
@@ -153,8 +154,8 @@ def list_gpus() -> list[str]:
 
 
 def find_libraries() -> Generator[str, None, dict[str, str]]:
-    """Lines about the inference libraries, without loading a graph; in the end, for each module that is not usable,
-    why."""
+    """Yields lines about the inference libraries, without loading a graph. Returns the reason for each module that is
+    not usable."""
 
     def tensorrt() -> str:
         from .backends.tensorrt.versions import load_tensorrt
@@ -198,8 +199,7 @@ def find_libraries() -> Generator[str, None, dict[str, str]]:
 
 
 def examine(folder: Path, machines: list[Machine], absent: dict[str, str], verify: bool) -> Report:
-    """Whether a bundle can make pictures, and with which libraries on which GPUs; True in the end if one of them will
-    do."""
+    """Yields with which libraries on which GPUs a bundle can make pictures. Returns True if there is one."""
     try:
         bundle = Bundle.open(folder, verify)
         for name in bundle.manifest["files"]:
@@ -223,7 +223,7 @@ def examine(folder: Path, machines: list[Machine], absent: dict[str, str], verif
 
 
 class NotUsable(Exception):
-    """Why something in a bundle is not usable here."""
+    """Something in a bundle is not usable here; the message says why."""
 
 
 def _verdict(what: str, look: Callable[[], str], folder: Path) -> Report:
@@ -237,7 +237,7 @@ def _verdict(what: str, look: Callable[[], str], folder: Path) -> Report:
 
 
 def find_scheduler(bundle: Bundle) -> str:
-    """The name of the model's own sampler, once it has a table of steps."""
+    """The name of the model's own sampler, after it has made a table."""
     other = (
         f"name another: python -m engine picture 'a text' --bundle {shlex.quote(str(bundle.folder))} --scheduler euler"
     )
@@ -251,7 +251,7 @@ def find_scheduler(bundle: Bundle) -> str:
 
 
 def find_tokenizer(bundle: Bundle) -> str:
-    """ "usable", once it has made tokens of a text."""
+    """ "usable", after it has tokenized a text."""
     missing = [package for module, package in RUNTIME.items() if not installed(module)]
     if missing:
         raise NotUsable(f"no picture without {', '.join(missing)}; {install_command('runtime')}")
@@ -282,7 +282,7 @@ def find_plans(bundle: Bundle, machine: Machine, verify: bool) -> str:
         if not entry.get("check", {}).get("compared")
     ]
     warning = (
-        f"; nobody compared the plans of {', '.join(unchecked)} with ONNX Runtime: {rebuild_command(bundle.folder)} "
+        f"; the plans of {', '.join(unchecked)} were not compared with ONNX Runtime: {rebuild_command(bundle.folder)} "
         "--force"
         if unchecked
         else ""
@@ -291,8 +291,8 @@ def find_plans(bundle: Bundle, machine: Machine, verify: bool) -> str:
 
 
 def reason(error: Exception, folder: Path | None = None) -> str:
-    """What went wrong, in one line that ends with what to do: named errors say it, others are about what a bundle
-    holds."""
+    """The error in one line that ends with what to do. Named errors say that themselves; other errors come from a
+    bundle's content."""
     text = " ".join(str(error).split())
     if isinstance(error, (EngineError, NotUsable)) or folder is None:
         return text or type(error).__name__
@@ -300,4 +300,4 @@ def reason(error: Exception, folder: Path | None = None) -> str:
         place = error.filename if isinstance(error.filename, str) else str(folder)
         return f"{place} cannot be read ({error.strerror}); allow it: chmod -R u+rwX {shlex.quote(str(folder))}"
     reason = f"{type(error).__name__}: {text[:300]}"
-    return f"its manifest or a file in it is garbled ({reason}); build it again: {build_anything(folder)}"
+    return f"its manifest or a file in it is damaged ({reason}); build it again: {build_anything(folder)}"

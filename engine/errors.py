@@ -1,4 +1,4 @@
-"""Every error that the runtime raises on purpose. The message says what was given, what is allowed and what to do."""
+"""The errors that the runtime raises on purpose. Each message says what was given, what is allowed and what to do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def shown(value: Any) -> str:
-    """A value as an error shows it: its repr, unless that is long or cannot be had."""
+    """The repr of a value for an error message, shortened if it is long. Never raises."""
     if isinstance(value, int) and value.bit_length() > 256:
         return f"an integer of {value.bit_length()} bits"
     try:
@@ -78,16 +78,16 @@ class UnknownSchedulerError(InputError):
 
 
 class OutputPathError(InputError):
-    """A picture's file has a name that is not taken, or is something that a picture never replaces: a folder, a
-    device."""
+    """The name of a picture's file is not allowed, or it is the name of something that is never replaced, such as a
+    folder or a device."""
 
 
 class PromptsFileError(InputError):
-    """A file of prompts is not readable, not UTF-8, or holds none."""
+    """A file of prompts is not readable, not UTF-8, or empty."""
 
 
 class SchedulerConfigError(EngineError):
-    """The model's scheduler_config.json asks for something that the samplers here do not do."""
+    """The model's scheduler_config.json asks for something that the samplers do not support."""
 
     exit_code = 2
 
@@ -102,7 +102,7 @@ class CallbackError(InputError):
 
 
 class PipelineStateError(EngineError):
-    """The pipeline cannot do that now. The base of the errors below."""
+    """The pipeline is closed or busy, or cannot be copied. The base of the errors below."""
 
 
 class ClosedPipelineError(PipelineStateError):
@@ -110,11 +110,11 @@ class ClosedPipelineError(PipelineStateError):
 
 
 class BusyPipelineError(PipelineStateError):
-    """A callback of a call, or a signal handler during one, used the pipeline that the call is running on."""
+    """A callback, or a signal handler during a call, used the pipeline that the call is running on."""
 
 
 class PicklingError(PipelineStateError, TypeError):
-    """A pipeline belongs to its process."""
+    """A pipeline cannot be pickled: it belongs to its process."""
 
 
 class BundleError(EngineError):
@@ -128,11 +128,11 @@ class BundleNotFoundError(BundleError):
 
 
 class ManifestError(BundleError):
-    """manifest.json is not readable, lacks something, or holds something else than it should."""
+    """manifest.json is not readable, or a field is missing or wrong."""
 
 
 class ManifestVersionError(BundleError):
-    """The bundle was written by a version of LatentRT whose format this one does not read."""
+    """The bundle has another format than this version of LatentRT reads."""
 
 
 class UnsafePathError(BundleError):
@@ -140,7 +140,7 @@ class UnsafePathError(BundleError):
 
 
 class MissingFileError(BundleError):
-    """A file that the manifest names is not there."""
+    """A file that the manifest names is missing or not readable."""
 
 
 class HashMismatchError(BundleError):
@@ -148,7 +148,7 @@ class HashMismatchError(BundleError):
 
 
 class BundleChangedError(HashMismatchError):
-    """A file of a loaded bundle was replaced, changed or deleted, and it is needed again."""
+    """A file of a loaded bundle was replaced, changed or deleted, and is needed again."""
 
 
 class PlanError(BundleError):
@@ -168,7 +168,7 @@ class PlanDamagedError(PlanError, HashMismatchError):
 
 
 class BackendError(EngineError):
-    """The inference library is missing, or refused a graph or a run."""
+    """The inference library is missing, or failed to load a graph or to run it."""
 
 
 class TensorRtError(BackendError):
@@ -184,7 +184,7 @@ class CudaMemoryError(CudaError):
 
 
 class DeviceLostError(CudaError):
-    """An earlier error has left this process without its GPU; only a new process gets it back."""
+    """An earlier error has made the GPU unusable for this process; a new process can use it."""
 
 
 class OutputFileError(EngineError):

@@ -70,4 +70,4 @@ STABLE_DIFFUSION = Family(
 """Stable Diffusion 1.x and 2.x."""
 
 FAMILIES = {family.name: family for family in (STABLE_DIFFUSION,)}
-"""By the name that a manifest has."""
+"""By the name in the manifest."""

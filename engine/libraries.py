@@ -1,5 +1,5 @@
-"""Which libraries are here, without importing them, how a missing one is installed, and how those that send telemetry
-are imported."""
+"""Finds out which libraries are installed, names the command that installs a missing one, and imports those that send
+telemetry with that turned off."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from threading import Lock
 from typing import Any
 
 TELEMETRY = "LATENTRT_TELEMETRY"
-"""The environment variable by which a user asks for the libraries' own telemetry."""
+"""The environment variable that turns the libraries' own telemetry on."""
 SENDS_EVENTS = "openvino_telemetry"
 _importing = Lock()
 
@@ -35,8 +35,8 @@ REQUIREMENTS: dict[str, tuple[str, ...]] = {
     ),
     "benchmarks": ("matplotlib>=3.8", "psutil>=6"),
 }
-"""pyproject.toml's extras, and as "runtime" its dependencies. Messages name these and not `latentrt[...]`: no index has
-a package of that name."""
+"""pyproject.toml's extras, and its dependencies as "runtime". Messages name these packages, not `latentrt[...]`,
+because no index has a package of that name."""
 
 
 def install_command(*extras: str) -> str:
@@ -46,7 +46,7 @@ def install_command(*extras: str) -> str:
 
 
 def installed(module: str) -> bool:
-    """Whether `import module` would find something."""
+    """Whether a module could be imported. It is not imported."""
     try:
         return find_spec(module) is not None
     except (ImportError, ValueError):
@@ -67,8 +67,8 @@ def turn_telemetry_off(*variables: str) -> None:
 
 
 def import_library(name: str) -> Any:
-    """The library; if this is its first import, with its telemetry off. The only place that imports ONNX Runtime or
-    OpenVINO.
+    """The imported library. Its telemetry is off if this is its first import. Only this function imports ONNX Runtime
+    or OpenVINO.
 
     ONNX Runtime keeps a device id and a database in the home and sends events, unless ORT_DISABLE_TELEMETRY is set when
     it is imported. OpenVINO has no such variable: it counts its imports in the home and sends each to Google Analytics,

@@ -1,137 +1,244 @@
-"""manifest.json: what it must hold, field by field. Nothing of a bundle is used before all of it has been checked.
-
-format            2
-name              what the bundle is called
-source            {kind, id, path?, options?}: which model it was built from, and with which of the builder's options
-                  for a model
-precision         "fp32", "fp16" or "bf16"
-shapes            height, width (pixels) and batch, each [min, opt, max]
-scheduler         the model's scheduler_config.json, which `Schedule.from_config` checks
-components        for each: onnx, and what the builder notes besides
-tokenizer         file, and the ids of the start, end and padding tokens
-verification      done, and if so backend, precision, components and picture; else the reason
-openvino          precision of each component there; only where the builder measured it
-files             SHA-256 and size of every other file of the bundle
-"""
+"""Reads and writes manifest.json. Only this file knows its keys. A bundle's content is reached through the `Manifest`,
+and only after every field has been checked."""
 
 from __future__ import annotations
 
 import json
-import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .contract import COMPONENTS, VAE_FACTOR, Range, Shapes
+from .contract import Family, Shapes
 from .errors import BundleNotFoundError, ManifestError, ManifestVersionError, UnsafePathError
+from .family import FAMILIES
+from .fields import Field
 
-FORMAT = 2
-"""Version of the manifest. It changes whenever an older runtime would misread a newer bundle."""
+FORMAT = 3
+"""Version of the manifest. It changes whenever an older runtime would misread a newer bundle.
+3: names the family; the denoiser takes a timestep for each sample."""
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer/tokenizer.json"
+PICTURE = "verification.png"
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 SOURCE_OPTIONS = ("tokenizer", "prediction-type", "scheduler")
 OPENVINO_PRECISIONS = ("fp32", "bf16")
 
 SMALLEST_SIDE, LARGEST_SIDE, LARGEST_BATCH = 16, 16384, 1024
-"""Pixels, and pictures in one call. A side of 16 is four latents, which is the least that torch draws as a block."""
+"""Pixels, and pictures in one call. 16 x 16 pixels are 4 channels of 2 x 2 latents: 16 numbers, the fewest that torch
+draws as a block."""
 
 LARGEST_MANIFEST = 1 << 24
 """Bytes. A manifest has some kilobytes."""
 
 LONGEST_NAME = 255
-"""Bytes of one part of a path: more than file systems take."""
+"""Bytes of one part of a path, the limit of common file systems."""
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-class Field:
-    """A value of a manifest and the way to it. The methods return it in the type that is asked for, or raise
-    ManifestError."""
+@dataclass(frozen=True)
+class Origin:
+    """Which model a bundle was built from. kind: "built-in", "random", "folder", "file" or "hub". path: the model's
+    folder or file. tokenizer, weights: hashes of what was read. options: the builder's options about the model, by
+    name."""
 
-    def __init__(self, value: Any, path: str = "") -> None:
-        self.value, self._path = value, path
+    kind: str
+    id: str
+    path: str | None = None
+    tokenizer: str | None = None
+    weights: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
 
-    def fail(self, rule: str) -> ManifestError:
-        """The error for a value that breaks `rule`."""
-        shown = (
-            json.dumps(self.value, default=repr)
-            if not isinstance(self.value, int) or abs(self.value) < 10**20
-            else "a huge integer"
+    @classmethod
+    def of(cls, value: Field) -> Origin:
+        texts = {name: value[name].text() for name in ("path", "tokenizer", "weights") if name in value}
+        options = value["options"].items() if "options" in value else []
+        for name, _ in options:
+            if name not in SOURCE_OPTIONS:
+                raise value["options"].fail(f"about {', '.join(SOURCE_OPTIONS)} only")
+        given = {name: option.text() for name, option in options}
+        return cls(value["kind"].text(), value["id"].text(), **texts, options=given)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A component's graph: its file, the versions of ONNX, the seconds that it took to make, and a hash of everything
+    that determines it."""
+
+    onnx: str
+    opset: int
+    ir_version: int
+    seconds: Mapping[str, float]
+    fingerprint: str
+
+    @classmethod
+    def of(cls, component: str, value: Field) -> Graph:
+        return cls(
+            value["onnx"].text((graph_file(component),)),
+            value["opset"].integer(1, 1000),
+            value["ir_version"].integer(1, 1000),
+            {name: seconds.number() for name, seconds in value["seconds"].items()},
+            value["fingerprint"].text(),
         )
-        return ManifestError(
-            f"{self._path or 'the whole'} is {shown if len(shown) <= 80 else shown[:77] + '...'}; it must be {rule}"
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids of the tokens around a text: SD 1.x pads with the end token, SD 2.x with 0."""
+
+    start: int
+    end: int
+    pad: int
+
+    @classmethod
+    def of(cls, value: Field) -> SpecialTokens:
+        value["file"].text((TOKENIZER,))
+        return cls(*(value[name].integer(0, 2**31 - 1) for name in ("start", "end", "pad")))
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Whether the bundle was compared with torch and diffusers. If so: the backend, the precision, and the differences
+    of each component and of the picture. If not: the reason."""
+
+    done: bool
+    reason: str | None = None
+    backend: str | None = None
+    precision: str | None = None
+    components: Mapping[str, Any] = field(default_factory=dict)
+    picture: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(cls, value: Field) -> Verification:
+        if value["done"].boolean():
+            _check_picture(value["picture"])
+        names = [name for name in cls.__dataclass_fields__ if name in value]
+        components = value["components"].object() if "components" in value else {}
+        for name in components:
+            _check_difference(value["components"][name])
+        return cls(**{**{name: value[name].value for name in names}, "components": components})
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a bundle as it was built."""
+
+    sha256: str
+    bytes: int
+
+    @classmethod
+    def of(cls, value: Field) -> File:
+        if not SHA256.fullmatch(value["sha256"].text()):
+            raise value["sha256"].fail("a SHA-256 of 64 hexadecimal digits")
+        return cls(value["sha256"].value, value["bytes"].integer(0, 1 << 50))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of manifest.json.
+
+    name: what the bundle is called; precision: "fp32", "fp16" or "bf16"; shapes: pixels and pictures in one call;
+    scheduler: the model's scheduler_config.json, which `Schedule.from_config` checks; components: those of the family
+    that are there; openvino: the precision of each component there and how it was measured, only where the builder did
+    so; files: every file of the bundle but the manifest and the plans; versions: of the libraries that built it.
+    """
+
+    name: str
+    family: Family
+    source: Origin
+    precision: str
+    shapes: Shapes
+    scheduler: Mapping[str, Any]
+    components: Mapping[str, Graph]
+    tokenizer: SpecialTokens
+    verification: Verification
+    openvino: Mapping[str, Any] | None
+    files: Mapping[str, File]
+    created: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Manifest:
+        """The manifest in a JSON object. ManifestError or UnsafePathError for the first field that is wrong."""
+        value = Field(content)
+        family = FAMILIES[value["family"].text(tuple(FAMILIES))]
+        files = {name: _file(name, entry) for name, entry in value["files"].items()}
+        found = cls(
+            value["name"].text(),
+            family,
+            Origin.of(value["source"]),
+            value["precision"].text(PRECISIONS),
+            _shapes(value["shapes"], family),
+            value["scheduler"].object(),
+            _components(value["components"], family),
+            SpecialTokens.of(value["tokenizer"]),
+            Verification.of(value["verification"]),
+            _openvino(value["openvino"], family) if "openvino" in value else None,
+            files,
+            value["created"].text() if "created" in value else "",
+            {name: one.text() for name, one in value["versions"].items()} if "versions" in value else {},
         )
+        for name in (TOKENIZER, *(graph.onnx for graph in found.components.values())):
+            if name not in files:
+                raise ManifestError(f"files has no SHA-256 for {name!r}, which is used")
+        return found
 
-    def object(self) -> dict[str, Any]:
-        if not isinstance(self.value, dict):
-            raise self.fail("an object")
-        return self.value
+    def content(self) -> dict[str, Any]:
+        """The manifest as a JSON object."""
+        shapes = {name: asdict(getattr(self.shapes, name)) for name in ("height", "width", "batch")}
+        content: dict[str, Any] = {
+            "format": FORMAT,
+            "name": self.name,
+            "family": self.family.name,
+            "source": asdict(self.source),
+            "precision": self.precision,
+            "shapes": {name: list(side.values()) for name, side in shapes.items()},
+            "scheduler": dict(self.scheduler),
+            "components": {name: asdict(graph) for name, graph in self.components.items()},
+            "tokenizer": {"file": TOKENIZER, **asdict(self.tokenizer)},
+            "verification": asdict(self.verification),
+            "openvino": self.openvino,
+            "files": {name: asdict(file) for name, file in sorted(self.files.items())},
+            "created": self.created,
+            "versions": dict(self.versions),
+        }
+        for name in ("source", "verification"):
+            content[name] = _given(content[name])
+        return _given(content)
 
-    def __getitem__(self, key: str) -> Field:
-        """The field of that name in an object."""
-        path = f"{self._path}.{key}" if self._path else key
-        fields = self.object()
-        if key not in fields:
-            raise ManifestError(f"{path} is missing")
-        return Field(fields[key], path)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.object()
-
-    def items(self) -> list[tuple[str, Field]]:
-        return [(key, self[key]) for key in self.object()]
-
-    def text(self, allowed: tuple[str, ...] = ()) -> str:
-        """A string that is not empty, one of `allowed` where some are given."""
-        if not isinstance(self.value, str) or (allowed and self.value not in allowed):
-            raise self.fail(f"one of {', '.join(map(repr, allowed))}" if allowed else "a string")
-        if not self.value or len(self.value) > 4096:
-            raise self.fail("a string of 1 to 4096 characters")
-        return self.value
-
-    def integer(self, low: int, high: int) -> int:
-        if not isinstance(self.value, int) or isinstance(self.value, bool) or not low <= self.value <= high:
-            raise self.fail(f"an integer from {low} to {high}")
-        return self.value
-
-    def number(self) -> float:
-        if not isinstance(self.value, (int, float)) or isinstance(self.value, bool) or not math.isfinite(self.value):
-            raise self.fail("a finite number")
-        return float(self.value)
-
-    def boolean(self) -> bool:
-        if not isinstance(self.value, bool):
-            raise self.fail("true or false")
-        return self.value
-
-    def range(self, low: int, high: int, multiple: int = 1) -> Range:
-        """[min, opt, max]."""
-        if not isinstance(self.value, list) or len(self.value) != 3:
-            raise self.fail("a list of three integers, min, opt and max")
-        smallest, best, largest = (
-            Field(value, f"{self._path}[{i}]").integer(low, high) for i, value in enumerate(self.value)
-        )
-        if not smallest <= best <= largest or any(side % multiple for side in (smallest, best, largest)):
-            raise self.fail(f"min <= opt <= max, each a multiple of {multiple}")
-        return Range(smallest, best, largest)
+    def files_of(self, component: str) -> dict[str, File]:
+        """A component's graph and its weights."""
+        graph = graph_file(component)
+        return {name: self.files[name] for name in (graph, f"{graph}.data") if name in self.files}
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The checked content of `folder`/manifest.json. BundleNotFoundError, ManifestError, ManifestVersionError or
-    UnsafePathError say what is wrong, without saying how it is mended."""
-    manifest = parse(folder)
-    version = manifest.get("format")
+    """The content of `folder`/manifest.json, after `Manifest.of` has accepted it. Raises BundleNotFoundError,
+    ManifestError, ManifestVersionError or UnsafePathError; the caller adds the remedy to the message."""
+    content = parse(folder)
+    version = content.get("format")
     if version != FORMAT or isinstance(version, bool):
         raise _other_version(folder / MANIFEST, version)
     try:
-        check(Field(manifest))
+        Manifest.of(content)
     except ManifestError as error:
-        raise ManifestError(f"{folder / MANIFEST} is not right: {error}") from error
-    return manifest
+        raise ManifestError(f"{folder / MANIFEST} is invalid: {error}") from error
+    return content
+
+
+def write(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """Writes `folder`/manifest.json atomically and returns its content. ManifestError if it could not be read again."""
+    content = manifest.content()
+    Manifest.of(content)
+    unfinished = folder / f".{MANIFEST}.tmp"
+    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(unfinished, folder / MANIFEST)
+    return content
 
 
 def parse(folder: Path) -> dict[str, Any]:
@@ -140,11 +247,11 @@ def parse(folder: Path) -> dict[str, Any]:
     try:
         if not folder.is_dir():
             raise BundleNotFoundError(
-                f"there is no bundle at {shorten(folder)}" + (", which is no folder" if folder.exists() else "")
+                f"there is no bundle at {shorten(folder)}" + (", which is not a folder" if folder.exists() else "")
             )
     except PermissionError as error:
         raise BundleNotFoundError(
-            f"{shorten(folder)} cannot be looked at (Permission denied); allow it: chmod u+rx {folder.parent}"
+            f"{shorten(folder)} cannot be read (Permission denied); allow it: chmod u+rx {folder.parent}"
         ) from error
     except OSError as error:  # too long, links that go round in a circle
         raise BundleNotFoundError(f"there is no bundle at {shorten(folder)} ({error.strerror})") from error
@@ -169,7 +276,7 @@ def parse(folder: Path) -> dict[str, Any]:
 
 
 def shorten(path: Path | str) -> str:
-    """A path as messages show it: not more than a line or two of it."""
+    """A path for a message, shortened if it is long."""
     text = str(path)
     return text if len(text) <= 300 else f"{text[:140]}...{text[-140:]}"
 
@@ -177,81 +284,95 @@ def shorten(path: Path | str) -> str:
 def _other_version(file: Path, version: Any) -> ManifestVersionError:
     if isinstance(version, int) and not isinstance(version, bool) and FORMAT < version < 10**6:
         return ManifestVersionError(
-            f"{file} has format {version}, a newer one than this version reads ({FORMAT}); update LatentRT"
+            f"{file} has format {version}, which is newer than this version reads ({FORMAT}); update LatentRT"
         )
     shown = version if isinstance(version, int) and abs(version) < 10**6 else type(version).__name__
-    return ManifestVersionError(f"{file} has format {shown}, another one than this version reads ({FORMAT})")
-
-
-def check(manifest: Field) -> None:
-    """ManifestError or UnsafePathError for the first field that is not as the schema at the top of this file says."""
-    manifest["name"].text()
-    _check_source(manifest["source"])
-    manifest["precision"].text(PRECISIONS)
-    shapes(manifest)
-    manifest["scheduler"].object()
-    files = manifest["files"]
-    for name, entry in files.items():
-        _check_path(name)
-        if not SHA256.fullmatch(entry["sha256"].text()):
-            raise entry["sha256"].fail("a SHA-256 of 64 hexadecimal digits")
-        entry["bytes"].integer(0, 1 << 50)
-    for component in COMPONENTS:
-        manifest["components"][component]["onnx"].text((graph_file(component),))
-        _require_hash(files, graph_file(component))
-        if "opset" in manifest["components"][component]:
-            manifest["components"][component]["opset"].integer(1, 1000)
-    tokenizer = manifest["tokenizer"]
-    tokenizer["file"].text((TOKENIZER,))
-    _require_hash(files, TOKENIZER)
-    for token in ("start", "end", "pad"):
-        tokenizer[token].integer(0, 2**31 - 1)
-    _check_verification(manifest["verification"])
-    if "openvino" in manifest:
-        for component, precision in manifest["openvino"]["precision"].items():
-            if component not in COMPONENTS:
-                raise manifest["openvino"]["precision"].fail(f"about {', '.join(COMPONENTS)} only")
-            precision.text(OPENVINO_PRECISIONS)
-
-
-def shapes(manifest: Field) -> Shapes:
-    """The sizes that a bundle is for."""
-    sides = {
-        side: manifest["shapes"][side].range(SMALLEST_SIDE, LARGEST_SIDE, VAE_FACTOR) for side in ("height", "width")
-    }
-    return Shapes(**sides, batch=manifest["shapes"]["batch"].range(1, LARGEST_BATCH))
+    return ManifestVersionError(f"{file} has format {shown}; this version reads format {FORMAT}")
 
 
 def graph_file(component: str) -> str:
-    """Where a component's graph lies in a bundle; its weights lie beside it, in a file of that name with `.data`
-    behind."""
+    """The file of a component's graph in a bundle. Its weights are beside it, in a file of that name with `.data`
+    appended."""
     return f"onnx/{component}.onnx"
 
 
-def own_files() -> frozenset[str]:
+def own_files(family: Family) -> frozenset[str]:
     """Every file that the builder may write into a bundle, besides the plans."""
-    graphs = [graph_file(component) for component in COMPONENTS]
-    return frozenset([MANIFEST, TOKENIZER, "verification.png", *graphs, *(f"{name}.data" for name in graphs)])
+    graphs = [graph_file(component) for component in family.names]
+    return frozenset([MANIFEST, TOKENIZER, PICTURE, *graphs, *(f"{name}.data" for name in graphs)])
 
 
-def _check_source(source: Field) -> None:
-    for name in ("kind", "id", *(("path",) if "path" in source else ())):
-        source[name].text()
-    for name, value in source["options"].items() if "options" in source else []:
-        if name not in SOURCE_OPTIONS:
-            raise source["options"].fail(f"about {', '.join(SOURCE_OPTIONS)} only")
-        value.text()
+def holds_graphs(folder: Path) -> bool:
+    """Whether a folder holds files that only the builder writes. Its manifest does not matter."""
+    graphs = {graph_file(component) for family in FAMILIES.values() for component in family.names}
+    return any((folder / name).exists() for name in (TOKENIZER, *graphs))
 
 
-def _check_verification(verification: Field) -> None:
-    if not verification["done"].boolean():
-        return
-    picture = verification["picture"]
+def is_ours(content: Mapping[str, Any]) -> bool:
+    """Whether a JSON object is the manifest of a bundle, even a damaged one, and not some other manifest.json."""
+    return "format" in content and {"components", "files"} & content.keys() != set()
+
+
+def named_files(content: Mapping[str, Any]) -> frozenset[str] | None:
+    """The files that an unchecked manifest names as its bundle's, with itself. None if it names none."""
+    files = content.get("files")
+    return frozenset([MANIFEST, *files]) if isinstance(files, dict) else None
+
+
+def claimed_origin(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The entry of an unchecked manifest about its model, with the fields of `Origin`, of any type. None if there is
+    none."""
+    source = content.get("source")
+    return source if isinstance(source, dict) else None
+
+
+def _given(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content without the fields that are None."""
+    return {name: value for name, value in content.items() if value is not None}
+
+
+def _shapes(value: Field, family: Family) -> Shapes:
+    height, width = (value[side].range(SMALLEST_SIDE, LARGEST_SIDE, family.factor) for side in ("height", "width"))
+    return Shapes(height, width, value["batch"].range(1, LARGEST_BATCH))
+
+
+def _components(value: Field, family: Family) -> dict[str, Graph]:
+    """The graphs that are there, in the family's order."""
+    _only(value, family.names)
+    there = [name for name in family.names if name in family.required or name in value]
+    return {name: Graph.of(name, value[name]) for name in there}
+
+
+def _openvino(value: Field, family: Family) -> Mapping[str, Any]:
+    _only(value["precision"], family.names)
+    for _, precision in value["precision"].items():
+        precision.text(OPENVINO_PRECISIONS)
+    return value.object()
+
+
+def _only(value: Field, names: Iterable[str]) -> None:
+    if value.object().keys() - set(names):
+        raise value.fail(f"about {', '.join(names)} only")
+
+
+def _check_difference(value: Field) -> None:
+    """How far a component is from torch; null where nobody has compared them."""
+    if value.value is not None:
+        value["max_abs"].number()
+        value["relative_rms"].number()
+
+
+def _check_picture(picture: Field) -> None:
     for name in ("latents_max_abs", "pixels_within_1", "psnr_db"):
         picture[name].number()
     for name in ("steps", "seed"):
         picture[name].integer(0, 2**64)
     picture["scheduler"].text()
+
+
+def _file(name: str, entry: Field) -> File:
+    _check_path(name)
+    return File.of(entry)
 
 
 def _check_path(name: str) -> None:
@@ -266,13 +387,3 @@ def _check_path(name: str) -> None:
         raise UnsafePathError(
             f"the manifest names {shorten(name)!r}, which is not a plain path inside the bundle; do not use this bundle"
         )
-
-
-def _require_hash(files: Field, name: str) -> None:
-    if name not in files:
-        raise ManifestError(f"files has no SHA-256 for {name!r}, which is used")
-
-
-def is_ours(manifest: Mapping[str, Any]) -> bool:
-    """Whether a JSON object is a manifest of a bundle, right or garbled, and not some other manifest.json."""
-    return "format" in manifest and {"components", "files"} & manifest.keys() != set()

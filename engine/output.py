@@ -1,4 +1,5 @@
-"""Files for pictures: which names are taken, what may be replaced, and how a picture gets there whole or not at all."""
+"""Files for pictures: which names are allowed, what may be replaced, and how a picture is written whole or not at
+all."""
 
 from __future__ import annotations
 
@@ -16,8 +17,7 @@ from .errors import OutputFileError, OutputPathError
 
 @dataclass(frozen=True)
 class Format:
-    """A format as Pillow names it: for saving, as a feature that it may have been built without, and with which
-    options."""
+    """A file format: Pillow's name for saving, the feature of Pillow that it needs, and the options of saving."""
 
     name: str
     feature: str
@@ -30,7 +30,7 @@ FORMATS = {
     ".jpeg": Format("JPEG", "jpg", {"quality": 95}),
     ".webp": Format("WEBP", "webp", {"lossless": True}),
 }
-"""By the extension of a file's name, whatever its case."""
+"""By the extension of a file's name, in lower case."""
 
 ALLOWED = "pass a name that ends in .png, .jpg, .jpeg or .webp"
 
@@ -46,11 +46,11 @@ KINDS = {
 
 
 def check_output(output: str, count: int) -> list[Path]:
-    """The files for `count` pictures: `output` itself for one, numbered from 0 for several. Each may be written as far
-    as that can be known.
+    """The files for `count` pictures: `output` itself for one, numbered from 0 for several. As far as can be known,
+    each can be written.
 
-    OutputPathError for names that are not taken and for what is never replaced; OutputFileError where the folder is
-    missing or not writable.
+    OutputPathError for names that are not allowed and for targets that are never replaced. OutputFileError if the
+    folder is missing or not writable.
     """
     file = _plain_path(output)
     several = count > 1 and file.suffix.lower() in FORMATS
@@ -90,8 +90,8 @@ def _check_encoder(wanted: Format) -> None:
 
 
 def find_target(file: Path) -> Path:
-    """The file that a picture called `file` is written to: itself, or what a symbolic link leads to. The errors of
-    `check_output`."""
+    """The file that a picture called `file` is written to: itself, or the target of a symbolic link. Raises the errors
+    of `check_output`."""
     target = Path(os.path.realpath(file))
     link = f" (a symbolic link to {target})" if os.path.islink(file) else ""
     kind = _kind(file, target)
@@ -114,7 +114,7 @@ def find_target(file: Path) -> Path:
 
 
 def _kind(file: Path, target: Path) -> int | None:
-    """What is there, as the file type bits of its mode; None for nothing."""
+    """The file type bits of the target's mode. None if nothing is there."""
     try:
         return stat.S_IFMT(os.lstat(target).st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -131,8 +131,8 @@ def _why_not_writable(place: Path) -> str:
 
 
 def write_picture(image: Any, file: Path) -> None:
-    """Writes a PIL image in the format of the file's extension. A temporary file is renamed at the end, so that a
-    failure leaves what was there; symbolic links stay and their target is written. The errors of `check_output`."""
+    """Writes a PIL image in the format of the file's extension. A temporary file is renamed at the end, so a failure
+    leaves the old file. A symbolic link stays, and its target is written. Raises the errors of `check_output`."""
     target = find_target(file)
     unfinished = target.with_name(f".{target.name[:50]}.{os.getpid()}.tmp")
     wanted = FORMATS[file.suffix.lower()]

@@ -1,4 +1,4 @@
-"""Pictures that carry their parameters: PIL images whose PNG files say how they were made."""
+"""PIL images that write their parameters into PNG files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Picture(Image.Image):
     def save(
         self, fp: str | bytes | PathLike[str] | PathLike[bytes] | IO[bytes], format: str | None = None, **params: Any
     ) -> None:
-        """As `Image.save`; in a PNG the parameters go along, unless `pnginfo` is given. Other formats have no place for
+        """As `Image.save`. A PNG gets the parameters, unless `pnginfo` is given. Other formats have no place for
         them."""
         if "pnginfo" not in params and PARAMETERS in self.info:
             text = PngInfo()

@@ -22,7 +22,7 @@ from typing import Any
 
 from .bundle import Bundle
 from .commands import builder
-from .contract import COMPONENTS, Range, Shapes
+from .contract import Range, Shapes
 from .errors import PlanDamagedError, PlanError, PlanMismatchError, PlanNotFoundError
 
 FORMAT = 2
@@ -32,13 +32,10 @@ plans.
 
 BUILD = "build.json"
 
-NEEDED = ("text_encoder", "denoiser", "vae_decoder")
-"""Components that a pipeline loads."""
-
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan is bound to."""
+    """The GPU and the version of TensorRT that a plan is bound to."""
 
     gpu: str
     compute_capability: str
@@ -82,7 +79,7 @@ class Plans:
         return cls(folder, build, tuple(parse_profile(profile) for profile in build["profiles"]))
 
     def read(self, component: str) -> bytes:
-        """The plan of a component, once its SHA-256 is that of build.json. PlanDamagedError otherwise."""
+        """The plan of a component, if its SHA-256 is that of build.json. PlanDamagedError otherwise."""
         file, entry = self.folder / f"{component}.plan", self.build["components"].get(component)
         again = f"build the plans again: {rebuild_command(self.folder.parents[1])}"
         if entry is None:
@@ -106,7 +103,7 @@ def rebuild_command(folder: Path) -> str:
 
 
 def read_build(folder: Path, bundle: Bundle) -> dict[str, Any]:
-    """The content of build.json, with all that this module uses in it. PlanDamagedError or PlanMismatchError
+    """The content of build.json, with everything that this module uses. PlanDamagedError or PlanMismatchError
     otherwise."""
     file = folder / BUILD
     try:
@@ -124,7 +121,7 @@ def read_build(folder: Path, bundle: Bundle) -> dict[str, Any]:
         ]
         known += [build["settings"]]
         _ = [parse_profile(profile) for profile in build["profiles"]]
-        if not build["profiles"] or not build["components"].keys() <= set(COMPONENTS):
+        if not build["profiles"] or not build["components"].keys() <= set(bundle.family.names):
             raise ValueError("profiles or components")
     except OSError as error:
         raise PlanDamagedError(
@@ -132,13 +129,13 @@ def read_build(folder: Path, bundle: Bundle) -> dict[str, Any]:
         ) from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PlanDamagedError(
-            f"{file} lacks or garbles {error}; build the plans again: {rebuild_command(bundle.folder)}"
+            f"{file} has a missing or wrong field: {error}; build the plans again: {rebuild_command(bundle.folder)}"
         ) from error
     return dict(build)
 
 
 def mismatches(build: Mapping[str, Any], bundle: Bundle, machine: Machine) -> list[str]:
-    """What plans were built for, where it is not what is here, in words."""
+    """Each difference between what plans were built for and this bundle and machine, as text."""
     built, here = build["machine"], asdict(machine)
     words = {"gpu": "GPU", "compute_capability": "compute capability", "tensorrt": "TensorRT"}
     found = [
@@ -166,7 +163,7 @@ def mismatches(build: Mapping[str, Any], bundle: Bundle, machine: Machine) -> li
 def identity(
     onnx: str, machine: Mapping[str, str], precision: str, settings: Mapping[str, Any], profiles: Sequence[str]
 ) -> str:
-    """One hash of all that a plan depends on: graph and weights, machine, precision, the builder's settings and
+    """A hash of everything that a plan depends on: graph and weights, machine, precision, the builder's settings and
     version, sizes."""
     parts = {
         "format": FORMAT,
@@ -180,14 +177,13 @@ def identity(
 
 
 def onnx_hash(bundle: Bundle, component: str) -> str:
-    """One hash of a component's graph and weights, from the manifest's hashes of the files."""
-    name, files = bundle.manifest["components"][component]["onnx"], bundle.manifest["files"]
-    parts = [files[file]["sha256"] for file in sorted(files) if file in (name, f"{name}.data")]
+    """A hash of a component's graph and weights, made from the manifest's hashes of the files."""
+    parts = [file.sha256 for _, file in sorted(bundle.contents.files_of(component).items())]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _absent(bundle: Bundle, machine: Machine) -> str:
-    """Why there are no plans for a machine: never built, or built for others, which differ in this and that."""
+    """The message for a machine without plans. It lists the plans for other machines and how they differ."""
     here = f"{machine.gpu}, compute capability {machine.compute_capability}, TensorRT {machine.tensorrt}"
     others = []
     for file in sorted((bundle.folder / "plans").glob(f"[!.]*/{BUILD}")):
@@ -204,11 +200,11 @@ def _absent(bundle: Bundle, machine: Machine) -> str:
 
 
 def parse_profile(profile: Mapping[str, Any]) -> Shapes:
-    """Sizes as build.json has them: [min, opt, max] of height, width, batch and rows."""
+    """A profile in build.json: [min, opt, max] of height, width, batch and rows."""
     return Shapes(**{side: Range(*profile[side]) for side in ("height", "width", "batch", "rows")})
 
 
 def format_profile(shapes: Shapes) -> dict[str, list[int]]:
-    """The other way round."""
+    """A profile as build.json has it; see `parse_profile`."""
     sides = {"height": shapes.height, "width": shapes.width, "batch": shapes.batch, "rows": shapes.rows}
     return {name: [side.min, side.opt, side.max] for name, side in sides.items() if side is not None}

@@ -1,297 +1,132 @@
-"""What a call may ask for. Every function here returns its argument in a usable form or raises a named error."""
+"""Requests: the arguments of a call, checked once, before any work starts."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
 
-from .contract import LATENT_CHANNELS, MAX_STEPS, VAE_FACTOR, Range, Shapes
-from .errors import (
-    BatchError,
-    CallbackError,
-    GuidanceError,
-    LatentsError,
-    OutputTypeError,
-    PromptError,
-    SeedError,
-    SizeError,
-    StepsError,
-    ThreadsError,
-    shown,
-)
-from .manifest import LARGEST_BATCH, LARGEST_SIDE, SMALLEST_SIDE
+from . import checks
+from .contract import Family, Shapes
+from .sampling.catalog import sampler_name, step_table
+from .sampling.schedule import Schedule
+from .sampling.table import StepTable
 
-MAX_PROMPT_CHARACTERS = 10_000
-MAX_SEED = 2**64 - 1
-MAX_GUIDANCE = 1000.0
-MAX_LATENT = 1e6
-"""Far beyond what any sampler has in its latents (4096 at most), and far below where float32 overflows."""
-MAX_THREADS = 1024
-OUTPUT_TYPES = ("pil", "np", "latent")
-
-Rebuild = Callable[..., str]
-"""rebuild(height=Range, ...): the command that builds for these sizes."""
+TABLES_KEPT = 32
+"""Step tables of one model that are kept; one of 50 steps takes 10 kB."""
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+@dataclass(frozen=True)
+class Limits:
+    """What a loaded model allows: its family, its noise schedule and the sizes that it serves.
+    `build_command(height=Range, ...)` is the command that builds for other sizes."""
+
+    family: Family
+    schedule: Schedule
+    profiles: tuple[Shapes, ...]
+    build_command: checks.BuildCommand
+
+    @cached_property
+    def table(self) -> Callable[[str, int, float], StepTable]:
+        """table(sampler, steps, eta): the step table. Recent ones are kept: one takes 10 microseconds a step to make,
+        more than anything else that the host does for a step. Threads may call it at the same time."""
+        return lru_cache(TABLES_KEPT)(partial(_table, self.schedule))
 
 
-def check_prompt(text: Any, what: str = "prompt") -> str:
-    """A string of valid Unicode, at most 10,000 characters."""
-    if not isinstance(text, str):
-        raise PromptError(f"{what} is a {type(text).__name__}, not a string; pass a string or a list of strings")
-    if len(text) > MAX_PROMPT_CHARACTERS:
-        raise PromptError(
-            f"{what} has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are taken. CLIP reads the first 77 "
-            "tokens only"
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A checked request for pictures.
+
+    prompts, negative_prompts: one of each for every text, for `images_per_prompt` pictures; guided: whether the
+    negative prompts take part; height, width: pixels; seeds: one for all pictures, or one for each; latents: [B, C, h,
+    w] standard normal float32, or None for noise; sampler: a name of the catalog, with its `table`.
+    """
+
+    prompts: tuple[str, ...]
+    negative_prompts: tuple[str, ...]
+    images_per_prompt: int
+    height: int
+    width: int
+    steps: int
+    guidance_scale: float
+    seeds: tuple[int, ...]
+    latents: np.ndarray | None
+    sampler: str
+    table: StepTable
+    output_type: str
+    callback: Any
+    progress: bool
+
+    @property
+    def batch(self) -> int:
+        """The number of pictures."""
+        return len(self.prompts) * self.images_per_prompt
+
+    @property
+    def guided(self) -> bool:
+        """Whether guidance takes part: arXiv 2207.12598's w + 1 is more than 1."""
+        return self.guidance_scale > 1
+
+    @classmethod
+    def check(
+        cls,
+        limits: Limits,
+        prompt: str | Sequence[str],
+        height: int | None,
+        width: int | None,
+        num_inference_steps: int,
+        guidance_scale: float,
+        negative_prompt: str | Sequence[str] | None,
+        num_images_per_prompt: int,
+        eta: float,
+        seed: int | Sequence[int] | None,
+        latents: np.ndarray | None,
+        output_type: str,
+        callback: Any,
+        scheduler: str | None,
+        progress: bool,
+    ) -> Request:
+        """The arguments of `Pipeline.__call__`, checked. Raises the InputErrors of engine/errors.py."""
+        prompts, negatives = checks.check_prompts(prompt, negative_prompt)
+        scale = checks.check_guidance_scale(guidance_scale)
+        batch = checks.check_batch(len(prompts), num_images_per_prompt)
+        rows = 2 * batch if scale > 1 else batch
+        height, width = checks.check_shapes(
+            height, width, batch, rows, limits.profiles, limits.build_command, limits.family.factor
         )
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise PromptError(
-            f"{what} is not valid UTF-8: character {error.start} is {text[error.start]!r}, half of a surrogate pair; "
-            f"decode the text it came from properly"
-        ) from error
-    return text
-
-
-def check_prompts(prompt: Any, negative_prompt: Any) -> tuple[list[str], list[str]]:
-    """The prompts of a call and, for each, its negative prompt ("" where there is none)."""
-    if prompt is None:
-        raise PromptError("prompt is missing; pass a string or a list of strings")
-    prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
-    if not prompts:
-        raise PromptError("prompt is an empty list; pass at least one string")
-    if negative_prompt is None:
-        negative_prompt = ""
-    negatives = (
-        list(negative_prompt) if isinstance(negative_prompt, (list, tuple)) else [negative_prompt] * len(prompts)
-    )
-    if len(negatives) != len(prompts):
-        raise PromptError(
-            f"there are {len(negatives)} negative prompts for {len(prompts)} prompts; pass one for all, or one for each"
-        )
-    return [check_prompt(text) for text in prompts], [check_prompt(text, "negative_prompt") for text in negatives]
-
-
-def check_batch(prompts: int, images_per_prompt: Any) -> int:
-    """How many pictures are made together."""
-    if not _is_int(images_per_prompt) or not 1 <= images_per_prompt <= LARGEST_BATCH:
-        raise BatchError(
-            f"num_images_per_prompt is {shown(images_per_prompt)}; it must be an integer from 1 to {LARGEST_BATCH}"
-        )
-    return prompts * int(images_per_prompt)
-
-
-def check_shapes(
-    height: Any, width: Any, batch: int, rows: int, profiles: Sequence[Shapes], rebuild: Rebuild
-) -> tuple[int, int]:
-    """Height and width in pixels of a call that one of the profiles serves; where they are None, the sizes that the
-    first profile for so many pictures is best at. `rebuild` makes the command that builds for other sizes."""
-    fitting = [
-        profile for profile in profiles if batch in profile.batch and (profile.rows is None or rows in profile.rows)
-    ]
-    if not fitting:
-        raise _batch_error(batch, rows, profiles, rebuild)
-    height = check_size(
-        fitting[0].height.opt if height is None else height, "height", [profile.height for profile in fitting], rebuild
-    )
-    width = check_size(
-        fitting[0].width.opt if width is None else width, "width", [profile.width for profile in fitting], rebuild
-    )
-    if not any(profile.allows(height, width, batch, rows) for profile in fitting):
-        known = "; ".join(str(profile) for profile in profiles)
-        raise SizeError(
-            f"height {height} and width {width} are not allowed together; this bundle was built for height x width "
-            f"{known}. "
-            f"Build for them: {rebuild(height=Range(height, height, height), width=Range(width, width, width))}"
-        )
-    return height, width
-
-
-def _batch_error(batch: int, rows: int, profiles: Sequence[Shapes], rebuild: Rebuild) -> BatchError:
-    allowed = " or ".join(dict.fromkeys(describe_range(profile.batch) for profile in profiles))
-    if any(batch in profile.batch for profile in profiles):
-        known = " or ".join(
-            dict.fromkeys(describe_range(profile.rows) for profile in profiles if profile.rows is not None)
-        )
-        return BatchError(
-            f"{batch} pictures {'with' if rows > batch else 'without'} guidance are {rows} rows of the U-Net; this "
-            f"bundle was built for {known}. "
-            f"Build for that: {rebuild(rows=Range(rows, rows, rows))}"
-        )
-    low, high = min(profile.batch.min for profile in profiles), max(profile.batch.max for profile in profiles)
-    wider = Range(min(low, batch), profiles[0].batch.opt, max(high, batch))
-    return BatchError(
-        f"prompts times num_images_per_prompt are {batch} pictures in one call; this bundle was built for {allowed}. "
-        f"Split the call, or build for that: {rebuild(batch=wider)}"
-    )
-
-
-def describe_range(allowed: Range) -> str:
-    """A range in words."""
-    return f"{allowed.opt}" if allowed.static else f"{allowed.min} to {allowed.max}"
-
-
-def check_size(value: Any, side: str, allowed: Sequence[Range], rebuild: Rebuild) -> int:
-    """Height or width in pixels: a multiple of 8 in one of the ranges."""
-    described = " or ".join(dict.fromkeys(describe_sizes(one) for one in allowed))
-    if not _is_int(value):
-        raise SizeError(f"{side} is {shown(value)}, not an integer; this bundle allows {described}")
-    if abs(value) > LARGEST_SIDE:
-        raise SizeError(
-            f"{side} is {shown(value)}; this bundle allows {described}, and no bundle more than {LARGEST_SIDE}"
-        )
-    if value % VAE_FACTOR == 0 and any(value in one for one in allowed):
-        return int(value)
-    below, above = value // VAE_FACTOR * VAE_FACTOR, -(-value // VAE_FACTOR) * VAE_FACTOR
-    candidates = sorted({min(max(near, one.min), one.max) for one in allowed for near in (below, above)})
-    nearest = [
-        max((c for c in candidates if c <= value), default=candidates[0]),
-        min((c for c in candidates if c >= value), default=candidates[-1]),
-    ]
-    named = (
-        f"the nearest size that this bundle allows is {nearest[0]}"
-        if nearest[0] == nearest[1]
-        else f"the nearest sizes that this bundle allows are {nearest[0]} and {nearest[1]}"
-    )
-    fault = f"not a multiple of {VAE_FACTOR}" if value % VAE_FACTOR else "not a size that this bundle was built for"
-    raise SizeError(f"{side} {value} is {fault}; {named} ({described}){_build_for(above, side, allowed, rebuild)}")
-
-
-def _build_for(size: int, side: str, allowed: Sequence[Range], rebuild: Rebuild) -> str:
-    """How a bundle that serves that size too is built, where one can be."""
-    if size < SMALLEST_SIDE or any(size in one for one in allowed):
-        return ""
-    first = allowed[0]
-    wider = Range(size, size, size) if first.static else Range(min(first.min, size), first.opt, max(first.max, size))
-    return f". Build for {size}: {rebuild(**{side: wider})}"
-
-
-def describe_sizes(allowed: Range) -> str:
-    """The sizes of a range in words."""
-    return f"{allowed.opt} only" if allowed.static else f"multiples of {VAE_FACTOR} from {allowed.min} to {allowed.max}"
-
-
-def check_steps(value: Any, train_timesteps: int) -> int:
-    """An integer from 1 to 1000, and not more than the model was trained with."""
-    highest = min(MAX_STEPS, train_timesteps)
-    if not _is_int(value) or not 1 <= value <= highest:
-        raise StepsError(
-            f"num_inference_steps is {shown(value)}; it must be an integer from 1 to {highest}. 20 to 50 are usual"
-        )
-    return int(value)
-
-
-def check_number(value: Any, name: str, low: float, high: float, usual: str) -> float:
-    """A number from `low` to `high`."""
-    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not number or not low <= value <= high:
-        raise GuidanceError(f"{name} is {shown(value)}; it must be a number from {low:g} to {high:g}. {usual}")
-    return float(value)
-
-
-def check_guidance_scale(value: Any) -> float:
-    """A number from -1000 to 1000."""
-    return check_number(
-        value,
-        "guidance_scale",
-        -MAX_GUIDANCE,
-        MAX_GUIDANCE,
-        "3 to 12 are usual; 1 and less do without the negative prompt",
-    )
-
-
-def check_eta(value: Any) -> float:
-    """A number from 0 to 1."""
-    return check_number(value, "eta", 0.0, 1.0, "0 is DDIM without noise, 1 as much noise as DDPM's")
-
-
-def check_seeds(seed: Any, batch: int) -> list[int]:
-    """One seed for all pictures of a call, or one for each."""
-    several = isinstance(seed, (list, tuple, range)) or (isinstance(seed, np.ndarray) and seed.ndim == 1)
-    if several and len(seed) != batch:
-        raise SeedError(f"there are {len(seed)} seeds for {batch} pictures; pass one integer, or one for each picture")
-    seeds = list(seed) if several else [seed]
-    for value in seeds:
-        if not _is_int(value) or not 0 <= value <= MAX_SEED:
-            raise SeedError(f"seed {shown(value)} is not an integer from 0 to 2**64 - 1")
-    return [int(value) for value in seeds]
-
-
-def check_latents(value: Any, shape: tuple[int, ...], what: str = "latents") -> np.ndarray:
-    """A float array of that shape with values up to 1e6, as float32."""
-    if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or isinstance(value, np.ma.MaskedArray):
-        kind = f"an array of {value.dtype}" if type(value) is np.ndarray else f"a {type(value).__name__}"
-        raise LatentsError(f"{what} are {kind}; pass a NumPy array of float32 with shape {shape}")
-    if value.shape != shape:
-        raise LatentsError(
-            f"{what} have shape {value.shape} instead of {shape}: pictures, {LATENT_CHANNELS} channels, height / 8, "
-            "width / 8"
-        )
-    if not np.isfinite(value).all():
-        raise LatentsError(
-            f"{what} hold {int((~np.isfinite(value)).sum())} values that are NaN or infinite; they must all be finite"
-        )
-    if value.size and (largest := float(np.abs(value).max())) > MAX_LATENT:
-        raise LatentsError(
-            f"{what} hold values up to {largest:.1e}; at most {MAX_LATENT:.0e} are taken, and standard normal ones are "
-            "below 6"
-        )
-    return np.ascontiguousarray(value, np.float32)
-
-
-def check_output_type(value: Any) -> str:
-    """One of "pil", "np", "latent"."""
-    if not isinstance(value, str) or value not in OUTPUT_TYPES:
-        raise OutputTypeError(f"output_type is {shown(value)}; it must be one of {', '.join(map(repr, OUTPUT_TYPES))}")
-    return value
-
-
-def check_threads(value: Any) -> None:
-    """None, or an integer from 1 to 1024."""
-    if value is not None and (not _is_int(value) or not 1 <= value <= MAX_THREADS):
-        raise ThreadsError(
-            f"threads is {shown(value)}; it must be an integer from 1 to {MAX_THREADS}, or None for every core"
+        steps = checks.check_steps(num_inference_steps, limits.schedule.train_timesteps)
+        eta = checks.check_eta(eta)
+        seeds = checks.check_seeds(secrets.randbits(32) if seed is None else seed, batch)
+        checks.check_output_type(output_type)
+        checks.check_callback(callback)
+        if latents is not None:
+            latents = checks.check_latents(latents, (batch, *limits.family.plane(height, width)))
+        sampler = sampler_name(scheduler, limits.schedule)
+        return cls(
+            prompts=tuple(prompts),
+            negative_prompts=tuple(negatives),
+            images_per_prompt=int(num_images_per_prompt),
+            height=height,
+            width=width,
+            steps=steps,
+            guidance_scale=scale,
+            seeds=tuple(seeds),
+            latents=latents,
+            sampler=sampler,
+            table=limits.table(sampler, steps, eta),
+            output_type=output_type,
+            callback=callback,
+            progress=progress,
         )
 
 
-def check_callback(callback: Any) -> None:
-    """None, or something that can be called with a pipeline, an evaluation, a timestep and a dictionary."""
-    if callback is None:
-        return
-    if not callable(callback):
-        raise CallbackError(
-            f"callback_on_step_end is {shown(callback)}, which cannot be called; pass a function of (pipeline, "
-            "evaluation, timestep, tensors)"
-        )
-    try:
-        inspect.signature(callback).bind(None, 0, 0.0, {})
-    except ValueError:  # a function of an extension module, which does not tell
-        return
-    except TypeError as error:
-        raise CallbackError(
-            "callback_on_step_end is called with (pipeline, evaluation, timestep, tensors), which it does not take: "
-            f"{error}"
-        ) from error
-
-
-def check_returned(returned: Any, given: np.ndarray) -> np.ndarray:
-    """The latents that count after a callback: those that it returned, or `given`, which it may have written to."""
-    if returned is None:
-        returned = {}
-    if not isinstance(returned, Mapping):
-        raise CallbackError(
-            f"callback_on_step_end returned {shown(returned)}; it must return None or a dictionary like {{'latents': "
-            f"array}}"
-        )
-    if unknown := [key for key in returned if not isinstance(key, str) or key != "latents"]:
-        raise CallbackError(
-            f"callback_on_step_end returned a dictionary with {', '.join(map(shown, unknown))}; only 'latents' can be "
-            "changed"
-        )
-    return check_latents(returned.get("latents", given), given.shape, "latents returned by the callback")
+def _table(schedule: Schedule, sampler: str, steps: int, eta: float) -> StepTable:
+    """A step table that nobody can change: calls share it."""
+    table = step_table(sampler, schedule, steps, eta)
+    for array in (table.timesteps, table.updates, table.draws, table.scales, table.alphas, table.sigmas):
+        array.flags.writeable = False
+    return table

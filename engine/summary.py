@@ -19,8 +19,8 @@ def summarize(manifest: Mapping[str, Any], description: str, results: Sequence[R
 
 
 def times(results: Sequence[Result]) -> str:
-    """Where the time went, over all calls. What the loop needs before its first step (compiling for a size, copies) is
-    told apart."""
+    """The time of each stage, over all calls. Preparing the loop (compiling for a size, copies) is separate from its
+    steps."""
     steps = [step for result in results for step in result.timings["steps"]]
 
     def milliseconds(stage: str) -> float:
@@ -36,13 +36,13 @@ def times(results: Sequence[Result]) -> str:
 
 
 def verification(manifest: Mapping[str, Any], description: str) -> list[str]:
-    """How far the bundle was from diffusers when it was built, with which backend that was measured, and whether this
+    """The bundle's difference from diffusers when it was built, the backend that it was measured with, and whether this
     run used another."""
     entry = _part(manifest, "verification")
     if entry.get("done") is not True:
         reason = entry.get("reason")
         return [
-            "nobody compared this bundle with diffusers "
+            "this bundle was not compared with diffusers "
             f"({reason if isinstance(reason, str) and reason else 'it was built with --no-verify'})"
         ]
     backend = str(entry.get("backend", "ONNX Runtime on the CPU"))
@@ -52,7 +52,7 @@ def verification(manifest: Mapping[str, Any], description: str) -> list[str]:
     decibels = _part(_part(manifest, "openvino"), "picture").get("psnr_db")
     if "bf16" in parts and _is_number(decibels):
         lines.append(
-            f"this run was in bf16 in part; beside fp32, pictures had {decibels:.1f} dB PSNR that way when these parts "
+            f"this run was partly in bf16; against fp32, pictures had {decibels:.1f} dB PSNR that way when these parts "
             "were chosen"
         )
     elif not _same(backend, description.partition(" (")[0], "backend" in entry):
@@ -61,8 +61,8 @@ def verification(manifest: Mapping[str, Any], description: str) -> list[str]:
 
 
 def _same(measured: str, used: str, exact: bool) -> bool:
-    """Whether the number was measured with what ran. Bundles of older versions do not name the version of ONNX
-    Runtime."""
+    """Whether this run used the backend that the difference was measured with. Bundles of older versions do not name
+    the version of ONNX Runtime."""
     return measured == used if exact else used.startswith("ONNX Runtime") and used.endswith("on the CPU")
 
 

@@ -2,62 +2,69 @@
 
 from __future__ import annotations
 
-import errno
-import gc
 import hashlib
-import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
-from torch import nn
-
 from engine import __version__
-from engine.backends.onnxruntime import OnnxRuntimeBackend
+from engine.backends.onnxruntime.backend import OnnxRuntimeBackend
 from engine.backends.openvino.backend import OpenVinoBackend
-from engine.bundle import FORMAT, MANIFEST, Bundle, sha256
-from engine.contract import COMPONENTS, Range, Shapes
+from engine.bundle import Bundle, sha256
+from engine.contract import Family, Range, Shapes
 from engine.errors import BundleError, SchedulerConfigError
-from engine.manifest import own_files
+from engine.family import STABLE_DIFFUSION
+from engine.manifest import (
+    MANIFEST,
+    PICTURE,
+    TOKENIZER,
+    File,
+    Graph,
+    Manifest,
+    Origin,
+    SpecialTokens,
+    Verification,
+    own_files,
+    write,
+)
 from engine.sampling.schedule import Schedule
 from engine.text.tokenizer import ClipTokenizer
 
 from . import targets
+from .building import Replacement, Report
 from .compare import as_json
-from .errors import OutputError, UsageError
-from .folders import free_name, link, recover, swap
-from .graphs.modules import DTYPES, Denoiser, Float32Norm, TextEncoder, VaeDecoder, VaeEncoder
-from .graphs.tracing import OPSET, example, export_onnx, fuses_attention
-from .sources.checkpoint import Source
-from .verify import SEED, SMALL, Reference, check_component, check_picture
-from .verify import reference as torch_reference
+from .component import Exporter, GraphFormat, timed
+from .disk import as_output_errors
+from .errors import UsageError
+from .folders import free_name
+from .graphs.recipes import RECIPES, Recipes
+from .graphs.tracing import OPSET
+from .reuse import Made, siblings
+from .sources.source import Models, Source
+from .verify import Pictures, Reference, check_picture, seeds_of, with_diffusers
 
-PART_OF = {"text_encoder": "text_encoder", "denoiser": "unet", "vae_decoder": "vae", "vae_encoder": "vae"}
-VERIFICATION_PICTURE = "verification.png"
-
-Report = Callable[[str], None]
+UNVERIFIED = Verification(done=False, reason="--no-verify")
 
 
 @dataclass(frozen=True)
-class Graphs:
-    """How all components are traced: "fp32", "fp16" or "bf16", and the version of ONNX's operators."""
+class Options:
+    """What a bundle is built for and how: with `openvino` it is also measured which components may run in bf16 there;
+    `force` exports what is unchanged too."""
 
-    precision: str
-    opset: int
+    shapes: Shapes
+    openvino: bool
+    verify: bool
+    force: bool
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a build did: where the bundle is, its manifest, and which components were exported (none: it was up to
-    date)."""
+    """What a build did: where the bundle is, its manifest, and which components were traced (none: it was up to date,
+    or other bundles had them)."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -81,312 +88,253 @@ def build(
     verify: bool = True,
     force: bool = False,
     report: Report = print,
+    family: Family = STABLE_DIFFUSION,
+    recipes: Recipes = RECIPES,
 ) -> Outcome:
     """Writes `output`/`source.name`, unless it is there already and nothing changed. With `openvino` it is also
-    measured which components may run in bf16 there.
+    measured which components may run in bf16 there. `family` says which components there are, `recipes` how their
+    graphs are made.
 
     Raises the errors of export/errors.py; whatever happens, the old bundle stays until the new one is complete.
     """
+    _check_options(precision, openvino, verify)
+    target = targets.place(output, source.name, source.inputs)
+    options, form = Options(shapes, openvino, verify, force), GraphFormat(precision, opset)
+    with as_output_errors(output), targets.locked(target, report):
+        return BundleBuilder(source, target, family, recipes, form, options, report).build()
+
+
+def _check_options(precision: str, openvino: bool, verify: bool) -> None:
+    """UsageError or BackendError now rather than after the export."""
     if precision == "bf16" and verify:
         raise UsageError(
             "ONNX Runtime's CPU provider has no bf16 kernels, so a bf16 bundle can neither be verified nor run here; "
-            "use --precision "
-            "fp32 or fp16, or --no-verify to export bf16 graphs for another machine"
+            "use --precision fp32 or fp16, or --no-verify to export bf16 graphs for another machine"
+        )
+    if openvino and not verify:
+        raise UsageError(
+            "--backend openvino measures which components may run in bf16, so it does not go with --no-verify; a "
+            "bundle without these measurements runs on OpenVINO in fp32"
         )
     if openvino:
-        if not verify:
-            raise UsageError(
-                "--backend openvino measures which components may run in bf16, so it does not go with --no-verify; a "
-                "bundle without these "
-                "measurements runs on OpenVINO in fp32"
-            )
-        OpenVinoBackend({})  # BackendError now rather than after the export
-    target = targets.place(output, source.name, source.inputs)
-    with _as_output_errors(output), targets.locked(target, report):
-        return _build_locked(source, target, Graphs(precision, opset), shapes, openvino, verify, force, report)
+        OpenVinoBackend({})
 
 
-def _build_locked(
-    source: Source,
-    target: Path,
-    graphs: Graphs,
-    shapes: Shapes,
-    openvino: bool,
-    verify: bool,
-    force: bool,
-    report: Report,
-) -> Outcome:
-    unfinished, replaced = (target.with_name(f".{target.name}.{state}") for state in ("building", "replaced"))
-    recover(target, unfinished, replaced, own_files().__contains__)
-    there = targets.examine(target)
-    wanted = _wanted(source, graphs.precision, shapes)
-    targets.require_same_model(target, there, wanted["source"], report)
-    prints = {component: _fingerprint(source, component, graphs) for component in COMPONENTS}
-    old = None if force or there.broken else _usable(target, report)
-    kept = {c: old for c in COMPONENTS if old and old["components"][c]["fingerprint"] == prints[c]} if old else {}
-    if (
-        old
-        and len(kept) == len(COMPONENTS)
-        and all(old[key] == value for key, value in wanted.items())
-        and (old["verification"]["done"] or not verify)
-        and ("openvino" in old or not openvino)
-    ):
-        report(f"{target} is up to date")
-        return Outcome(target, old, ())
-    source.check()
-    try:
-        (unfinished / "onnx").mkdir(parents=True)
-        files: dict[str, Any] = {}
-        checks: dict[str, Any] = {c: old["verification"]["components"].get(c) for c in kept} if old else {}
-        details: dict[str, Any] = {}
-        for number, component in enumerate(COMPONENTS, 1):
-            label = f"[{number}/{len(COMPONENTS)}] {component}"
-            if component in kept:
-                details[component] = _link(target, unfinished, kept[component], component, files)
-                report(f"{label}: unchanged")
-            else:
-                details[component], checks[component] = _export(
-                    source, component, graphs, unfinished, verify, label, report
-                )
-                details[component]["fingerprint"] = prints[component]
-        manifest = {
-            "format": FORMAT,
-            "name": source.name,
-            **wanted,
-            "components": details,
-            "tokenizer": _write_tokenizer(source, unfinished),
-            "verification": {"done": False, "reason": "--no-verify", "components": {}},
+@dataclass
+class Progress:
+    """What of a new bundle is there: graphs, how far each is from torch, hashes of files, and which were traced."""
+
+    graphs: dict[str, Graph]
+    checks: dict[str, Any]
+    files: dict[str, File]
+    references: dict[str, Reference]
+    exported: list[str]
+
+
+class BundleBuilder:
+    """One build of a bundle."""
+
+    def __init__(
+        self,
+        source: Source,
+        target: Path,
+        family: Family,
+        recipes: Recipes,
+        form: GraphFormat,
+        options: Options,
+        report: Report,
+    ) -> None:
+        self._source, self._target, self._family, self._form = source, target, family, form
+        self._options, self._report = options, report
+        self._exporters = {
+            name: Exporter(source, family[name], recipe, form)
+            for name, recipe in recipes.items()
+            if name in family.names
         }
-        _write_manifest(unfinished, manifest, files)
-        if verify:
-            manifest["verification"] = _verify_picture(source, unfinished, graphs.precision, checks, report)
-            _write_manifest(unfinished, manifest, files)
-            if openvino:
-                manifest["openvino"] = _measure_openvino(source, unfinished, graphs.precision, report)
-                _write_manifest(unfinished, manifest, files)
-        if there.broken:
-            aside = free_name(target.with_name(f"{target.name}.broken"), "older")
-            target.rename(aside)
-            report(f"{target} had no manifest that can be read ({there.broken}); it was moved to {aside}")
-        swap(target, unfinished, replaced, there.named.__contains__)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    report(f"wrote {target}")
-    return Outcome(target, manifest, tuple(c for c in COMPONENTS if c not in kept))
+        self._models = Models(source)
+
+    def build(self) -> Outcome:
+        """Recovers, keeps what is unchanged, exports the rest beside the old bundle, verifies, and exchanges them."""
+        replacement = Replacement(self._target, own_files(self._family).__contains__)
+        replacement.recover()
+        there, origin = targets.examine(self._target), self._origin()
+        targets.require_same_model(self._target, there, origin, self._report)
+        old = None if self._options.force or there.broken else self._usable()
+        prints = {name: exporter.fingerprint() for name, exporter in self._exporters.items()}
+        if old is not None and self._is_up_to_date(old.manifest, origin, prints):
+            self._report(f"{self._target} is up to date")
+            return Outcome(self._target, old.manifest.content(), ())
+        self._source.check(self._models)
+        with replacement.begin() as folder:
+            (folder / "onnx").mkdir()
+            theirs = self._diffusers_pictures() if self._options.verify else None
+            progress = self._components(folder, prints, [] if old is None else [old])
+            written = self._finish(folder, origin, progress, theirs)
+            if there.broken:
+                self._move_aside(there.broken)
+            replacement.swap(there.named.__contains__)
+        self._report(f"wrote {self._target}")
+        return Outcome(self._target, written, tuple(name for name in self._family.names if name in progress.exported))
+
+    def _origin(self) -> Origin:
+        """What the manifest says about the model."""
+        parts = sorted({exporter.recipe.part for exporter in self._exporters.values()})
+        weights = hashlib.sha256("".join(self._source.fingerprint(part) for part in parts).encode()).hexdigest()
+        tokenizer = self._source.fingerprint("tokenizer")
+        return Origin(**self._source.origin, tokenizer=tokenizer, weights=weights, options=self._source.options)
+
+    def _usable(self) -> Made | None:
+        """The existing bundle, if all its files are right."""
+        if not self._target.is_dir() or not any(self._target.iterdir()):
+            return None
+        try:
+            bundle = Bundle.open(self._target)
+            Schedule.from_config(bundle.scheduler)
+            ClipTokenizer(bundle.tokenizer_file, bundle.special_tokens)
+            return Made(self._target, bundle.contents, replaced=True)
+        except (BundleError, SchedulerConfigError) as error:
+            self._report(f"the old bundle is not usable and will be replaced: {error}")
+            return None
+
+    def _is_up_to_date(self, old: Manifest, origin: Origin, prints: Mapping[str, str]) -> bool:
+        same = {name: graph.fingerprint for name, graph in old.components.items()} == dict(prints)
+        wanted = (origin, self._family, self._form.precision, self._options.shapes, self._source.scheduler_config())
+        found = (old.source, old.family, old.precision, old.shapes, old.scheduler)
+        verified = old.verification.done or not self._options.verify
+        measured = old.openvino is not None or not self._options.openvino
+        return same and wanted == found and verified and measured
+
+    def _diffusers_pictures(self) -> Pictures:
+        """Made first: the models have their own weights until then, and the memory is free again when graphs are
+        traced."""
+        self._report("making the pictures of two prompts with diffusers")
+        height, width = self._options.shapes.height.opt, self._options.shapes.width.opt
+        return with_diffusers(self._source.pipeline(self._models), height, width)
+
+    def _components(self, folder: Path, prints: Mapping[str, str], made: list[Made]) -> Progress:
+        """Every component's graph in `folder`: taken from a bundle that has it, or exported."""
+        progress = Progress({}, {}, {}, {}, [])
+        if not self._options.force:
+            made = [*made, *siblings(self._target)]
+        for number, (name, exporter) in enumerate(self._exporters.items(), 1):
+            label = f"[{number}/{len(self._exporters)}] {name}"
+            having = [one for one in made if one.has(name, prints[name])]
+            taken = next((one for one in having if one.take(name, folder)), None)
+            if taken is None:
+                self._export(name, exporter, folder, label, progress)
+            else:
+                self._keep(name, exporter, taken, folder, label, progress)
+        return progress
+
+    def _release(self, name: str) -> None:
+        """Frees the part of the model that a component is made of, if it is the last one of that part."""
+        part = self._exporters[name].recipe.part
+        same = [other for other, exporter in self._exporters.items() if exporter.recipe.part == part]
+        if name == same[-1]:
+            self._models.release(part)
+
+    def _keep(self, name: str, exporter: Exporter, taken: Made, folder: Path, label: str, progress: Progress) -> None:
+        """Notes a graph that was taken over. It is compared with torch where nobody has done so."""
+        progress.graphs[name], progress.checks[name] = taken.graph(name), taken.check(name)
+        progress.files |= taken.manifest.files_of(name)
+        words = "unchanged" if taken.folder == self._target else f"the same as in {taken.folder}"
+        self._report(f"{label}: {words}")
+        unchecked = self._options.verify and taken.check(name) is None
+        if unchecked or self._options.openvino:
+            progress.references[name] = exporter.reference(self._models)
+        self._release(name)
+        if unchecked:
+            progress.checks[name] = exporter.check(progress.references[name], folder)
+
+    def _export(self, name: str, exporter: Exporter, folder: Path, label: str, progress: Progress) -> None:
+        """Traces a component and compares it with torch."""
+        if self._options.verify:
+            progress.references[name] = exporter.reference(self._models)
+        graph = exporter.export(self._models, folder, label, self._report)
+        self._release(name)
+        started, verdict = perf_counter(), "not verified"
+        progress.checks[name] = None
+        if self._options.verify:
+            progress.checks[name] = exporter.check(progress.references[name], folder)
+            verdict = f"{progress.checks[name]['relative_rms']:.1e} from torch"
+        progress.graphs[name] = timed(graph, perf_counter() - started)
+        progress.exported.append(name)
+        self._report(f"{label}: exported in {graph.seconds['export']:.1f} s, {verdict}")
+
+    def _finish(self, folder: Path, origin: Origin, progress: Progress, theirs: Pictures | None) -> dict[str, Any]:
+        """Writes the tokenizer and the manifest, and compares pictures: the manifest's content."""
+        tokens = self._write_tokenizer(folder)
+        manifest = Manifest(
+            self._source.name,
+            self._family,
+            origin,
+            self._form.precision,
+            self._options.shapes,
+            self._source.scheduler_config(),
+            {name: progress.graphs[name] for name in self._family.names if name in progress.graphs},
+            tokens,
+            UNVERIFIED,
+            None,
+            _hashed(folder, progress.files),
+            datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            {
+                "latentrt": __version__,
+                **{name: version(name) for name in ("torch", "diffusers", "onnx", "onnxruntime")},
+            },
+        )
+        content = write(folder, manifest)
+        if theirs is None:
+            return content
+        checks = {name: progress.checks[name] for name in manifest.components}
+        verification = verify_picture(folder, self._form.precision, checks, theirs, self._report)
+        manifest = replace(manifest, verification=verification, files=_hashed(folder, manifest.files))
+        content = write(folder, manifest)
+        if self._options.openvino:
+            content = write(folder, replace(manifest, openvino=self._measure_openvino(folder, progress, theirs)))
+        return content
+
+    def _write_tokenizer(self, folder: Path) -> SpecialTokens:
+        tokenizer = self._source.tokenizer()
+        (folder / TOKENIZER).parent.mkdir()
+        tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
+        return SpecialTokens(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+
+    def _measure_openvino(self, folder: Path, progress: Progress, theirs: Pictures) -> dict[str, Any]:
+        from .openvino import choose_precision
+
+        return choose_precision(folder, progress.references, theirs.steps, seeds_of(theirs), self._report)
+
+    def _move_aside(self, reason: str) -> None:
+        aside = free_name(self._target.with_name(f"{self._target.name}.broken"), "older")
+        self._target.rename(aside)
+        self._report(f"{self._target} had no manifest that can be read ({reason}); it was moved to {aside}")
 
 
-def _wanted(source: Source, precision: str, shapes: Shapes) -> dict[str, Any]:
-    """What a manifest says besides the components; a bundle that differs in it is not up to date."""
-    sides = {
-        side: [r.min, r.opt, r.max]
-        for side, r in (("height", shapes.height), ("width", shapes.width), ("batch", shapes.batch))
-    }
-    weights = hashlib.sha256(
-        "".join(source.fingerprint(part) for part in sorted(set(PART_OF.values()))).encode()
-    ).hexdigest()
-    origin = {
-        **source.origin,
-        "tokenizer": source.fingerprint("tokenizer"),
-        "weights": weights,
-        "options": source.options,
-    }
-    return {"source": origin, "precision": precision, "shapes": sides, "scheduler": source.scheduler_config()}
-
-
-def _fingerprint(source: Source, component: str, graphs: Graphs) -> str:
-    """A hash of all that determines a component's graph: weights, precision, our tracing code, the libraries."""
-    code = [sha256(Path(__file__).with_name("graphs") / name) for name in ("modules.py", "tracing.py")]
-    libraries = [f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "onnx", "onnxscript")]
-    parts = [source.fingerprint(PART_OF[component]), component, graphs.precision, str(graphs.opset), *code, *libraries]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _usable(target: Path, report: Report) -> dict[str, Any] | None:
-    """The manifest of an existing bundle whose files are all right."""
-    if not target.is_dir() or not any(target.iterdir()):
-        return None
-    try:
-        bundle = Bundle.open(target)
-        Schedule.from_config(bundle.scheduler)
-        ClipTokenizer(bundle.tokenizer_file, bundle.special_tokens)
-        return dict(bundle.manifest)
-    except (BundleError, SchedulerConfigError) as error:
-        report(f"the old bundle is not usable and will be replaced: {error}")
-        return None
-
-
-def modules(source: Source, component: str) -> tuple[type[nn.Module], Any, int]:
-    """The graph's class, the model that it wraps, and the size of the text's embeddings (0 where there is no text)."""
-    if component == "text_encoder":
-        return TextEncoder, source.text_encoder(), 0
-    if component == "denoiser":
-        unet = source.unet()
-        return Denoiser, unet, int(unet.config.cross_attention_dim)
-    return (VaeDecoder if component == "vae_decoder" else VaeEncoder), source.vae(), 0
-
-
-def _export(
-    source: Source, component: str, graphs: Graphs, folder: Path, verify: bool, label: str, report: Report
-) -> tuple[dict[str, Any], Any]:
-    """Traces one component into `folder` and compares it with torch: its manifest entry and the differences."""
-    started, precision = perf_counter(), graphs.precision
-    kind, model, context_size = modules(source, component)
-    _require_disk(folder, sum(p.numel() for p in model.parameters()) * DTYPES[precision].itemsize)
-    report(f"{label}: tracing {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters in {precision}")
-    expected = None
-    if verify:
-        _round_weights(model, DTYPES[precision])
-        expected = torch_reference(component, kind(model, torch.float32), context_size)
-    name = f"onnx/{component}.onnx"
-    module = kind(model, DTYPES[precision], fuses_attention(component, precision, graphs.opset))
-    export_onnx(component, module, example(component, context_size), folder / name, graphs.opset)
-    del module
-    del model
-    gc.collect()
-    exported = perf_counter()
-    found = None
-    if expected is not None:
-        found = check_component(component, OnnxRuntimeBackend({component: folder / name}), expected, precision)
-    seconds = {"export": round(exported - started, 2), "check": round(perf_counter() - exported, 2)}
-    verdict = "not verified" if found is None else f"{found.relative_rms:.1e} from torch"
-    report(f"{label}: exported in {seconds['export']:.1f} s, {verdict}")
-    return {
-        "onnx": name,
-        "opset": graphs.opset,
-        "ir_version": _ir_version(folder / name),
-        "seconds": seconds,
-    }, found and as_json(found)
-
-
-def _round_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Weights as they will be in the graph, so that only its arithmetic is compared. Norms and timestep stay in
-    float32."""
-    if dtype == torch.float32:
-        return
-    exact = {
-        id(p)
-        for m in model.modules()
-        if isinstance(m, (nn.GroupNorm, nn.LayerNorm, Float32Norm))
-        for p in m.parameters()
-    }
-    exact |= {id(p) for p in getattr(model, "time_embedding", nn.Module()).parameters()}
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if id(parameter) not in exact:
-                parameter.copy_(parameter.to(dtype).float())
-
-
-def _ir_version(file: Path) -> int:
-    import onnx
-
-    return int(onnx.load(str(file), load_external_data=False).ir_version)
-
-
-def _write_tokenizer(source: Source, folder: Path) -> dict[str, Any]:
-    tokenizer = source.tokenizer()
-    (folder / "tokenizer").mkdir()
-    tokenizer.backend_tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
-    return {
-        "file": "tokenizer/tokenizer.json",
-        "start": tokenizer.bos_token_id,
-        "end": tokenizer.eos_token_id,
-        "pad": tokenizer.pad_token_id,
-    }
-
-
-def _write_manifest(folder: Path, manifest: dict[str, Any], files: dict[str, Any]) -> None:
-    """manifest.json with the hash of every other file; those in `files` are known already, and the others are added to
-    it."""
-    for file in sorted(folder.rglob("*")):
-        name = file.relative_to(folder).as_posix()
-        if file.is_file() and name not in files and name != MANIFEST:
-            files[name] = {"sha256": sha256(file), "bytes": file.stat().st_size}
-    manifest["files"] = dict(sorted(files.items()))
-    manifest["created"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    manifest["versions"] = {
-        "latentrt": __version__,
-        **{name: version(name) for name in ("torch", "diffusers", "onnx", "onnxruntime")},
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-
-
-def _verify_picture(
-    source: Source, folder: Path, precision: str, checks: dict[str, Any], report: Report
-) -> dict[str, Any]:
+def verify_picture(
+    folder: Path, precision: str, checks: Mapping[str, Any], theirs: Pictures, report: Report
+) -> Verification:
+    """Compares the pictures of the bundle in `folder` with diffusers', and keeps the first one there."""
     started = perf_counter()
-    report("comparing the pictures of two prompts with diffusers")
-    found, picture = check_picture(source, folder, precision)
-    picture.save(folder / VERIFICATION_PICTURE)
+    found, picture = check_picture(theirs, folder, precision)
+    picture.save(folder / PICTURE)
     report(
         f"picture: {found.pixels_within_1:.2%} of the values within 1 of 255, PSNR {found.psnr_db:.1f} dB, latents "
-        "within "
-        f"{found.latents_max_abs:.1e} ({perf_counter() - started:.1f} s)"
+        f"within {found.latents_max_abs:.1e} ({perf_counter() - started:.1f} s)"
     )
-    return {
-        "done": True,
-        "backend": OnnxRuntimeBackend({}).description,
-        "precision": precision,
-        "components": checks,
-        "picture": as_json(found),
-    }
+    return Verification(
+        done=True,
+        backend=OnnxRuntimeBackend({}).description,
+        precision=precision,
+        components=checks,
+        picture=as_json(found),
+    )
 
 
-def _measure_openvino(source: Source, folder: Path, precision: str, report: Report) -> dict[str, Any]:
-    from .openvino import choose_precision
-
-    def reference(component: str) -> Reference:
-        kind, model, context_size = modules(source, component)
-        _round_weights(model, DTYPES[precision])
-        return torch_reference(component, kind(model, torch.float32), context_size)
-
-    parameters = sum(file.stat().st_size for file in folder.glob("onnx/denoiser.onnx*")) // DTYPES[precision].itemsize
-    small = parameters <= SMALL
-    return choose_precision(folder, reference, 20 if small else 2, range(4) if small else [SEED], report)
+def _hashed(folder: Path, known: Mapping[str, File]) -> dict[str, File]:
+    """The files of a bundle that is being built. Those that are known are not read again."""
+    names = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()]
+    return {name: known.get(name) or _file(folder / name) for name in names if name != MANIFEST}
 
 
-def _link(old: Path, new: Path, manifest: dict[str, Any], component: str, files: dict[str, Any]) -> dict[str, Any]:
-    """Takes over the files of an unchanged component, as hard links where the file system has them, and their hashes:
-    its manifest entry."""
-    for name, entry in manifest["files"].items():
-        if name.startswith(f"onnx/{component}.onnx"):
-            link(old / name, new / name)
-            files[name] = entry
-    return dict(manifest["components"][component])
-
-
-def _require_disk(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < 1.1 * needed:
-        raise OutputError(
-            f"{folder.parent} has {megabytes(free)} free; the next component needs {megabytes(needed)}. Free some, or "
-            "pass another --output"
-        )
-
-
-def megabytes(count: int) -> str:
-    """Bytes for people."""
-    unit, name = next(((size, name) for size, name in ((1e9, "GB"), (1e6, "MB")) if count >= size), (1e3, "kB"))
-    return f"{count / unit:.1f} {name}"
-
-
-@contextmanager
-def _as_output_errors(output: Path) -> Iterator[None]:
-    """OSErrors become named errors about the file that they are about."""
-    try:
-        yield
-    except OSError as error:
-        file = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes, os.PathLike)) else output
-        if error.errno == errno.ENOSPC:
-            raise OutputError(
-                f"the disk of {output} is full; nothing was changed. Free some space, or pass another --output"
-            ) from error
-        if error.errno == errno.EFBIG:
-            raise OutputError(
-                f"{output} may not take files of that size (ulimit -f); nothing was changed. Raise it, or pass another "
-                "--output"
-            ) from error
-        inside = output.absolute() in [file.absolute(), *file.absolute().parents]
-        cure = "pass another --output" if inside else "let this user read it"
-        raise OutputError(
-            f"{file} cannot be {'written or read' if inside else 'read'} ({error.strerror or error}); {cure}"
-        ) from error
+def _file(file: Path) -> File:
+    return File(sha256(file), file.stat().st_size)

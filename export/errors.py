@@ -1,4 +1,4 @@
-"""Every error that building raises on purpose."""
+"""The errors that building raises on purpose."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class UnknownModelError(ExportError):
 
 
 class UnreadableModelError(ExportError):
-    """The model's files are damaged, incomplete, or not in a layout that is known."""
+    """The model's files are damaged, incomplete, or in an unknown layout."""
 
     exit_code = 2
 
 
 class UnsupportedModelError(ExportError):
-    """The model is of a kind that the graphs here do not serve."""
+    """The model is of a kind that the graphs do not support."""
 
     exit_code = 2
 
@@ -49,7 +49,7 @@ class OutputError(ExportError):
 
 
 class TargetError(OutputError):
-    """The place for the bundle holds something that is not to be replaced."""
+    """The bundle's place holds something that the builder must not replace."""
 
     exit_code = 2
 

@@ -1,4 +1,5 @@
-"""A folder is replaced as a whole: written beside the old one, then exchanged with it. Files that are not ours stay.
+"""Replaces a folder as a whole: the new one is written beside the old one, then exchanged with it. Files that are not
+ours stay.
 
 target       what is replaced
 unfinished   beside it, hidden: what is being written; after the exchange, what is being thrown away
@@ -23,7 +24,7 @@ AT_FDCWD, RENAME_EXCHANGE, RENAME_SWAP = -100, 2, 2
 
 
 def link(source: str | Path, target: str | Path) -> None:
-    """The same file in another place: a hard link where the file system has them, else a copy."""
+    """Makes `target` a hard link to `source`, or a copy if the file system has no hard links."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:
@@ -31,8 +32,7 @@ def link(source: str | Path, target: str | Path) -> None:
 
 
 def files_of(folder: Path) -> Iterator[str]:
-    """The names of all that lies in a folder and is no folder itself, and of its empty folders, with a / at the end.
-    Links are not followed."""
+    """The names of all files in a folder, and of its empty folders with a / at the end. Links are not followed."""
     for place, folders, files in os.walk(folder):
         here = Path(place)
         linked = [name for name in folders if (here / name).is_symlink()]
@@ -43,8 +43,9 @@ def files_of(folder: Path) -> Iterator[str]:
 
 
 def carry_over(old: Path, new: Path, ours: Callable[[str], bool], done: frozenset[str] = frozenset()) -> frozenset[str]:
-    """Takes what is not ours from the old folder into the new one, except for the names in `done`; where the new one
-    has a file of that name, beside it. What was taken. TargetError for a device or a pipe that cannot be linked."""
+    """Links files that are not ours from the old folder into the new one, except the names in `done`. If the new one
+    has a file of that name, the old file gets another name beside it. Returns the names. TargetError for a device or a
+    pipe that cannot be linked."""
     taken = [name for name in files_of(old) if not ours(name.rstrip("/")) and name not in done]
     for name in taken:
         target = new / name
@@ -70,7 +71,7 @@ def _take(source: Path, target: Path) -> None:
 
 
 def free_name(path: Path, word: str) -> Path:
-    """`path`, or where that is taken, the first that is not of `path`.word, `path`.word-2, ..."""
+    """`path`, or if that exists, the first of `path`.word, `path`.word-2, ... that does not."""
     names = itertools.chain(
         [path], (path.with_name(f"{path.name}.{word}{f'-{i}' if i > 1 else ''}") for i in itertools.count(1))
     )
@@ -78,8 +79,8 @@ def free_name(path: Path, word: str) -> Path:
 
 
 def recover(target: Path, unfinished: Path, replaced: Path, ours: Callable[[str], bool] = lambda name: True) -> None:
-    """Clears up after a builder that was killed. TargetError where a leftover holds a file that is not ours and that
-    the target lacks."""
+    """Clears up after a killed builder. TargetError if a leftover folder holds a file that is not ours and that the
+    target lacks."""
     if replaced.is_dir() and not replaced.is_symlink() and not os.path.lexists(target):
         replaced.rename(target)
     for leftover in (unfinished, replaced):
@@ -96,7 +97,7 @@ def recover(target: Path, unfinished: Path, replaced: Path, ours: Callable[[str]
 
 
 def swap(target: Path, unfinished: Path, replaced: Path, ours: Callable[[str], bool] = lambda name: True) -> None:
-    """Puts `unfinished` in the place of `target`, at once where the file system can, and takes over what is not
+    """Puts `unfinished` in the place of `target`, atomically if the file system can, and keeps the files that are not
     ours."""
     if not os.path.lexists(target):
         unfinished.rename(target)
@@ -112,7 +113,7 @@ def swap(target: Path, unfinished: Path, replaced: Path, ours: Callable[[str], b
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Gives each of two folders the other's name in one step; False where this system or file system cannot."""
+    """Exchanges the names of two folders in one step. False if the system or file system cannot."""
     library = ctypes.CDLL(None, use_errno=True)
     names = os.fsencode(one), os.fsencode(other)
     if sys.platform == "linux" and hasattr(library, "renameat2"):

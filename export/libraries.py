@@ -1,4 +1,4 @@
-"""Keeps the libraries of the exporter from talking over its own progress, from sending anything, and from leaving files
+"""Keeps the exporter's libraries from printing over its progress, from sending anything, and from leaving files
 behind."""
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ TORCH_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def leave_nothing_behind() -> None:
-    """Before they are imported: no telemetry, and no empty folder in the temporary directory.
+    """Turns telemetry off, and removes torch's empty folder in the temporary directory at exit. Call it before the
+    libraries are imported.
 
     diffusers imports ONNX Runtime by itself. torch makes a folder for compiled code when it is imported and puts its
     name into the environment; one that holds nothing is removed at the end of the process, unless the user named it.
@@ -31,8 +32,8 @@ def _remove_empty_folder() -> None:
 
 
 def quiet_libraries() -> None:
-    """Before they are imported: no progress bars, advice or deprecation notes from torch, transformers and
-    diffusers."""
+    """Silences progress bars, advice and deprecation notes of torch, transformers and diffusers. Call it before they
+    are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")

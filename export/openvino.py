@@ -1,9 +1,8 @@
-"""Which components of a bundle may run in bfloat16 on OpenVINO: measured on this CPU, once, and written into the
-manifest."""
+"""Measures on this CPU which components of a bundle may run in bfloat16 on OpenVINO, for the manifest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,67 +11,69 @@ import numpy as np
 from engine import Pipeline
 from engine.backends.openvino.backend import OpenVinoBackend
 from engine.bundle import Bundle
-from engine.contract import COMPONENTS
 
 from . import verify
+from .building import Report
 from .compare import as_json
 from .errors import VerificationError
+from .verify import Reference
 
 PICTURE_PSNR = 35.0
-"""dB, the least that a picture with components in bfloat16 must have beside the same one in float32."""
-
-HALVED = ("denoiser", "vae_decoder", "vae_encoder")
-"""What may run in bfloat16. The text encoder takes a thousandth of a picture's time, and every step sees its errors."""
-
-Report = Callable[[str], None]
+"""The least PSNR in dB of pictures with components in bfloat16 against the same pictures in float32."""
 
 
 def choose_precision(
-    folder: Path, reference: Callable[[str], verify.Reference], steps: int, seeds: Sequence[int], report: Report
+    folder: Path, references: Mapping[str, Reference], steps: int, seeds: Sequence[int], report: Report
 ) -> dict[str, Any]:
     """The manifest's entry "openvino" for the bundle in `folder`.
 
     Every component must equal torch within the tolerance of the bundle's precision, or VerificationError. bfloat16 is
     chosen for those that stay within its own tolerance, as long as pictures with them keep PICTURE_PSNR beside
-    float32's; the component whose picture is worst goes first. `reference` computes a component's inputs and outputs
-    with torch.
+    float32's; the component whose picture is worst goes first. `references` has inputs and outputs of each component
+    that is there.
     """
     bundle = Bundle.open(folder, verify=False)
     backend = OpenVinoBackend(bundle.graphs)
-    has_bf16 = backend.has_bf16()
-    entry: dict[str, Any] = {
+    found, precision, has_bf16 = {}, dict.fromkeys(bundle.graphs, "fp32"), backend.has_bf16()
+    for name in bundle.graphs:
+        found[name] = _check_both(bundle, name, references[name], has_bf16, report)
+        if "bf16" in found[name]:
+            precision[name] = "bf16"
+    picture = _check_pictures(bundle, precision, steps, seeds)
+    words = ", ".join(f"{component} {chosen}" for component, chosen in precision.items())
+    report(f"openvino: {words}; PSNR {picture['psnr_db']} dB against fp32's picture")
+    return {
         "library": backend.description.split(" (")[0],
         "processor": backend.processor(),
-        "components": {},
-        "precision": dict.fromkeys(COMPONENTS, "fp32"),
+        "components": found,
+        "precision": precision,
+        "picture": picture,
     }
-    for component in COMPONENTS:
-        expected = reference(component)
-        found = {
-            "fp32": as_json(
-                verify.check_component(component, OpenVinoBackend(bundle.graphs), expected, bundle.precision)
-            )
-        }
-        if has_bf16 and component in HALVED:
-            try:
-                halved = OpenVinoBackend(bundle.graphs, precision={component: "bf16"})
-                found["bf16"] = as_json(verify.check_component(component, halved, expected, "bf16"))
-                entry["precision"][component] = "bf16"
-            except VerificationError as error:
-                report(f"openvino: {component} stays in fp32: {error}")
-        entry["components"][component] = found
-    entry["picture"] = _check_pictures(bundle, entry["precision"], steps, seeds)
-    words = ", ".join(f"{component} {precision}" for component, precision in entry["precision"].items())
-    report(f"openvino: {words}; PSNR {entry['picture']['psnr_db']} dB beside fp32's picture")
-    return entry
+
+
+def _check_both(
+    bundle: Bundle, name: str, expected: Reference, has_bf16: bool, report: Report
+) -> dict[str, dict[str, Any]]:
+    """The difference between a component and torch in float32, and in bfloat16 if that is within its tolerance."""
+    component = bundle.family[name]
+    exact = verify.check_component(component, OpenVinoBackend(bundle.graphs), expected, bundle.precision)
+    found = {"fp32": as_json(exact)}
+    if has_bf16 and component.halves:
+        halved = OpenVinoBackend(bundle.graphs, precision={name: "bf16"})
+        try:
+            found["bf16"] = as_json(verify.check_component(component, halved, expected, "bf16"))
+        except VerificationError as error:
+            report(f"openvino: {name} stays in fp32: {error}")
+    return found
 
 
 def _check_pictures(bundle: Bundle, precision: dict[str, str], steps: int, seeds: Sequence[int]) -> dict[str, Any]:
-    """Takes bfloat16 from components, the worst first, until the pictures are right: the PSNRs."""
+    """Sets components back to float32, the worst first, until the pictures are within the tolerance. Returns the
+    PSNRs."""
     exact = _pictures(bundle, {}, steps, seeds)
     alone = {
         component: _psnr(exact, _pictures(bundle, {component: "bf16"}, steps, seeds))
-        for component in ("denoiser", "vae_decoder")
+        for component in bundle.family.required
         if precision[component] == "bf16"
     }
     together = 99.0
@@ -86,7 +87,7 @@ def _check_pictures(bundle: Bundle, precision: dict[str, str], steps: int, seeds
 
 
 def _pictures(bundle: Bundle, precision: dict[str, str], steps: int, seeds: Sequence[int]) -> list[np.ndarray]:
-    """Pixels of parity's picture from each seed. The components are loaded at the bundle's best size."""
+    """Pixels of the verification's prompt for each seed, at the bundle's best size."""
     backend = OpenVinoBackend(bundle.graphs, bundle.shapes, precision=precision)
     with Pipeline(bundle, backend) as pipeline:
         scheduler = verify.scheduler_of(bundle)
@@ -106,5 +107,5 @@ def _pictures(bundle: Bundle, precision: dict[str, str], steps: int, seeds: Sequ
 
 
 def _psnr(exact: Sequence[np.ndarray], pictures: Sequence[np.ndarray]) -> float:
-    """The worst of several pictures, in dB."""
+    """The lowest PSNR of several pictures, in dB."""
     return round(min(verify.psnr(actual, expected) for actual, expected in zip(pictures, exact)), 1)

@@ -1,4 +1,5 @@
-"""Where a bundle may be written: nothing of the user's is overwritten or removed, and no other model's bundle."""
+"""Decides where a bundle may be written. The user's files and other models' bundles are never overwritten or
+removed."""
 
 from __future__ import annotations
 
@@ -15,19 +16,19 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from engine.errors import BundleError, ManifestError
-from engine.manifest import MANIFEST, TOKENIZER, graph_file, is_ours, parse
+from engine.manifest import MANIFEST, Origin, claimed_origin, holds_graphs, is_ours, named_files, parse
 
 from .errors import OutputError, TargetError
 
 SECONDS_BETWEEN_NOTES = 60
 HOLDER = "process "
-"""What a lock file of ours begins with while it is held."""
+"""The beginning of our lock file while the lock is held."""
 
 
 @dataclass(frozen=True)
 class There:
-    """What is at a target: the files that the manifest of the bundle there names, what it was built from, and why its
-    manifest cannot be read, if it cannot."""
+    """The bundle at a target: the files that its manifest names, the model that it was built from, and the reason if
+    its manifest cannot be read."""
 
     named: frozenset[str] = frozenset()
     source: Mapping[str, Any] | None = None
@@ -35,8 +36,8 @@ class There:
 
 
 def place(output: Path, name: str, inputs: Sequence[Path]) -> Path:
-    """The folder of the bundle `name` in `output`, which is made. A link that stands there is followed. TargetError
-    where it is or holds what the model is read from, or lies in it."""
+    """The folder of the bundle `name` in `output`. `output` is created, and a link is followed. TargetError if the
+    folder is, holds or lies in something that the model is read from."""
     target = output / name
     try:
         target = target.resolve() if target.is_symlink() else target
@@ -44,7 +45,7 @@ def place(output: Path, name: str, inputs: Sequence[Path]) -> Path:
             _refuse_overlap(target, path)
         target.parent.mkdir(parents=True, exist_ok=True)
         if os.path.lexists(target) and not target.is_dir():
-            raise TargetError(f"{target} is there and is no folder; pass another --name or --output, or move it away")
+            raise TargetError(f"{target} exists and is not a folder; pass another --name or --output, or move it away")
     except (
         OSError,
         ValueError,
@@ -71,21 +72,21 @@ def examine(target: Path) -> There:
     if not target.is_dir() or not any(target.iterdir()):
         return There()
     try:
-        manifest = parse(target)
+        content = parse(target)
     except ManifestError as error:
         if isinstance(error.__cause__, PermissionError):
             raise TargetError(str(error)) from error
-        if (target / graph_file("denoiser")).exists() or (target / TOKENIZER).exists():
+        if holds_graphs(target):
             return There(broken=str(error))
         raise _not_ours(target) from error
     except BundleError as error:
         raise _not_ours(target) from error
-    if not is_ours(manifest):
+    if not is_ours(content):
         raise _not_ours(target)
-    if not isinstance(manifest.get("files"), dict):
+    named = named_files(content)
+    if named is None:
         return There(broken=f"{target / MANIFEST} does not say which files are its own")
-    source = manifest.get("source")
-    return There(frozenset([MANIFEST, *manifest["files"]]), source if isinstance(source, dict) else None)
+    return There(named, claimed_origin(content))
 
 
 def _not_ours(target: Path) -> TargetError:
@@ -95,28 +96,28 @@ def _not_ours(target: Path) -> TargetError:
     )
 
 
-def require_same_model(target: Path, there: There, source: Mapping[str, Any], report: Callable[[str], None]) -> None:
-    """TargetError where the bundle at the target is another model's: of another kind, name or place, and with other
+def require_same_model(target: Path, there: There, source: Origin, report: Callable[[str], None]) -> None:
+    """TargetError if the bundle at the target belongs to another model: one of another kind, name or place with other
     weights."""
     old = there.source
-    if old is None or all(old.get(key, source.get(key)) == source.get(key) for key in ("kind", "id", "path")):
+    if old is None or all(old.get(key, getattr(source, key)) == getattr(source, key) for key in ("kind", "id", "path")):
         return
-    if old.get("weights") == source["weights"]:
+    if old.get("weights") == source.weights:
         report(
-            f"{target} was built from {old.get('path') or old.get('id')}; {source.get('path') or source['id']} has the "
+            f"{target} was built from {old.get('path') or old.get('id')}; {source.path or source.id} has the "
             "same weights and takes its place"
         )
-    else:
-        raise TargetError(
-            f"{target} is the bundle of another model ({old.get('kind')} {old.get('path') or old.get('id')}); give "
-            "this one another name with "
-            f"--name, or move that one away: mv {shlex.quote(str(target))} {shlex.quote(f'{target}.old')}"
-        )
+        return
+    raise TargetError(
+        f"{target} is the bundle of another model ({old.get('kind')} {old.get('path') or old.get('id')}); give this "
+        f"one another name with --name, or move that one away: mv {shlex.quote(str(target))} "
+        f"{shlex.quote(f'{target}.old')}"
+    )
 
 
 @contextmanager
 def locked(target: Path, report: Callable[[str], None]) -> Iterator[None]:
-    """Keeps two builders of one bundle apart. The one that waits says for whom."""
+    """Keeps two builders of one bundle apart. The waiting one reports which process it waits for."""
     file = target.with_name(f".{target.name}.lock")
     if os.path.lexists(file) and (file.is_symlink() or not file.is_file() or not _is_lock(file)):
         raise TargetError(f"{file} is in the way: the builder keeps its lock there; move it away")

@@ -1,33 +1,42 @@
-"""Bundle against torch and diffusers: every component on random inputs, then a whole picture."""
+"""Compares a bundle with torch and diffusers: every component on random inputs, then whole pictures."""
 
 from __future__ import annotations
 
-import gc
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from engine import Pipeline
-from engine.backends.onnxruntime import OnnxRuntimeBackend
+from engine.backends.onnxruntime.backend import OnnxRuntimeBackend
 from engine.backends.openvino.backend import OpenVinoBackend
 from engine.bundle import Bundle
-from engine.contract import OUTPUTS, SLOTS, Range
+from engine.contract import PROMPT_TOKENS, Component, Range, Sizes
 from engine.errors import NumericalError
 from engine.picture import Picture, psnr
-from engine.sampling.samplers import sampler_name
+from engine.sampling.catalog import sampler_name
 from engine.sampling.schedule import Schedule
 
-from .compare import PICTURE_TOLERANCE, Difference, compared, difference, tolerance
+from .compare import (
+    PICTURE_TOLERANCE,
+    Difference,
+    difference,
+    differences,
+    not_finite,
+    random_inputs,
+    tolerance,
+    worst_of,
+)
 from .errors import VerificationError
-from .graphs.tracing import Example, example
-from .sources.checkpoint import Source
+from .graphs.tracing import EXAMPLE_SIZES
 
 PROMPT = "a large red circle on a blue background"
 PROMPTS = (PROMPT, "a small green star on a white background")
-"""Two, so that a model which does not react to its text is found out."""
+"""Two, to find a model that does not react to its text."""
 
 SEED = 0
 GUIDANCE = 7.5
@@ -35,9 +44,13 @@ SMALL = 50_000_000
 """Parameters of a U-Net up to which the whole picture is compared over 20 steps; larger ones take two."""
 
 
+ODD_SIZES = {"batch": 1, "rows": 2, "tokens": 2 * PROMPT_TOKENS, "height": 9, "width": 16}
+
+
 @dataclass(frozen=True)
 class PictureDifference:
-    """Pictures of the bundle beside diffusers' (float32) from the same seed: the worst of all prompts."""
+    """The largest differences of the bundle's pictures from diffusers' (float32) with the same seed, over all
+    prompts."""
 
     prompts: list[str]
     seed: int
@@ -53,54 +66,49 @@ class PictureDifference:
 
 @dataclass(frozen=True)
 class Reference:
-    """Inputs of a component and what torch makes of them, in float32."""
+    """Sets of inputs of a component and torch's outputs for them, in float32."""
 
-    inputs: list[Example]
+    inputs: list[dict[str, np.ndarray]]
     outputs: list[list[np.ndarray]]
 
 
-def reference(component: str, module: nn.Module, context_size: int) -> Reference:
-    """What a float32 module makes of two sets of random inputs, of which one has odd latent sizes and two text
-    chunks."""
-    second = {"batch": 1, "rows": 2, "height": 9, "width": 16, "seed": 1}
-    inputs = [example(component, context_size), example(component, context_size, **second, tokens=154)]
-    outputs = []
-    for one in inputs:
-        if component == "denoiser":  # one slot shows the guided output alone, or a difference there would drown
-            one.inputs["update"][:, 0] = 0.0
-            one.inputs["update"][:, 0, SLOTS] = 1.0
-        with torch.no_grad():
-            made = module(**one.inputs)
-        outputs.append([value.numpy() for value in (made if isinstance(made, tuple) else (made,))])
-    return Reference(inputs, outputs)
+def reference(component: Component, module: nn.Module, sizes: Sizes) -> Reference:
+    """A float32 module's outputs for two sets of random inputs. One set has odd latent sizes and two text chunks.
+    `sizes` are the model's."""
+    inputs = [random_inputs(component, {**one, **sizes}, seed) for seed, one in enumerate((EXAMPLE_SIZES, ODD_SIZES))]
+    return Reference(inputs, [run_module(module, one) for one in inputs])
+
+
+def run_module(module: nn.Module, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """A module's outputs."""
+    with torch.no_grad():
+        made = module(**{name: torch.from_numpy(value) for name, value in inputs.items()})
+    return [value.numpy() for value in (made if isinstance(made, tuple) else (made,))]
 
 
 def check_component(
-    component: str, backend: OnnxRuntimeBackend | OpenVinoBackend, expected: Reference, precision: str
+    component: Component, backend: OnnxRuntimeBackend | OpenVinoBackend, expected: Reference, precision: str
 ) -> Difference:
     """The largest difference of a component's outputs; VerificationError beyond the tolerance."""
     found = []
-    for one, outputs in zip(expected.inputs, expected.outputs):
-        made = backend.run(component, {name: value.numpy() for name, value in one.inputs.items()})
-        for name, actual, wanted in zip(OUTPUTS[component], made, outputs):
-            actual, wanted = compared(component, name, actual), compared(component, name, wanted)
-            if not np.isfinite(actual.astype(np.float32)).all():
-                raise VerificationError(
-                    f"{component} gives values in its output {name} that are not finite; {_about_overflow(precision)}"
-                )
-            found.append(difference(actual, wanted))
-    worst = Difference(max(d.max_abs for d in found), max(d.relative_rms for d in found))
-    allowed = tolerance(component, precision)
+    for inputs, outputs in zip(expected.inputs, expected.outputs):
+        made = backend.run(component.name, inputs)
+        if (name := not_finite(component, made)) is not None:
+            raise VerificationError(
+                f"{component.name} gives values in its output {name} that are not finite; {_about_overflow(precision)}"
+            )
+        found.append(differences(component, made, outputs))
+    worst, allowed = worst_of(found), tolerance(component, precision)
     if worst.relative_rms > allowed:
         raise VerificationError(
-            f"{component} differs from torch by {worst.relative_rms:.2e} (relative RMS); {allowed:.0e} is "
+            f"{component.name} differs from torch by {worst.relative_rms:.2e} (relative RMS); {allowed:.0e} is "
             f"allowed in {precision}. {_about_difference(precision)}"
         )
     return worst
 
 
 def _about_difference(precision: str) -> str:
-    """What to do about a difference beyond the tolerance."""
+    """The advice for a difference beyond the tolerance."""
     exact = (
         "This is a fault of LatentRT: please report it with the name of the model, or pass"
         if precision == "fp32"
@@ -110,7 +118,7 @@ def _about_difference(precision: str) -> str:
 
 
 def _about_overflow(precision: str) -> str:
-    """What to do about values that are not finite."""
+    """The advice for values that are not finite."""
     if precision == "fp32":
         return (
             "the model overflows in fp32, so there is no precision that it works in: its weights are damaged or were "
@@ -119,51 +127,43 @@ def _about_overflow(precision: str) -> str:
     return f"the model overflows in {precision}; build with --precision fp32"
 
 
-def check_picture(source: Source, folder: Path, precision: str) -> tuple[PictureDifference, Picture]:
-    """Pictures of two prompts by the bundle against diffusers' in float32: the worst numbers, and the first picture.
+def check_picture(theirs: Pictures, folder: Path, precision: str) -> tuple[PictureDifference, Picture]:
+    """Compares the bundle's pictures of two prompts with diffusers' in float32. Returns the largest differences and the
+    first picture.
 
-    They are made in calls of as many pictures as the bundle takes, with the model's own scheduler. VerificationError
-    beyond the tolerance, and where the prompt makes no difference.
+    The calls make as many pictures as the bundle allows, with the model's own scheduler. VerificationError beyond the
+    tolerance, or if the prompt makes no difference.
     """
     bundle = Bundle.open(folder, verify=False)
-    height, width, scheduler = bundle.shapes.height.opt, bundle.shapes.width.opt, scheduler_of(bundle)
-    theirs, steps = _with_diffusers(source, height, width)
-    if _is_deaf(theirs):
-        raise VerificationError(
-            f"the model does not react to the text: {PROMPTS[0]!r} and {PROMPTS[1]!r} give the same picture, with "
-            "diffusers too. "
-            f"Its tokenizer or text encoder is not the one that it was trained with"
-        )
-    gc.collect()
-    ours, picture = _with_bundle(folder, bundle.shapes.batch, height, width, steps, scheduler, precision)
+    ours, picture = _with_bundle(bundle, theirs, precision)
     if _is_deaf(ours):
         raise VerificationError(
             f"the bundle does not react to the text: {PROMPTS[0]!r} and {PROMPTS[1]!r} give the same picture, but not "
-            "with diffusers. "
-            f"This is a fault of LatentRT: please report it with the name of the model"
+            "with diffusers. This is a fault of LatentRT: please report it with the name of the model"
         )
-    found = PictureDifference(
-        list(PROMPTS),
-        SEED,
-        scheduler,
-        steps,
-        GUIDANCE,
-        height,
-        width,
-        max(difference(our.latents, their.latents).max_abs for our, their in zip(ours, theirs)),
-        min(
-            float((np.abs(our.pixels.astype(int) - their.pixels.astype(int)) <= 1).mean())
-            for our, their in zip(ours, theirs)
-        ),
-        min(psnr(our.pixels, their.pixels) for our, their in zip(ours, theirs)),
-    )
+    found = _compare(ours, theirs, scheduler_of(bundle))
     if found.psnr_db < PICTURE_TOLERANCE[precision]:
         raise VerificationError(
             f"the picture differs from diffusers': PSNR {found.psnr_db:.1f} dB, at least "
-            f"{PICTURE_TOLERANCE[precision]:.0f} dB is "
-            f"allowed in {precision}. {_about_difference(precision)}"
+            f"{PICTURE_TOLERANCE[precision]:.0f} dB is allowed in {precision}. {_about_difference(precision)}"
         )
     return found, picture
+
+
+def _compare(ours: Sequence[_Made], theirs: Pictures, scheduler: str) -> PictureDifference:
+    pairs = list(zip(ours, theirs.made))
+    return PictureDifference(
+        list(PROMPTS),
+        SEED,
+        scheduler,
+        theirs.steps,
+        GUIDANCE,
+        theirs.height,
+        theirs.width,
+        max(difference(our.latents, their.latents).max_abs for our, their in pairs),
+        min(float((np.abs(our.pixels.astype(int) - their.pixels.astype(int)) <= 1).mean()) for our, their in pairs),
+        min(psnr(our.pixels, their.pixels) for our, their in pairs),
+    )
 
 
 @dataclass(frozen=True)
@@ -174,14 +174,29 @@ class _Made:
     pixels: np.ndarray
 
 
-def _is_deaf(pictures: list[_Made]) -> bool:
+@dataclass(frozen=True)
+class Pictures:
+    """diffusers' pictures, one of each prompt, and how they were made."""
+
+    made: list[_Made]
+    height: int
+    width: int
+    steps: int
+
+
+def seeds_of(pictures: Pictures) -> Sequence[int]:
+    """The seeds for comparisons of several pictures: a few for a small model, one for a large one."""
+    return range(4) if pictures.steps > 2 else [SEED]
+
+
+def _is_deaf(pictures: Sequence[_Made]) -> bool:
     """Whether the first two prompts gave equal latents."""
     return np.array_equal(pictures[0].latents, pictures[1].latents)
 
 
 def calls(batch: Range) -> list[list[str]]:
-    """The prompts of the calls that make PROMPTS with a bundle for so many pictures at a time: together, or one by
-    one."""
+    """The prompts of each call that makes PROMPTS with a bundle for so many pictures in a call: all in one call, or one
+    a call."""
     size = min(max(len(PROMPTS), batch.min), batch.max)
     return [[prompt] for prompt in PROMPTS] if size == 1 else [[PROMPTS[i % len(PROMPTS)] for i in range(size)]]
 
@@ -191,24 +206,22 @@ def scheduler_of(bundle: Bundle) -> str:
     return sampler_name(None, Schedule.from_config(bundle.scheduler))
 
 
-def _with_bundle(
-    folder: Path, batch: Range, height: int, width: int, steps: int, scheduler: str, precision: str
-) -> tuple[list[_Made], Picture]:
+def _with_bundle(bundle: Bundle, theirs: Pictures, precision: str) -> tuple[list[_Made], Picture]:
     """The bundle's pictures, one of each prompt at least, and the first one with its parameters."""
     made: list[_Made] = []
     pictures: list[Picture] = []
     last: dict[str, np.ndarray] = {}
     try:
-        with Pipeline.load(folder, backend="onnxruntime", verify=False) as pipeline:
-            for prompts in calls(batch):
+        with Pipeline.load(bundle.folder, backend="onnxruntime", verify=False) as pipeline:
+            for prompts in calls(bundle.shapes.batch):
                 images = pipeline(
                     prompts,
-                    height,
-                    width,
-                    steps,
+                    theirs.height,
+                    theirs.width,
+                    theirs.steps,
                     GUIDANCE,
                     seed=[SEED] * len(prompts),
-                    scheduler=scheduler,
+                    scheduler=scheduler_of(bundle),
                     progress=False,
                     callback_on_step_end=lambda _, i, t, tensors: last.update(tensors),
                 ).images
@@ -219,23 +232,30 @@ def _with_bundle(
     return made, pictures[0]
 
 
-def _with_diffusers(source: Source, height: int, width: int) -> tuple[list[_Made], int]:
-    """diffusers' own pictures, one of each prompt, and the number of steps."""
-    pipeline = source.pipeline()
-    steps = 20 if sum(p.numel() for p in pipeline.unet.parameters()) <= SMALL else 2
-    made = []
-    for prompt in PROMPTS:
-        with torch.no_grad():
-            latents = pipeline(
-                prompt,
-                height=height,
-                width=width,
-                num_inference_steps=steps,
-                guidance_scale=GUIDANCE,
-                generator=torch.Generator().manual_seed(SEED),
-                output_type="latent",
-            ).images
-            image = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
-        pixels = torch.round((image / 2 + 0.5).clamp(0, 1) * 255).to(torch.uint8)[0].permute(1, 2, 0)
-        made.append(_Made(latents[0].numpy(), pixels.numpy()))
-    return made, steps
+def with_diffusers(pipeline: StableDiffusionPipeline, height: int, width: int) -> Pictures:
+    """diffusers' own pictures. VerificationError if the prompt makes no difference."""
+    small = sum(p.numel() for p in pipeline.unet.parameters()) <= SMALL
+    steps = 20 if small else 2
+    made = [_draw(pipeline, prompt, height, width, steps) for prompt in PROMPTS]
+    if _is_deaf(made):
+        raise VerificationError(
+            f"the model does not react to the text: {PROMPTS[0]!r} and {PROMPTS[1]!r} give the same picture, with "
+            "diffusers too. Its tokenizer or text encoder is not the one that it was trained with"
+        )
+    return Pictures(made, height, width, steps)
+
+
+@torch.no_grad()
+def _draw(pipeline: StableDiffusionPipeline, prompt: str, height: int, width: int, steps: int) -> _Made:
+    latents = pipeline(
+        prompt,
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=GUIDANCE,
+        generator=torch.Generator().manual_seed(SEED),
+        output_type="latent",
+    ).images
+    image = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+    pixels = torch.round((image / 2 + 0.5).clamp(0, 1) * 255).to(torch.uint8)[0].permute(1, 2, 0)
+    return _Made(latents[0].numpy(), pixels.numpy())

@@ -21,16 +21,33 @@ with suppress(ImportError):
 
 from engine import Pipeline
 from engine.contract import Range, Shapes
+from export import component as exported
 from export.build import build, default_shapes
 from export.sources.checkpoint import DiffusersFolder, resolve
 from export.tensorrt import build as to_tensorrt
+from export.tensorrt import check as to_check
+from export.tensorrt import profiles as to_profiles
 
 from . import fakes
 from .models import write_tiny_model
+from .traces import shared_export
 
 ROOT = Path(__file__).parent.parent
 ENGINES = ROOT / "build" / "test-engines"
 ONE, TWO, FIXED = (Range(n, n, n) for n in (1, 2, 64))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _equal_modules_are_traced_once():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exported, "export_onnx", shared_export)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _plans_are_timed_once(monkeypatch):
+    """A plan is timed over 20 runs; here one shows that it is timed."""
+    monkeypatch.setattr(to_check, "TIMED_RUNS", 1)
 
 
 @pytest.fixture(scope="session")
@@ -76,12 +93,20 @@ def planned(demo_fp16, tmp_path_factory):
         if version not in made:
             bundle = copy_bundle(demo_fp16, tmp_path_factory.mktemp(f"trt{version}"))
             with fakes.install(version), pytest.MonkeyPatch.context() as patch:
-                patch.setattr(to_tensorrt, "PIXELS_PER_DECODE", 2 * 64 * 64)
+                patch.setattr(to_profiles, "PIXELS_PER_DECODE", 2 * 64 * 64)
                 to_tensorrt.build_plans(bundle, PROFILES, compare=False, report=lambda message: None)
             made[version] = bundle
         return made[version]
 
     return plan
+
+
+def begun_bundle(bundle: Path, target: Path) -> None:
+    """A copy in which all but the text encoder is as the builder wants it: it is traced in 3 seconds, and the rest
+    would take half a minute."""
+    manifest = json.loads((shutil.copytree(bundle, target) / "manifest.json").read_text())
+    manifest["components"]["text_encoder"]["fingerprint"] = "another"
+    (target / "manifest.json").write_text(json.dumps(manifest))
 
 
 def tiny_source(folder: Path, kind: str) -> DiffusersFolder:
@@ -122,3 +147,13 @@ def edit_manifest():
         file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
     return edit
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `pytest -n`: slow tests come first, each by itself. All others go by files, which share fixtures; so does a
+    file that is slow as a whole."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    for item in items:
+        alone = any(marker.name == "slow" for marker in item.own_markers)
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else item.path.as_posix()))

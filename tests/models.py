@@ -21,17 +21,15 @@ SCHEDULER = {
 }
 
 
-def _unet(**options) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        norm_num_groups=8,
-        cross_attention_dim=32,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        **options,
-    )
+UNET = {
+    "sample_size": 8,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "cross_attention_dim": 32,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
 
 
 def tiny_modules(kind: str, seed: int = 0) -> dict:
@@ -41,9 +39,9 @@ def tiny_modules(kind: str, seed: int = 0) -> dict:
     second = kind == "sd2"
     tokenizer = CLIPTokenizer.from_pretrained(BUILT_IN / "tokenizer", pad_token="!" if second else "<|endoftext|>")
     unet = (
-        _unet(attention_head_dim=(2, 4), use_linear_projection=True, upcast_attention=True)
+        UNet2DConditionModel(**UNET, attention_head_dim=(2, 4), use_linear_projection=True, upcast_attention=True)
         if second
-        else _unet(attention_head_dim=8)
+        else UNet2DConditionModel(**UNET, attention_head_dim=8)
     )
     vae = AutoencoderKL(
         block_out_channels=(8, 16, 16, 16),

@@ -157,7 +157,7 @@ def test_no_command_line_of_the_builder_ends_in_an_error_without_a_name(place, w
         (["--name", ""], "cannot be a folder's name"),
         (["--bundle", "folder", "--precision", "fp16"], "--precision is for building a bundle from a model"),
         (["--bundle", "folder", "--output", "x"], "--output is for building a bundle from a model"),
-        (["--bundle", "folder", "--backend", "openvino"], "leave MODEL and other backends than tensorrt out"),
+        (["--bundle", "folder", "--backend", "openvino"], "leave out MODEL and backends other than tensorrt"),
         (["model.ckpt", "--tokenizer", "nope"], "--tokenizer nope is not there"),
     ],
 )

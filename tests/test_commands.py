@@ -131,7 +131,7 @@ def test_picture_command_numbers_several_pictures(demo_bundle, tmp_path):
         (["--bundle", "/nowhere"], 2, "there is no bundle at /nowhere"),
         (["--bundle", "b" * 300], 2, "is too long for a file's name"),
         (["--bundle", ""], 2, "'' names no file"),
-        (["--bundle", "a\0b"], 2, "'a\\x00b' is no name that a file can have"),
+        (["--bundle", "a\0b"], 2, "'a\\x00b' cannot be a file's name"),
         (["--steps", "0"], 2, "--steps: '0' is not a whole number from 1 to 1000"),
         (["--steps", "9" * 5000], 2, "is not a whole number from 1 to 1000"),
         (["--count", "0"], 2, "--count: '0' is not a whole number from 1 to 10000"),
@@ -365,14 +365,14 @@ def test_a_picture_from_a_shell_takes_the_backend_that_starts_fastest(tmp_path, 
 
 def test_what_the_help_names_is_what_there_is(capsys):
     from engine.backends import BACKENDS
-    from engine.sampling.samplers import SAMPLERS
+    from engine.sampling.catalog import SAMPLERS
 
     assert tuple(SAMPLERS) == arguments.SCHEDULERS
     assert arguments.BACKENDS == BACKENDS
     with pytest.raises(SystemExit, match="0"):
         command.main(["picture", "--help"])
     printed = " ".join(capsys.readouterr().out.split())
-    assert "ddim, ddpm, euler, euler_a, dpmpp_2m, dpmpp_2m_karras, pndm (default: the model's own)" in printed
+    assert f"{', '.join(SAMPLERS)} (default: the model's own)" in printed
     assert (
         'A text that begins with "-" comes last, after "--": python -m engine picture --steps 30 -- "-text"' in printed
     )

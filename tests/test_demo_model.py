@@ -26,6 +26,7 @@ def test_a_third_of_the_scenes_were_never_seen():
     assert sum(scene.triple in held_out() for scene in SCENES) == 32
 
 
+@pytest.mark.slow
 def test_ours_draws_95_percent_rightly(demo):
     pictures = make(demo, SCENES, guidance_scale=5.0)
     assert share_right(pictures) >= 0.95

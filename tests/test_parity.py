@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from engine import Pipeline
-from engine.sampling.samplers import SAMPLERS
+from engine.sampling.catalog import SAMPLERS
 from export.sources.checkpoint import resolve
 
 from .engine.sampling.test_samplers import CLASSES
 
+pytestmark = pytest.mark.slow
 PROMPTS = ["a large red circle on a blue background", "a small green star on the left of a white background"]
 NEGATIVE = ["", "a square"]
 BACKENDS = ["onnxruntime", "openvino"]
@@ -79,19 +80,23 @@ def check_same(ours, theirs):
         assert (np.abs(our_pixels.astype(int) - pixels.astype(int)) <= 1).mean() >= 0.999, backend
 
 
-@pytest.mark.parametrize("seed", [0, 1234567])
+SEEDS = [0, 1234567]
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_same_seed_gives_the_same_pictures_as_diffusers(both, sampler, seed):
+def test_same_seeds_give_the_same_pictures_as_diffusers(both, sampler):
+    """A list of seeds is a list of generators, one for each picture."""
     ours, theirs, config = both
-    check_same(
-        our_runs(ours, sampler, seed), diffusers_run(theirs, config, sampler, torch.Generator().manual_seed(seed))
-    )
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    check_same(our_runs(ours, sampler, SEEDS), diffusers_run(theirs, config, sampler, generators))
 
 
-def test_one_seed_per_picture_is_a_list_of_generators(both):
+@pytest.mark.parametrize("sampler", ["ddpm", "euler_a"])
+def test_one_seed_for_two_pictures_is_one_generator(both, sampler):
+    """Those that draw noise at every step."""
     ours, theirs, config = both
-    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    check_same(our_runs(ours, "euler_a", [3, 4]), diffusers_run(theirs, config, "euler_a", generators))
+    generator = torch.Generator().manual_seed(1234567)
+    check_same(our_runs(ours, sampler, 1234567), diffusers_run(theirs, config, sampler, generator))
 
 
 def test_several_images_per_prompt_come_in_diffusers_order(both):

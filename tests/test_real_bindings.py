@@ -28,7 +28,7 @@ SWITCH = "engine/backends/tensorrt/versions.py"
 
 BEHIND_A_SWITCH = {
     "export/tensorrt/progress.py": {"IProgressMonitor"},
-    "export/tensorrt/build.py": {"progress_monitor"},
+    "export/tensorrt/compiling.py": {"progress_monitor"},
 }
 """Elsewhere, what is used only where versions.has_progress says that it is there."""
 

@@ -1,4 +1,4 @@
-"""The inference libraries that can run a bundle, and how one of them is chosen."""
+"""Chooses and opens the inference library that runs a bundle."""
 
 from __future__ import annotations
 
@@ -39,26 +39,29 @@ def open_backend(
             )
         from .openvino.backend import OpenVinoBackend
 
-        openvino = OpenVinoBackend(bundle.graphs, bundle.shapes, threads, openvino_precision(bundle), bundle.recheck)
+        openvino = OpenVinoBackend(
+            bundle.graphs, bundle.shapes, threads, openvino_precision(bundle), bundle.recheck, bundle.family
+        )
         openvino.load()
         return openvino
-    from .onnxruntime import OnnxRuntimeBackend
+    from .onnxruntime.backend import OnnxRuntimeBackend
 
-    backend = OnnxRuntimeBackend(bundle.graphs, bundle.shapes, threads, gpu, cuda_graphs, bundle.recheck)
-    for component in ("text_encoder", "denoiser", "vae_decoder"):
+    backend = OnnxRuntimeBackend(bundle.graphs, bundle.shapes, threads, gpu, cuda_graphs, bundle.recheck, bundle.family)
+    for component in bundle.family.required:
         backend.load(component)
     return backend
 
 
 def default_backend(device: str | None = None) -> str:
-    """TensorRT where it and a GPU are found, else on the CPU OpenVINO where it is installed, else ONNX Runtime."""
+    """TensorRT if it and a GPU are found. Otherwise OpenVINO, if the device is the CPU and OpenVINO is installed.
+    Otherwise ONNX Runtime."""
     if device != "cpu" and tensorrt_is_usable():
         return "tensorrt"
     return "openvino" if gpu_number(device) is None and installed("openvino") else "onnxruntime"
 
 
 def openvino_precision(bundle: Bundle) -> dict[str, str]:
-    """What the builder measured that each component may run in; empty where it did not."""
+    """The precision that the builder chose for each component on OpenVINO. Empty if it measured none."""
     return dict(bundle.manifest["openvino"]["precision"]) if "openvino" in bundle.manifest else {}
 
 

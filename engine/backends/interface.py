@@ -1,33 +1,16 @@
-"""What the pipeline asks of a backend. The loop in pipeline.py is the same for all of them."""
+"""What a backend offers to the pipeline, or to another program that drives the loop."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from ..contract import Shapes
-
-
-@dataclass(frozen=True)
-class Denoising:
-    """All that the device needs for one denoising loop: E evaluations, B samples, N U-Net rows.
-
-    latents [B, 4, h, w]; contexts: the N rows' texts, as `encode_text` returned them; row_sample [N] int32; mixing [B,
-    N]; timesteps [E, N]; updates [E, B, K, K+2]; noise [E, B, 4, h, w] or None for samplers without; float32 unless
-    said otherwise.
-    """
-
-    latents: np.ndarray
-    contexts: Sequence[Any]
-    row_sample: np.ndarray
-    mixing: np.ndarray
-    timesteps: np.ndarray
-    updates: np.ndarray
-    noise: np.ndarray | None
+from ..job import Conditioning, Job
 
 
 @dataclass(frozen=True)
@@ -41,45 +24,56 @@ class Decoded:
     def join(cls, parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> Decoded:
         """The pictures of several decoder runs, each (image, magnitude), in order."""
         images, magnitudes = zip(*parts)
-        return cls(images[0] if len(images) == 1 else np.concatenate(images), np.isfinite(np.concatenate(magnitudes)))
+        image = images[0] if len(images) == 1 else np.concatenate(images)
+        return cls(image, np.isfinite(np.concatenate(magnitudes)))
 
 
-class Session(Protocol):
-    """One denoising loop. `step` may return before the device has done the work."""
+class Lanes(Protocol):
+    """Pictures of one size on one device, each at an evaluation of its own.
+
+    A lane is free or has a job. Methods may return before the device has finished.
+    """
 
     @property
     def path(self) -> str:
-        """How the steps of this session ran, for `Result.timings`."""
+        """How the steps ran: "cuda_graph", or "plain" calls of the inference library."""
 
-    def step(self, index: int) -> None:
-        """Evaluation `index` of the table."""
+    def admit(self, lane: int, job: Job) -> None:
+        """Gives a free lane a job that has not started."""
 
-    @property
-    def latents(self) -> np.ndarray:
-        """A copy of the current latents, [B, 4, h, w]; waits for the device."""
+    def step(self, at: Sequence[int | None]) -> None:
+        """Runs one evaluation. `at` has an index into the job's table for each lane, or None for a lane that waits or
+        is free."""
 
-    @latents.setter
-    def latents(self, value: np.ndarray) -> None: ...
+    def release(self, lane: int) -> None:
+        """Frees a lane, whether its job is finished or not."""
 
-    def decode(self) -> Callable[[], Decoded]:
-        """Starts the VAE decoder on the current latents; the function that it returns waits for the pixels."""
+    def latents(self, lanes: Sequence[int]) -> np.ndarray:
+        """Copies of the lanes' current latents, [n, C, h, w] float32. Waits for the device."""
+
+    def replace(self, lanes: Sequence[int], latents: np.ndarray) -> None:
+        """Makes `latents` [n, C, h, w] float32 the lanes' current ones."""
+
+    def decode(self, lanes: Sequence[int]) -> Callable[[], Decoded]:
+        """Starts the decoder on the lanes' current latents. The function that it returns waits for the pixels, and may
+        be called after the lanes were released."""
 
 
 class Stopwatch(Protocol):
     """Time on the device between marks."""
 
     def mark(self) -> None:
-        """Sets a mark behind all work that was started so far."""
+        """Sets a mark after all work that was started so far."""
 
     def seconds(self) -> list[float]:
-        """What passed between each mark and the next; to be asked when the device has finished."""
+        """The seconds between each mark and the next. The device must have finished."""
 
 
 class Backend(Protocol):
     """Graphs on a device."""
 
     description: str
-    """The library, its version and the device, for people."""
+    """The library, its version and the device, for messages."""
 
     profiles: tuple[Shapes, ...]
     """The sizes that it serves."""
@@ -89,21 +83,21 @@ class Backend(Protocol):
         """The beginning of the command that builds for other sizes, where that is not the one that builds the
         bundle."""
 
-    def encode_text(self, input_ids: np.ndarray) -> Sequence[Any]:
-        """Token ids [n, 77] int32 -> one text embedding for each, to be given back in `Denoising.contexts`."""
+    def encode_text(self, inputs: Mapping[str, np.ndarray]) -> Sequence[Conditioning]:
+        """Encodes n texts, given as the text encoder's inputs: one embedding each, for `Job.rows`."""
 
-    def start(self, denoising: Denoising) -> Session:
-        """A loop over the evaluations of `denoising`, none of them done yet. It ends the one before."""
+    def lanes(self, count: int, height: int, width: int) -> Lanes:
+        """`count` free lanes for latents of h x w elements. Several sets of lanes may be in use at the same time."""
 
     def stopwatch(self) -> Stopwatch:
-        """A stopwatch without marks. It ends the one before."""
+        """A stopwatch without marks. An earlier one may not be used any more."""
 
     def close(self) -> None:
         """Frees everything."""
 
 
 class HostStopwatch:
-    """For backends whose calls return when the work is done."""
+    """A stopwatch for backends whose calls return when the work is done."""
 
     def __init__(self) -> None:
         self._marks: list[float] = []

@@ -46,8 +46,26 @@ def _box_muller(uniform: np.ndarray) -> np.ndarray:
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
 
 
-def draw(generators: list[TorchGenerator], shape: tuple[int, ...]) -> np.ndarray:
-    """Noise [B, ...] as diffusers' `randn_tensor` draws it: all of it from one generator, or a row from each of B."""
-    if len(generators) == 1:
-        return generators[0].randn(shape)
-    return np.concatenate([generator.randn((1, *shape[1:])) for generator in generators])
+class Draws:
+    """The random numbers of the pictures that one seed makes, drawn evaluation by evaluation when the first of them
+    asks, in diffusers' order, and kept until the last one has them."""
+
+    def __init__(self, generator: TorchGenerator, shape: tuple[int, ...], draws: np.ndarray) -> None:
+        """`shape` [B, C, h, w] is that of one draw, and `draws` [E] says at which evaluations diffusers draws."""
+        self._generator, self._shape = generator, shape
+        self._waiting = [int(index) for index in np.flatnonzero(draws)]
+        self._drawn: dict[int, tuple[np.ndarray, set[int]]] = {}
+
+    def prepare(self, index: int) -> None:
+        """Draws up to evaluation `index`."""
+        while self._waiting and self._waiting[0] <= index:
+            self._drawn[self._waiting.pop(0)] = self._generator.randn(self._shape), set(range(self._shape[0]))
+
+    def take(self, index: int, picture: int) -> np.ndarray:
+        """The noise [C, h, w] of one picture at an evaluation at which there is some. KeyError for a second time."""
+        self.prepare(index)
+        noise, missing = self._drawn[index]
+        missing.remove(picture)
+        if not missing:
+            del self._drawn[index]
+        return noise[picture]

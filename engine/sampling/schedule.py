@@ -1,7 +1,7 @@
-"""Noise schedules: what scheduler_config.json says about the forward process, in float64.
+"""Noise schedules: what scheduler_config.json says about the forward process, in float64, and the types of its options.
 
 Notation: ab_t is the product of (1 - beta) up to t ("alphas_cumprod"), alpha = sqrt(ab), sigma = sqrt(1 - ab), and
-s = sigma / alpha is the noise level of k-diffusion. The state of a sampler here is VP-scaled: x = alpha x0 + sigma eps.
+s = sigma / alpha is the noise level of k-diffusion.
 """
 
 from __future__ import annotations
@@ -83,6 +83,21 @@ OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 NULLABLE = frozenset({"trained_betas", "sigma_min", "sigma_max", "variance_type"})
 """Options of which null says that there is none."""
 
+FORWARD_OPTIONS = frozenset(
+    {
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "prediction_type",
+        "rescale_betas_zero_snr",
+        "clip_sample",
+        "thresholding",
+    }
+)
+"""The options that a Schedule reads itself, whatever the sampler is."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -105,50 +120,67 @@ class Schedule:
         for option in ("clip_sample", "thresholding"):
             if config.get(option):
                 raise SchedulerConfigError(
-                    f"{option}=true clamps the latents, which no latent diffusion model wants and no sampler "
-                    f"here does; set it to false in scheduler_config.json"
+                    f"{option}=true clamps the latents, which no latent diffusion model needs and no sampler "
+                    f"here supports; set it to false in scheduler_config.json"
                 )
-        alphas_cumprod = np.cumprod(1 - _betas(config))
-        if config.get("rescale_betas_zero_snr"):
-            alphas_cumprod = _rescale_zero_terminal_snr(alphas_cumprod)
-        return cls(config, alphas_cumprod, prediction_type)
+        return cls(config, _alphas_cumprod(config), prediction_type)
 
     @property
     def train_timesteps(self) -> int:
         return len(self.alphas_cumprod)
 
-    def option(self, name: str, default: Any, allowed: tuple[Any, ...]) -> Any:
-        """An option of scheduler_config.json, or diffusers' default for it; SchedulerConfigError if it is none of
-        `allowed`."""
-        value = self.config.get(name, default)
-        if value not in allowed:
-            raise SchedulerConfigError(
-                f"scheduler option {name}={value!r} is not supported; supported: {', '.join(repr(a) for a in allowed)}"
-            )
-        return value
+    def exact_sigmas(self) -> np.ndarray:
+        """s of every training timestep; infinite at a zero terminal SNR."""
+        with np.errstate(divide="ignore"):
+            return np.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod)
 
     def sigmas(self) -> np.ndarray:
         """s of every training timestep. A zero terminal SNR is taken as ab = 2**-24 (s = 4096), as diffusers does."""
-        alphas_cumprod = self.alphas_cumprod
+        sigmas = self.exact_sigmas()
         if self.config.get("rescale_betas_zero_snr"):
-            alphas_cumprod = np.append(alphas_cumprod[:-1], 2.0**-24)
-        return np.sqrt((1 - alphas_cumprod) / alphas_cumprod)
+            sigmas[-1] = np.sqrt((1 - 2.0**-24) / 2.0**-24)
+        return sigmas
+
+
+def wrong_option(config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The first option of the wrong type and what it must be: "false" would be true, and 1.5 would be 1."""
+    for name, (rule, right) in OPTIONS.items():
+        if name not in config or (config[name] is None and name in NULLABLE):
+            continue
+        if not right(config[name]):
+            return name, rule
+    return None
 
 
 def _checked(config: Any) -> dict[str, Any]:
-    """The options that say something. SchedulerConfigError for one of the wrong type: "false" would be true, and 1.5
-    would be 1."""
+    """The options that say something. SchedulerConfigError for one of the wrong type."""
     if not isinstance(config, Mapping):
         raise SchedulerConfigError(
             f"the scheduler's configuration is {shown(config)}; it must be an object, as scheduler_config.json is"
         )
-    given = {name: value for name, value in config.items() if value is not None or name not in NULLABLE}
-    for name, (rule, right) in OPTIONS.items():
-        if name in given and not right(given[name]):
-            raise SchedulerConfigError(
-                f"scheduler option {name} is {shown(given[name])}; it must be {rule} (scheduler_config.json)"
-            )
-    return given
+    wrong = wrong_option(config)
+    if wrong is not None:
+        name, rule = wrong
+        raise SchedulerConfigError(
+            f"scheduler option {name} is {shown(config[name])}; it must be {rule} (scheduler_config.json)"
+        )
+    return {name: value for name, value in config.items() if value is not None or name not in NULLABLE}
+
+
+def _alphas_cumprod(config: Mapping[str, Any]) -> np.ndarray:
+    """ab of every training timestep; SchedulerConfigError where the noise doesn't grow with each of them in float64."""
+    alphas_cumprod = np.cumprod(1 - _betas(config))
+    if not (alphas_cumprod[0] < 1 and (np.diff(alphas_cumprod) < 0).all()):
+        given = ", ".join(
+            f"{name}={shown(config[name])}" for name in ("beta_start", "beta_end", "trained_betas") if name in config
+        )
+        raise SchedulerConfigError(
+            f"the noise doesn't grow with every timestep: some of the betas ({given}) are so small or so large that "
+            f"float64 loses them; correct them in scheduler_config.json"
+        )
+    if config.get("rescale_betas_zero_snr"):
+        alphas_cumprod = _rescale_zero_terminal_snr(alphas_cumprod)
+    return alphas_cumprod
 
 
 def _betas(config: Mapping[str, Any]) -> np.ndarray:
@@ -170,26 +202,3 @@ def _rescale_zero_terminal_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
     """arXiv 2305.08891, algorithm 1."""
     root = np.sqrt(alphas_cumprod)
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-
-
-def spaced_timesteps(schedule: Schedule, steps: int, default_spacing: str) -> np.ndarray:
-    """Timesteps from high to low as DDIM, DDPM, PNDM and Euler of diffusers space them; not rounded where "linspace"
-    is not (arXiv 2305.08891, table 2)."""
-    total = schedule.train_timesteps
-    spacing = schedule.option("timestep_spacing", default_spacing, SPACINGS)
-    if spacing == "linspace":
-        return np.linspace(0, total - 1, steps)[::-1]
-    if spacing == "leading":
-        return np.arange(steps)[::-1] * float(total // steps) + schedule.config.get("steps_offset", 0)
-    return np.round(np.arange(total, 0, -total / steps)) - 1
-
-
-def karras_sigmas(sigma_min: float, sigma_max: float, steps: int) -> np.ndarray:
-    """arXiv 2206.00364, equation 5, with rho = 7."""
-    ramp = np.linspace(0, 1, steps)
-    return (sigma_max ** (1 / 7) + ramp * (sigma_min ** (1 / 7) - sigma_max ** (1 / 7))) ** 7
-
-
-def sigma_to_timestep(sigma: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
-    """The fractional timesteps of noise levels, linear in log s between training timesteps."""
-    return np.interp(np.log(np.maximum(sigma, 1e-10)), np.log(sigmas), np.arange(len(sigmas)))

@@ -14,16 +14,16 @@ from ..contract import PROMPT_TOKENS
 from ..errors import ManifestError
 
 END_OF_WORD = "</w>"
-"""What CLIP's byte pairs end a word with."""
+"""The end of a word in CLIP's byte pairs."""
 
 SHOWN_CHARACTERS = 300
-"""Of what is cut off a text."""
+"""The most characters of cut-off text that the warning shows."""
 
 logger = logging.getLogger(__name__)
 
 
 class ClipTokenizer:
-    """What `transformers.CLIPTokenizer` of the model gives, from the bundle's tokenizer.json."""
+    """Gives the ids of the model's `transformers.CLIPTokenizer`, from the bundle's tokenizer.json."""
 
     def __init__(self, file: Path, special: SpecialTokens) -> None:
         try:
@@ -56,7 +56,8 @@ class ClipTokenizer:
         return ids
 
     def _check_marks(self, special: SpecialTokens, file: Path) -> None:
-        """ManifestError unless start and end are two marks of the vocabulary, and the padding is a token of it."""
+        """ManifestError unless start and end are two different marks of the vocabulary, and the padding is a token of
+        it."""
         start, end, pad = (self._encoder.id_to_token(number) for number in (special.start, special.end, special.pad))
         if start == end or pad is None or not all(mark and re.fullmatch("<.+>", mark) for mark in (start, end)):
             raise ManifestError(

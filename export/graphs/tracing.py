@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,8 +17,9 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from engine.contract import INPUTS, LATENT_CHANNELS, OUTPUTS, PROMPT_TOKENS, SLOTS, VAE_FACTOR
+from engine.contract import DYNAMIC, PROMPT_TOKENS, Component, Sizes
 
+from ..compare import random_inputs
 from ..errors import ToOnnxError
 
 OPSET = 18
@@ -27,93 +31,55 @@ without: sizes are `Shape` then `Slice`, and no reduction but ReduceSum has its 
 ATTENTION_OPSET = 23
 """The first that has attention as one operator, which TensorRT parses from 10.14 on."""
 
-FUSED_COMPONENTS = ("text_encoder", "denoiser")
-"""Whose attention becomes one operator there. TensorRT runs that operator as a fused kernel or not at all, and its
-kernels are for half precision and heads of 16 to 256 in steps of 8; the VAE has one head of 512."""
+EXAMPLE_SIZES = {"batch": 2, "rows": 3, "tokens": PROMPT_TOKENS, "height": 16, "width": 24}
+"""No two are equal and none is 1, so that tracing does not confuse them."""
 
-
-def fuses_attention(component: str, precision: str, opset: int) -> bool:
-    """Whether a component's graph leaves attention to one operator."""
-    return opset >= ATTENTION_OPSET and component in FUSED_COMPONENTS and precision != "fp32"
+LARGEST_SIZE = 4096
 
 
 @dataclass(frozen=True)
 class Example:
-    """Inputs to trace a component with, and which of their dimensions are dynamic (by name)."""
+    """Inputs to trace a component with, and which of their dimensions are dynamic: axis and what the contract calls
+    it."""
 
     inputs: dict[str, torch.Tensor]
     dynamic: dict[str, dict[int, str]]
 
 
-def example(
-    component: str,
-    context_size: int,
-    batch: int = 2,
-    rows: int = 3,
-    height: int = 16,
-    width: int = 24,
-    tokens: int = PROMPT_TOKENS,
-    seed: int = 0,
-) -> Example:
-    """Random inputs of a component. No two sizes are equal and none is 1, so that tracing does not confuse them."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
-    plane = {0: "batch", 2: "height", 3: "width"}
-    if component == "text_encoder":
-        ids = torch.randint(0, 256, (rows, PROMPT_TOKENS), generator=generator, dtype=torch.int32)
-        return Example({"input_ids": ids}, {"input_ids": {0: "rows"}})
-    if component == "denoiser":
-        inputs = {
-            "state": normal(batch, SLOTS, LATENT_CHANNELS, height, width),
-            "row_sample": torch.arange(rows, dtype=torch.int32) % batch,
-            "context": normal(rows, tokens, context_size),
-            "timestep": torch.linspace(999.0, 3.5, batch),
-            "mixing": normal(batch, rows),
-            "update": normal(batch, SLOTS, SLOTS + 2),
-            "noise": normal(batch, LATENT_CHANNELS, height, width),
-        }
-        dynamic = {
-            "state": {0: "batch", 3: "height", 4: "width"},
-            "row_sample": {0: "rows"},
-            "context": {0: "rows", 1: "tokens"},
-            "timestep": {0: "batch"},
-            "mixing": {0: "batch", 1: "rows"},
-            "update": {0: "batch"},
-            "noise": plane,
-        }
-        return Example(inputs, dynamic)
-    if component == "vae_decoder":
-        return Example({"latents": normal(batch, LATENT_CHANNELS, height, width)}, {"latents": plane})
-    image = torch.randint(
-        0, 256, (batch, VAE_FACTOR * height, VAE_FACTOR * width, 3), generator=generator, dtype=torch.uint8
+def example(component: Component, sizes: Sizes, seed: int = 0) -> Example:
+    """Random inputs of a component. `sizes` are the model's, and those that a call chooses where they are not to be
+    EXAMPLE_SIZES."""
+    inputs = random_inputs(component, {**EXAMPLE_SIZES, **sizes}, seed)
+    return Example(
+        {name: torch.from_numpy(value) for name, value in inputs.items()},
+        {tensor.name: tensor.dynamic for tensor in component.inputs},
     )
-    return Example({"image": image}, {"image": {0: "batch", 1: "8*height", 2: "8*width"}})
 
 
-def export_onnx(component: str, module: nn.Module, traced: Example, file: Path, opset: int = OPSET) -> None:
-    """Writes `file` and `file`.data, checked by onnx. ToOnnxError if torch or onnx refuses."""
-    dimensions = {name: Dim(name, min=1, max=4096) for name in ("batch", "rows", "tokens", "height", "width")}
-    dimensions |= {f"8*{name}": VAE_FACTOR * dimensions[name] for name in ("height", "width")}
-    dynamic = {
-        name: {axis: dimensions[size] for axis, size in traced.dynamic[name].items()} for name in INPUTS[component]
-    }
-    torch_log = logging.getLogger("torch.onnx")
-    level = torch_log.level
+def dynamic_shapes(component: Component) -> dict[str, dict[int, Any]]:
+    """The dynamic dimensions of a component's inputs as torch's exporter takes them."""
+    dims = {name: Dim(name, min=1, max=LARGEST_SIZE) for name in DYNAMIC}
+    return {tensor.name: {axis: _dim(dim, dims) for axis, dim in tensor.dynamic.items()} for tensor in component.inputs}
+
+
+def _dim(dim: str, dims: Mapping[str, Any]) -> Any:
+    """`height`, or `8*height`."""
+    factor, _, name = dim.rpartition("*")
+    return int(factor) * dims[name] if factor else dims[name]
+
+
+def export_onnx(component: Component, module: nn.Module, sizes: Sizes, file: Path, opset: int = OPSET) -> None:
+    """Writes `file` and `file`.data, checked by onnx. `sizes` are the model's. ToOnnxError if torch or onnx refuses."""
     try:
-        torch_log.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
+        with _quiet_exporter(), torch.no_grad():
             program = torch.onnx.export(
                 module,
-                kwargs=traced.inputs,
+                kwargs=example(component, sizes).inputs,
                 dynamo=True,
                 opset_version=opset,
-                input_names=list(INPUTS[component]),
-                output_names=list(OUTPUTS[component]),
-                dynamic_shapes=dynamic,
+                input_names=list(component.input_names),
+                output_names=list(component.output_names),
+                dynamic_shapes=dynamic_shapes(component),
                 verbose=False,
             )
             assert program is not None
@@ -124,9 +90,21 @@ def export_onnx(component: str, module: nn.Module, traced: Example, file: Path, 
     except OSError:
         raise
     except Exception as error:  # whatever tracing raises: the message of each is the diagnosis
-        raise ToOnnxError(f"{component} could not be exported: {type(error).__name__}: {error}") from error
+        raise ToOnnxError(f"{component.name} could not be exported: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Without the notes and warnings of torch's exporter."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    try:
+        log.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        torch_log.setLevel(level)
+        log.setLevel(level)
 
 
 def _measure_after_cast(model: ir.Model) -> None:

@@ -1,4 +1,4 @@
-"""Whether the graphs serve a model, from its configuration alone: before any weights are read."""
+"""Checks from a model's configuration, before any weights are read, that the graphs support it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from engine.contract import LATENT_CHANNELS, PROMPT_TOKENS, VAE_FACTOR
+from engine.contract import PROMPT_TOKENS
 from engine.errors import shown
+from engine.family import STABLE_DIFFUSION
 
 from ..errors import UnreadableModelError, UnsupportedModelError, UsageError
+
+CHANNELS, FACTOR = STABLE_DIFFUSION.channels, STABLE_DIFFUSION.factor
 
 MODELS = "text-to-image models of Stable Diffusion 1.x and 2.x"
 
@@ -37,7 +40,7 @@ UNET_OPTIONS: dict[str, tuple[Any, ...]] = {
     "attention_type": ("default", None),
     "cross_attention_norm": (None,),
 }
-"""Options of UNet2DConditionModel that the denoiser's graph has one way of."""
+"""Options of UNet2DConditionModel, with the only values that the denoiser's graph supports."""
 
 BLOCKS: dict[str, dict[str, tuple[str, ...]]] = {
     "the U-Net": {
@@ -62,12 +65,12 @@ def with_defaults(cls: Any, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_unet(config: Mapping[str, Any]) -> None:
-    """UnsupportedModelError for U-Nets that need more inputs than latents, timestep and text, or are built
-    otherwise."""
+    """UnsupportedModelError for U-Nets that need other inputs than latents, timestep and text, or have another
+    structure."""
     for name in ("in_channels", "out_channels"):
-        if config[name] != LATENT_CHANNELS:
+        if config[name] != CHANNELS:
             raise UnsupportedModelError(
-                f"the U-Net has {name}={shown(config[name])}; {MODELS} have {LATENT_CHANNELS} (9 is inpainting, "
+                f"the U-Net has {name}={shown(config[name])}; {MODELS} have {CHANNELS} (9 is inpainting, "
                 f"8 InstructPix2Pix, 5 depth, 7 upscaling)"
             )
     for name in UNUSED_INPUTS:
@@ -85,11 +88,11 @@ def check_vae(config: Mapping[str, Any]) -> None:
     """UnsupportedModelError for VAEs of another factor, scale or number of channels than Stable Diffusion's."""
     channels = config["block_out_channels"]
     factor = 2 ** (len(channels) - 1) if isinstance(channels, (list, tuple)) and channels else shown(channels)
-    if factor != VAE_FACTOR or config["latent_channels"] != LATENT_CHANNELS or config.get("shift_factor"):
+    if factor != FACTOR or config["latent_channels"] != CHANNELS or config.get("shift_factor"):
         raise UnsupportedModelError(
             f"the VAE has {shown(config['latent_channels'])} channels, a factor of {factor} and shift_factor="
-            f"{shown(config.get('shift_factor'))}; those of Stable Diffusion 1.x and 2.x have {LATENT_CHANNELS}, "
-            f"{VAE_FACTOR} and none"
+            f"{shown(config.get('shift_factor'))}; those of Stable Diffusion 1.x and 2.x have {CHANNELS}, "
+            f"{FACTOR} and none"
         )
     scale = config["scaling_factor"]
     number = isinstance(scale, (int, float)) and not isinstance(scale, bool) and math.isfinite(scale)
@@ -116,10 +119,10 @@ def _check_blocks(whose: str, config: Mapping[str, Any]) -> None:
 
 
 def check_text_encoder(config: Mapping[str, Any]) -> None:
-    """UnsupportedModelError for text encoders that want another input than 77 tokens."""
+    """UnsupportedModelError for text encoders that take another input than 77 tokens."""
     if config.get("use_attention_mask"):
         raise UnsupportedModelError(
-            "the text encoder wants an attention mask (use_attention_mask); the text encoders of Stable Diffusion 1.x "
+            "the text encoder uses an attention mask (use_attention_mask); the text encoders of Stable Diffusion 1.x "
             "and 2.x do not"
         )
     if config["max_position_embeddings"] != PROMPT_TOKENS:
@@ -130,7 +133,7 @@ def check_text_encoder(config: Mapping[str, Any]) -> None:
 
 
 def check_width(unet: Mapping[str, Any], text_encoder: Mapping[str, Any]) -> None:
-    """UnsupportedModelError where the U-Net does not take what the text encoder gives."""
+    """UnsupportedModelError if the widths of U-Net and text encoder differ."""
     wanted, given = unet["cross_attention_dim"], text_encoder["hidden_size"]
     if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted != given:
         raise UnsupportedModelError(
@@ -141,7 +144,8 @@ def check_width(unet: Mapping[str, Any], text_encoder: Mapping[str, Any]) -> Non
 
 
 def latent_size(config: Mapping[str, Any]) -> int:
-    """Height in latents that a U-Net was trained at, 64 where its configuration does not say; UnreadableModelError."""
+    """The height in latents that a U-Net was trained at, 64 if its configuration does not say. Raises
+    UnreadableModelError."""
     size = config.get("sample_size")
     sides = size if isinstance(size, (list, tuple)) else [64 if size is None else size]
     usable = all(
@@ -160,18 +164,18 @@ def latent_size(config: Mapping[str, Any]) -> int:
 @torch.no_grad()
 def run_once(model: CLIPTextModel | AutoencoderKL | UNet2DConditionModel) -> None:
     """One pass of a model on zeros, 64 pixels wide. It raises what the model raises."""
-    latents = torch.zeros(1, LATENT_CHANNELS, 8, 8)
+    latents = torch.zeros(1, CHANNELS, 8, 8)
     if isinstance(model, CLIPTextModel):
         model(torch.zeros(1, PROMPT_TOKENS, dtype=torch.int64))
     elif isinstance(model, AutoencoderKL):
         model.decode(latents)
-        model.encode(torch.zeros(1, 3, 8 * VAE_FACTOR, 8 * VAE_FACTOR))
+        model.encode(torch.zeros(1, 3, 8 * FACTOR, 8 * FACTOR))
     else:
         model(latents, 1, torch.zeros(1, PROMPT_TOKENS, int(model.config.cross_attention_dim)))
 
 
 def check_tokenizer(tokenizer: CLIPTokenizer, what: str, vocabulary: Any) -> None:
-    """UnreadableModelError or UsageError for a tokenizer that is not CLIP's kind, or knows more tokens than the text
+    """UnreadableModelError or UsageError for a tokenizer that is not like CLIP's, or has more tokens than the text
     encoder."""
     if tokenizer.model_max_length != PROMPT_TOKENS:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Single-file checkpoints in the CompVis layout: sniff the architecture from the shapes, convert by diffusers."""
+"""Single-file checkpoints in the CompVis layout: the shapes give the architecture, diffusers converts the names."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ HEAD_SIZE = 64
 
 
 def architecture(weights: dict[str, Tensor], file: Path, prediction_type: str | None) -> Architecture:
-    """What the shapes say. Whether an SD 2.x model predicts noise or v is in no shape: diffusers' rule is global_step
-    875000 -> noise, else v; `prediction_type` decides where given."""
+    """The architecture that follows from the shapes. No shape tells whether an SD 2.x model predicts noise or v.
+    `prediction_type` decides if given; diffusers' rule is noise for global_step 875000, else v."""
     first = weights.get(UNET + "input_blocks.0.0.weight")
     if first is None or VAE + "decoder.conv_in.weight" not in weights:
         raise UnsupportedModelError(
@@ -173,7 +173,7 @@ def text_encoder(file: Path, weights: dict[str, Tensor], known: Architecture) ->
 
 
 def _fill(file: Path, model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
-    """Every weight of the model, no more and no less, as float32; UnreadableModelError names those that do not fit."""
+    """Fills exactly the weights of the model, as float32. UnreadableModelError names those that do not fit."""
     wanted = {name: value.shape for name, value in model.state_dict().items()}
     mismatched = [
         (name, value.shape, wanted[name])

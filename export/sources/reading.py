@@ -1,4 +1,4 @@
-"""Reading a model's files: whatever a library raises becomes a named error that keeps the whole cause."""
+"""Reads a model's files. Every error of a library becomes a named error that keeps the whole cause."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ CODE_IN_PICKLE = ("weights_only", "Weights only load failed", "WeightsUnpickler 
 
 
 def reading(what: Path | str, load: Callable[[], T]) -> T:
-    """What `load` returns. UnsafePickleError for a pickle that holds code, UnreadableModelError for everything else
-    that it raises."""
+    """The result of `load`. UnsafePickleError if it raises because a pickle holds code, UnreadableModelError if it
+    raises anything else."""
     try:
         return load()
     except ExportError:
@@ -36,8 +36,8 @@ def reading(what: Path | str, load: Callable[[], T]) -> T:
 
 def unsafe_pickle(what: Path | str) -> UnsafePickleError:
     return UnsafePickleError(
-        f"{what} is a pickle that holds more than tensors, so loading it could run code; convert it to safetensors "
-        "where you trust it"
+        f"{what} is a pickle that holds more than tensors, so loading it could run code; if you trust it, "
+        "convert it to safetensors"
     )
 
 

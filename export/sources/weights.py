@@ -1,4 +1,4 @@
-"""Files of weights: what they hold, whichever suffix they have, and whether it is what the model needs."""
+"""Files of weights: their kind, their tensors, and whether these are what the model needs."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from .reading import read_object, reading
 
 NAMES_SHOWN = 5
 CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
-"""Of single files. What a file holds is found out from its first bytes; the suffix only says that weights are meant."""
+"""Suffixes of single files. The first bytes decide a file's kind; the suffix only says that it holds weights."""
 
 HARMLESS = ("position_ids", "text_projection.weight", "logit_scale")
 HARMLESS_PARTS = ("vision_model.", "visual_projection.")
-"""Tensors that older files hold besides and that no graph uses: a buffer, and the rest of a whole CLIP model."""
+"""Tensors in older files that no graph uses: a buffer, and the rest of a whole CLIP model."""
 
 INTEGERS = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool}
 INTEGER_CODES = {"I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL"}
 
 
 def kind(file: Path) -> str:
-    """What the first bytes of a file say it is: "safetensors", "zip" (torch.save) or "pickle" (torch.save before 1.6).
+    """The kind of a file by its first bytes: "safetensors", "zip" (torch.save) or "pickle" (torch.save before 1.6).
 
-    UnreadableModelError for everything else, by its name where it is known.
+    UnreadableModelError for other kinds; it names the kinds that are known.
     """
     head = reading(file, lambda: _head(file))
     if not head:
@@ -154,8 +154,7 @@ def _shards(index: Path) -> tuple[Path, ...]:
 
 
 def check_loading(what: Path, info: Mapping[str, Any]) -> None:
-    """UnreadableModelError where from_pretrained's loading info says that weights and configuration do not belong
-    together."""
+    """UnreadableModelError if from_pretrained's loading info shows that weights and configuration do not match."""
     check_fit(
         what,
         info["missing_keys"],

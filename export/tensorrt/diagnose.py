@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.contract import Component
 from engine.libraries import install_command
 
 from ..compare import difference, tolerance
@@ -71,7 +72,7 @@ def mark_outputs(trt: Any, network: Any, names: Sequence[str]) -> None:
 
 
 def verdict(
-    component: str,
+    component: Component,
     precision: str,
     layers: Sequence[Layer],
     ours: Mapping[str, np.ndarray],
@@ -88,13 +89,7 @@ def verdict(
         value, wanted = ours[layer.output], expected[layer.output]
         usable = np.isfinite(wanted.astype(np.float32))  # masks hold -inf
         finite = bool(np.isfinite(value[usable].astype(np.float32)).all())
-        found = (
-            difference(value[usable], wanted[usable]).relative_rms
-            if finite and usable.any()
-            else 0.0
-            if finite
-            else float("inf")
-        )
+        found = _distance(value[usable], wanted[usable]) if finite else float("inf")
         if found > allowed:
             low, high = float(wanted[usable].min()), float(wanted[usable].max())
             kind = {"float16": "half", "float32": "float"}[value.dtype.name]
@@ -113,18 +108,20 @@ def verdict(
     )
 
 
+def _distance(value: np.ndarray, wanted: np.ndarray) -> float:
+    return difference(value, wanted).relative_rms if value.size else 0.0
+
+
 def remedy(kind: str, largest: float) -> str:
     """What to do about a layer of that precision with values so large."""
     if kind == "half" and largest > LARGE:
         return (
-            f"Half precision ends at {HALF_MAX:.0f}: keep this layer in float32 (in export/graphs/modules.py, as norms "
-            "are), or build the "
-            f"bundle with --precision bf16"
+            f"Half precision ends at {HALF_MAX:.0f}: keep this layer in float32 (in export/graphs/precision.py, as "
+            "norms are), or build the bundle with --precision bf16"
         )
     if kind == "half":
         return (
             "Its range is fine for half precision, so its sums lose digits: keep it in float32 (in "
-            "export/graphs/modules.py), or build the bundle "
-            "with --precision fp32"
+            "export/graphs/precision.py), or build the bundle with --precision fp32"
         )
     return "It is in float32 already: try --optimization-level 2, and report it"

@@ -26,6 +26,7 @@ from engine.bundle import Bundle
 from export.sources.checkpoint import BUILT_IN
 
 pytest.importorskip("openvino")
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 
@@ -191,7 +192,7 @@ def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
             "'magic' is not known; it must be one of tensorrt, openvino",
         ),
         (["latency", "--bundle", "BUNDLE", "--sizes", "512"], 2, "it must be WIDTHxHEIGHT"),
-        (["latency", "--bundle", "TINY"], 2, "made of the folder 'sd1'; pass where the same model lies"),
+        (["latency", "--bundle", "TINY"], 2, "made of the folder 'sd1'; pass the same model's folder"),
         (
             ["latency", "--bundle", "BUNDLE", "--sizes", "500x500", "--against", ""],
             2,

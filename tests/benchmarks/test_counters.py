@@ -1,5 +1,6 @@
 """Operations and bytes, against layers counted by hand and against torch's counter."""
 
+import hashlib
 import logging
 import warnings
 
@@ -12,10 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.counters import count, sizes_of
 from benchmarks.errors import CountError
 from engine.bundle import Bundle
-from engine.contract import INPUTS, OUTPUTS
-from export.graphs.modules import Denoiser, TextEncoder, VaeDecoder
-from export.graphs.tracing import example
+from engine.family import STABLE_DIFFUSION
+from export.graphs.recipes import RECIPES
+from export.graphs.tracing import dynamic_shapes, example
 from export.sources.presets import ARCHITECTURES
+from tests import traces
 
 SIZES = sizes_of(64, 48, 1, 2)
 
@@ -126,17 +128,11 @@ def torch_flop(module, inputs):
     return counter.get_total_flops()
 
 
-def real_sizes(component, inputs, sizes):
-    """Inputs of `example` at other sizes, on the meta device."""
-    traced = example(component, 768)
-    named = {
-        name: [
-            sizes[traced.dynamic[name][axis]] if axis in traced.dynamic[name] else size
-            for axis, size in enumerate(value.shape)
-        ]
-        for name, value in inputs.items()
-    }
-    return {name: torch.empty(shape, dtype=inputs[name].dtype, device="meta") for name, shape in named.items()}
+def meta_inputs(component, sizes):
+    """Inputs of a component at these sizes, on the meta device."""
+    traced = example(STABLE_DIFFUSION[component], {"context_size": 768}).inputs
+    shapes = STABLE_DIFFUSION[component].shapes({**sizes, "context_size": 768})
+    return {name: torch.empty(shape, dtype=traced[name].dtype, device="meta") for name, shape in shapes.items()}
 
 
 @pytest.mark.parametrize("component", ["text_encoder", "denoiser", "vae_decoder"])
@@ -144,38 +140,39 @@ def test_the_built_in_models_graphs_count_as_torch_does(demo_bundle, component):
     from export.sources.checkpoint import resolve
 
     source, sizes = resolve(None), sizes_of(64, 96, 2, 4)
-    model = {"text_encoder": source.text_encoder, "denoiser": source.unet, "vae_decoder": source.vae}[component]()
-    module = {"text_encoder": TextEncoder, "denoiser": Denoiser, "vae_decoder": VaeDecoder}[component](
-        model, torch.float32
-    )
-    inputs = example(component, 128, batch=2, rows=4, height=8, width=12).inputs
+    module = RECIPES[component].module(source.load(RECIPES[component].part), torch.float32)
+    inputs = example(STABLE_DIFFUSION[component], {**sizes, **source.sizes()}).inputs
     expected = torch_flop(module, inputs)
     assert count(Bundle.open(demo_bundle, verify=False).graphs[component], sizes).flop == pytest.approx(
         expected, rel=0.01
     )
 
 
-def meta_graph(component, module, tmp_path):
-    """The ONNX graph of a module without weights: traced on torch's meta device, its tensors named but not stored."""
-    import onnx_ir
-    from torch.export import Dim
+def meta_graph(component, module):
+    """The ONNX graph of a module without weights, kept in build/ as long as nothing changes that it is made of."""
+    key = hashlib.sha256("\n".join([traces.code(), component, traces.settings(module)]).encode()).hexdigest()
+    return traces.kept(key, lambda folder: write_meta_graph(component, module, folder)) / f"{component}.onnx"
 
-    traced = example(component, 768)
-    sides = {name: Dim(name, min=1, max=4096) for name in ("batch", "rows", "tokens", "height", "width")}
-    dynamic = {name: {axis: sides[size] for axis, size in traced.dynamic[name].items()} for name in INPUTS[component]}
+
+def write_meta_graph(component, module, folder):
+    """Traces on torch's meta device; the tensors are named but not stored."""
+    import onnx_ir
+
+    contract = STABLE_DIFFUSION[component]
+    inputs = example(contract, {"context_size": 768}).inputs
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             module,
-            kwargs={name: value.to("meta") for name, value in traced.inputs.items()},
+            kwargs={name: value.to("meta") for name, value in inputs.items()},
             dynamo=True,
             opset_version=18,
             optimize=False,
             verbose=False,
-            input_names=list(INPUTS[component]),
-            output_names=list(OUTPUTS[component]),
-            dynamic_shapes=dynamic,
+            input_names=list(contract.input_names),
+            output_names=list(contract.output_names),
+            dynamic_shapes=dynamic_shapes(contract),
         )
     for name, value in program.model.graph.initializers.items():
         tensor = value.const_value
@@ -183,29 +180,27 @@ def meta_graph(component, module, tmp_path):
             value.const_value = onnx_ir.ExternalTensor(
                 "absent.data", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name
             )
-    file = tmp_path / f"{component}.onnx"
-    onnx.save(onnx_ir.to_proto(program.model), file)
-    return file
+    onnx.save(onnx_ir.to_proto(program.model), folder / f"{component}.onnx")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("component", "published"), [("text_encoder", 0.0266e12), ("denoiser", 2 * 0.8033e12), ("vae_decoder", 2.51e12)]
 )
-def test_stable_diffusion_15_at_512_x_512_counts_as_torch_does(component, published, tmp_path):
+def test_stable_diffusion_15_at_512_x_512_counts_as_torch_does(component, published):
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     architecture = ARCHITECTURES["sd15"]
     makers = {
-        "text_encoder": lambda: TextEncoder(CLIPTextModel(CLIPTextConfig(**architecture.text_encoder)), torch.float32),
-        "denoiser": lambda: Denoiser(UNet2DConditionModel(**architecture.unet), torch.float32),
-        "vae_decoder": lambda: VaeDecoder(AutoencoderKL(**architecture.vae), torch.float32),
+        "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**architecture.text_encoder)),
+        "unet": lambda: UNet2DConditionModel(**architecture.unet),
+        "vae": lambda: AutoencoderKL(**architecture.vae),
     }
     with torch.device("meta"):
-        module = makers[component]().eval()
+        module = RECIPES[component].module(makers[RECIPES[component].part](), torch.float32).eval()
     sizes = sizes_of(512, 512, 1, 2)
-    expected = torch_flop(module, real_sizes(component, example(component, 768).inputs, sizes))
-    found = count(meta_graph(component, module, tmp_path), sizes).flop
+    expected = torch_flop(module, meta_inputs(component, sizes))
+    found = count(meta_graph(component, module), sizes).flop
     assert found == pytest.approx(expected, rel=0.01)
     assert found == pytest.approx(published, rel=0.01)

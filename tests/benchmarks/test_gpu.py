@@ -18,9 +18,10 @@ from torch import nn
 import build_engines
 from benchmarks import gpu, gpu_background, gpu_graphs, gpu_profile, page
 from benchmarks.report import conditions
+from engine.family import STABLE_DIFFUSION
 from export import build
 from export.compare import difference, random_inputs
-from export.graphs.modules import Denoiser
+from export.graphs.denoiser import Denoiser
 from tests.models import tiny_modules
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +83,7 @@ echo '"2","1","sm90_xmma_fprop","gpu__time_duration.sum","nsecond","1,000,000"'
 """
 
 
+@pytest.mark.slow
 def test_profile_tries_settings_and_graphs_on_the_denoiser(demo_fp16, tmp_path):
     """Dry run on the fake: a setting of the builder, and another graph."""
     shutil.copytree(demo_fp16, tmp_path / "demo", ignore=shutil.ignore_patterns("plans"))
@@ -135,31 +137,35 @@ def test_profile_tries_settings_and_graphs_on_the_denoiser(demo_fp16, tmp_path):
 
 
 @pytest.mark.slow
-def test_graphs_that_torch_traces_again_are_profiled_too(demo_fp16, tmp_path):
-    shutil.copytree(demo_fp16, tmp_path / "demo", ignore=shutil.ignore_patterns("plans"))
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.gpu",
-        "--profile",
-        "--models",
-        "demo",
-        "--output",
-        str(tmp_path),
-        "--torch-device",
-        "cpu",
-        "--compile-mode",
-        "eager",
-        "--variants",
-        "opset 23,one time projection",
-        "--tensorrt-python",
-        f"{sys.executable} -m tests.fakes 10.16.1",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    variants = json.loads((tmp_path / "gpu.json").read_text())["models"]["demo"]["profile"]["variants"]
-    assert not [name for name, one in variants.items() if "failed" in one]
+def test_graphs_that_torch_traces_again_are_profiled_too(tiny_fp16, tmp_path, monkeypatch, capsys):
+    """Of the tiny model's U-Net, which is traced in half the time."""
+    monkeypatch.setitem(gpu.MODELS, "tiny", gpu.Model(("tiny", "--random-weights"), 64))
+    shutil.copytree(tiny_fp16, tmp_path / "tiny", ignore=shutil.ignore_patterns("plans"))
+    benchmark = gpu.Benchmark(
+        options(
+            tmp_path,
+            "--profile",
+            "--models",
+            "tiny",
+            "--torch-device",
+            "cpu",
+            "--compile-mode",
+            "eager",
+            "--variants",
+            "opset 23,one time projection",
+            "--torch-python",
+            f"{sys.executable} -m tests.tiny_torch",
+            "--tensorrt-python",
+            f"{sys.executable} -m tests.fakes 10.16.1",
+        )
+    )
+    assert benchmark.run(), capsys.readouterr().out
+    variants = benchmark.results["models"]["tiny"]["profile"]["variants"]
+    assert not [name for name, one in variants.items() if "failed" in one], variants
     assert variants["opset 23"]["kinds"].get("SOFTMAX", 0) == 0
+
+
+SIZES = {"batch": 1, "rows": 2, "tokens": 77, "height": 8, "width": 8, "context_size": 32}
 
 
 @pytest.mark.parametrize(
@@ -173,7 +179,9 @@ def test_graphs_that_torch_traces_again_are_profiled_too(demo_fp16, tmp_path):
     ],
 )
 def test_a_changed_graph_gives_the_denoisers_output_but_for_the_text(graph, kind, same):
-    inputs = {name: torch.from_numpy(value) for name, value in random_inputs("denoiser", 1, 2, 8, 8, 32).items()}
+    inputs = {
+        name: torch.from_numpy(value) for name, value in random_inputs(STABLE_DIFFUSION["denoiser"], SIZES).items()
+    }
     with torch.no_grad():
         wanted = Denoiser(tiny_modules(kind)["unet"], torch.float16)(**inputs)[:, 0].numpy()
         unet = tiny_modules(kind)["unet"]

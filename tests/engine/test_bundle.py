@@ -1,4 +1,4 @@
-"""A bundle that is not right is refused before anything of it is used, with the fault and the cure."""
+"""An invalid bundle is refused before anything of it is used, with the fault and the cure."""
 
 import json
 import os
@@ -54,14 +54,16 @@ def test_a_garbled_manifest_is_refused(bundle, content):
 
 
 def test_a_manifest_of_a_newer_version_says_so(bundle, edit_manifest):
-    edit_manifest(bundle, format=3)
+    edit_manifest(bundle, format=4)
     with pytest.raises(
-        ManifestVersionError, match=r"format 3, a newer one than this version reads \(2\); update LatentRT"
+        ManifestVersionError, match=r"format 4, which is newer than this version reads \(3\); update LatentRT"
     ):
         Bundle.open(bundle)
 
 
-@pytest.mark.parametrize("key", ["components", "shapes", "scheduler", "tokenizer", "files", "precision", "name"])
+@pytest.mark.parametrize(
+    "key", ["components", "family", "shapes", "scheduler", "tokenizer", "files", "precision", "name"]
+)
 def test_a_manifest_that_lacks_something_names_it(bundle, key):
     file = bundle / "manifest.json"
     manifest = json.loads(file.read_text())

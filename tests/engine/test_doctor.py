@@ -220,7 +220,7 @@ def test_what_no_named_error_describes_ends_with_the_command_that_builds_again(d
     bundle = copy_bundle(demo_bundle, tmp_path)
     monkeypatch.setattr(doctor.Bundle, "open", fail)
     assert (
-        f"{bundle}: not usable: its manifest or a file in it is garbled (KeyError: 'surprise'); build it again: "
+        f"{bundle}: not usable: its manifest or a file in it is damaged (KeyError: 'surprise'); build it again: "
         f"python build_engines.py --output {tmp_path}" in report(bundle)
     )
 

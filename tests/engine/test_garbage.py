@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from engine import Bundle, EngineError, Pipeline
 from engine.errors import BackendError, BundleError, SchedulerConfigError
 from engine.manifest import OPENVINO_PRECISIONS, PRECISIONS
-from engine.sampling.samplers import SAMPLERS, sampler_name, step_table
+from engine.sampling.catalog import SAMPLERS, sampler_name, step_table
 from engine.sampling.schedule import Schedule
 from engine.text.tokenizer import ClipTokenizer
 
@@ -308,11 +308,11 @@ def test_any_arguments_of_a_call_are_taken_or_refused_by_name(stopped, given_):
 def stopped(tiny_bundles):
     """A pipeline whose loop does not start: what gets there was taken."""
     with Pipeline.load(tiny_bundles["sd1"], backend="onnxruntime") as pipeline:
-        pipeline._backend.start = stop
+        pipeline._backend.lanes = stop
         yield pipeline
 
 
-def stop(denoising):
+def stop(count, height, width):
     raise BackendError("nothing runs in this test")
 
 

@@ -5,8 +5,8 @@ import pytest
 
 from engine import EngineError, InputError, Pipeline
 from engine import errors as e
+from engine.checks import check_shapes
 from engine.contract import Range, Shapes
-from engine.request import check_shapes
 
 
 def message(demo, error, **arguments):
@@ -167,9 +167,9 @@ def build(**sizes: Range) -> str:
 
 
 def test_defaults_come_from_the_first_profile_for_so_many_pictures():
-    assert check_shapes(None, None, 1, 2, SEVERAL, build) == (512, 512)
-    assert check_shapes(None, None, 2, 4, SEVERAL, build) == (768, 768)
-    assert check_shapes(768, 1024, 1, 1, SEVERAL, build) == (768, 1024)
+    assert check_shapes(None, None, 1, 2, SEVERAL, build, 8) == (512, 512)
+    assert check_shapes(None, None, 2, 4, SEVERAL, build, 8) == (768, 768)
+    assert check_shapes(768, 1024, 1, 1, SEVERAL, build, 8) == (768, 1024)
 
 
 @pytest.mark.parametrize(
@@ -206,5 +206,5 @@ def test_defaults_come_from_the_first_profile_for_so_many_pictures():
 )
 def test_sizes_outside_all_profiles(arguments, error, words):
     with pytest.raises(error) as raised:
-        check_shapes(*arguments, SEVERAL, build)
+        check_shapes(*arguments, SEVERAL, build, 8)
     assert words in str(raised.value)

@@ -41,7 +41,7 @@ def test_bf16_parts_have_their_own_number():
     manifest = {"verification": DONE, "openvino": {"picture": {"psnr_db": 47.2}}}
     assert (
         verification(manifest, MIXED)[1]
-        == "this run was in bf16 in part; beside fp32, pictures had 47.2 dB PSNR that way when these parts were chosen"
+        == "this run was partly in bf16; against fp32, pictures had 47.2 dB PSNR that way when these parts were chosen"
     )
     assert verification({"verification": DONE}, MIXED)[1] == f"this run used {MIXED}, which was not compared"
 
@@ -65,7 +65,7 @@ def test_bundles_of_older_versions_name_no_backend():
 )
 def test_a_bundle_that_was_never_compared(entry, words):
     (line,) = verification({"verification": entry}, ORT)
-    assert line.startswith("nobody compared this bundle with diffusers (")
+    assert line.startswith("this bundle was not compared with diffusers (")
     assert words in line
     assert verification({}, ORT) == verification({"verification": {}}, ORT)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import copy_bundle
+from engine import Bundle
+from tests.conftest import begun_bundle, copy_bundle
 
 ROOT = Path(__file__).parents[2]
 FORBIDDEN = ("torch", "diffusers", "transformers", "onnx", "safetensors", "huggingface_hub", "export")
@@ -46,30 +47,37 @@ def wheel(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("wheel")
 def test_a_virtual_environment_without_torch_makes_a_picture(demo_bundle, wheel, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # it may name a checkout
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
     subprocess.run(
         [python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", f"{wheel}[cpu]"],
         check=True,
+        env=environment,
     )
     listing = subprocess.run(
-        [python, "-m", "pip", "list", "--format", "json"], capture_output=True, text=True, check=True
+        [python, "-m", "pip", "list", "--format", "json"], capture_output=True, text=True, check=True, env=environment
     ).stdout
     installed = {package["name"].lower() for package in json.loads(listing)}
     assert not installed & {"torch", "diffusers", "transformers", "onnx", "safetensors"}
     command = [python, "-m", "engine", "picture", "a ring", "--bundle", demo_bundle, "--steps", "2", "--seed", "0"]
-    subprocess.run(command, check=True, cwd=tmp_path)
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment)
     assert (tmp_path / "picture.png").is_file()
 
-    built = subprocess.run([python, "-m", "build_engines"], capture_output=True, text=True, cwd=tmp_path)
+    built = subprocess.run(
+        [python, "-m", "build_engines"], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
     assert built.returncode == 1
     assert "lacks what building needs; install it: python -m pip install 'torch>=2.9'" in built.stderr
     assert "Traceback" not in built.stderr
 
 
 @pytest.mark.slow
-def test_the_wheel_builds_the_built_in_model_outside_the_checkout(wheel, tmp_path):
+@pytest.mark.xdist_group("wheel")
+def test_the_wheel_builds_the_built_in_model_outside_the_checkout(demo_bundle, wheel, tmp_path):
+    begun_bundle(demo_bundle, tmp_path / "out" / "demo")
     site = tmp_path / "site"
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)], check=True
@@ -82,7 +90,9 @@ def test_the_wheel_builds_the_built_in_model_outside_the_checkout(wheel, tmp_pat
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert str(site) in done.stdout
-    assert (tmp_path / "out" / "demo" / "manifest.json").is_file()
+    assert "text_encoder: exported in" in done.stdout
+    assert "denoiser: unchanged" in done.stdout
+    assert Bundle.open(tmp_path / "out" / "demo")
 
 
 OLDEST = """

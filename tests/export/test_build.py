@@ -19,7 +19,8 @@ import torch
 from filelock import FileLock
 
 from engine import Bundle, Pipeline
-from engine.contract import COMPONENTS, INPUTS, OUTPUTS, Range
+from engine.contract import Range
+from engine.family import STABLE_DIFFUSION
 from engine.picture import psnr
 from export import compare
 from export import errors as e
@@ -28,6 +29,7 @@ from export.graphs.tracing import OPSET
 from export.sources.checkpoint import DiffusersFolder
 
 SHAPES = default_shapes(64)
+COMPONENTS = STABLE_DIFFUSION.names
 ROOT = Path(__file__).parents[2]
 
 
@@ -67,8 +69,8 @@ def test_the_graphs_keep_the_contract(built):
     for component, path in Bundle.open(engines / "sd1").graphs.items():
         onnx.checker.check_model(str(path))
         graph = onnx.load(str(path), load_external_data=False)
-        assert [i.name for i in graph.graph.input] == list(INPUTS[component])
-        assert [o.name for o in graph.graph.output] == list(OUTPUTS[component])
+        assert [i.name for i in graph.graph.input] == list(STABLE_DIFFUSION[component].input_names)
+        assert [o.name for o in graph.graph.output] == list(STABLE_DIFFUSION[component].output_names)
         assert {o.domain: o.version for o in graph.opset_import}[""] == OPSET
     shapes = {
         i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim]
@@ -234,7 +236,7 @@ def run_builder(source, engines, *more):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
-@pytest.mark.parametrize("moment", ["onnx", "onnx/denoiser.onnx.data"])
+@pytest.mark.parametrize("moment", ["onnx", "onnx/text_encoder.onnx.data"])
 def test_a_killed_builder_leaves_the_old_bundle(copied, moment):
     source, engines = copied
     builder = run_builder(source, engines, "--force")

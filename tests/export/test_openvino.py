@@ -49,7 +49,7 @@ def test_bfloat16_leaves_the_component_whose_picture_is_worst(tiny_sources, outp
         pytest.skip("this CPU has no bf16 instructions")
     bundle = to_openvino.Bundle.open(output / "sd1", verify=False)
     monkeypatch.setattr(to_openvino, "PICTURE_PSNR", 98.5)  # equal pictures only
-    precision = dict.fromkeys(to_openvino.HALVED, "bf16")
+    precision = {name: "bf16" if bundle.family[name].halves else "fp32" for name in bundle.graphs}
     found = to_openvino._check_pictures(bundle, precision, 2, [0])
     assert found["psnr_db"] == 99.0
     worst = min(found["psnr_db_of_each_alone"], key=found["psnr_db_of_each_alone"].get)

@@ -16,9 +16,9 @@ from filelock import FileLock
 import build_engines
 from engine import Bundle, BundleError
 from engine.contract import Range
-from export import build as build_module
 from export import folders, targets
 from export.build import build, default_shapes
+from export.disk import as_output_errors
 from export.errors import OutputError
 from export.folders import carry_over, exchange, files_of, recover, swap
 from export.sources.checkpoint import DiffusersFolder
@@ -126,7 +126,7 @@ def test_a_target_that_is_no_folder_is_refused_and_stays(source, tmp_path, put):
     put(target)
     before = target.lstat()
     for _ in range(2):
-        refuse(source, tmp_path / "out", r"is there and is no folder|cannot be made")
+        refuse(source, tmp_path / "out", r"exists and is not a folder|cannot be made")
     assert (target.lstat().st_ino, stat.S_IFMT(target.lstat().st_mode)) == (before.st_ino, stat.S_IFMT(before.st_mode))
     assert not (tmp_path / "out" / ".sd1.replaced").exists()
 
@@ -383,5 +383,5 @@ def test_a_file_of_the_user_is_not_taken_for_a_lock(tmp_path):
     ],
 )
 def test_a_file_that_fails_is_named(tmp_path, error, words):
-    with pytest.raises(OutputError, match=words), build_module._as_output_errors(tmp_path):
+    with pytest.raises(OutputError, match=words), as_output_errors(tmp_path):
         raise error

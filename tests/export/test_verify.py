@@ -11,11 +11,11 @@ from tokenizers.models import BPE
 
 from engine import Pipeline
 from engine.contract import Range
-from engine.sampling.samplers import SAMPLERS
+from engine.family import STABLE_DIFFUSION
+from engine.sampling.catalog import SAMPLERS
 from export import build, compare, verify
 from export import errors as e
 from export.sources.checkpoint import resolve
-from export.sources.schedulers import CLASSES
 
 from ..conftest import copy_bundle
 from .sources.damage import SCHEDULER, TEXT_WEIGHTS, copy_model, edit, edit_weights
@@ -31,6 +31,11 @@ def few_steps(monkeypatch):
 def copied(tiny_bundles, tmp_path):
     """A copy of a tiny bundle."""
     return copy_bundle(tiny_bundles["sd1"], tmp_path)
+
+
+def check_picture(source, folder, precision):
+    """The bundle in `folder` beside diffusers, 64 x 64 pixels."""
+    return verify.check_picture(verify.with_diffusers(source.pipeline(), 64, 64), folder, precision)
 
 
 def replace_file(bundle, name, content):
@@ -65,7 +70,7 @@ def test_the_prompts_go_into_calls_that_the_bundle_takes(batch, sizes):
 def test_two_prompts_are_compared_for_every_range_of_batches(tiny_sources, copied, edit_manifest, batch):
     shapes = json.loads((copied / "manifest.json").read_text())["shapes"]
     edit_manifest(copied, shapes={**shapes, "batch": list(batch)})
-    found, picture = verify.check_picture(tiny_sources["sd1"], copied, "fp32")
+    found, picture = check_picture(tiny_sources["sd1"], copied, "fp32")
     assert found.prompts == [verify.PROMPT, "a small green star on a white background"]
     assert (found.scheduler, found.seed, found.steps) == ("pndm", 0, 2)
     assert (found.latents_max_abs < 1e-3, found.pixels_within_1 >= 0.999, found.psnr_db > 50) == (True, True, True)
@@ -89,7 +94,7 @@ def test_a_model_that_does_not_react_to_the_text_is_found(tiny_sources, tiny_bun
     with pytest.raises(
         e.VerificationError, match=r"the model does not react to the text: .* give the same picture, with diffusers too"
     ):
-        verify.check_picture(source, tiny_bundles["sd1"], "fp32")
+        check_picture(source, tiny_bundles["sd1"], "fp32")
 
 
 def test_a_bundle_that_does_not_react_to_the_text_is_found(tiny_sources, copied):
@@ -97,7 +102,7 @@ def test_a_bundle_that_does_not_react_to_the_text_is_found(tiny_sources, copied)
     empty = Tokenizer(BPE(vocab={"~": 0, "<|startoftext|>": 622, "<|endoftext|>": 623}, merges=[]))
     replace_file(copied, "tokenizer/tokenizer.json", empty.to_str().encode())
     with pytest.raises(e.VerificationError, match=r"the bundle does not react to the text: .* but not with diffusers"):
-        verify.check_picture(tiny_sources["sd1"], copied, "fp32")
+        check_picture(tiny_sources["sd1"], copied, "fp32")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -106,7 +111,7 @@ def test_a_picture_that_differs_has_a_remedy_for_its_precision(tiny_sources, tin
     with pytest.raises(
         e.VerificationError, match=r"the picture differs from diffusers': PSNR .* --no-verify to keep it anyway"
     ) as caught:
-        verify.check_picture(tiny_sources["sd1"], tiny_bundles["sd1"], precision)
+        check_picture(tiny_sources["sd1"], tiny_bundles["sd1"], precision)
     assert ("--precision fp32" in str(caught.value)) == (precision == "fp16")
 
 
@@ -116,16 +121,22 @@ def test_an_overflow_has_a_remedy_for_its_precision(tiny_sources, copied, precis
     size = (copied / name).stat().st_size // 4
     replace_file(copied, name, np.full(size, 3e38, np.float32).tobytes())
     with pytest.raises(e.VerificationError, match=f"not finite.* the model overflows in {precision}") as caught:
-        verify.check_picture(tiny_sources["sd1"], copied, precision)
+        check_picture(tiny_sources["sd1"], copied, precision)
     assert ("--precision fp32" in str(caught.value)) == (precision == "fp16")
 
 
 def test_the_manifest_says_what_was_verified(tiny_sources, copied):
-    entry = build._verify_picture(tiny_sources["sd1"], copied, "fp32", {"denoiser": {}}, lambda message: None)
-    assert list(entry) == ["done", "backend", "precision", "components", "picture"]
-    assert re.fullmatch(r"ONNX Runtime 1\.\d+\.\d+ on the CPU", entry["backend"])
-    assert (entry["precision"], entry["components"]) == ("fp32", {"denoiser": {}})
-    assert list(entry["picture"]) == [
+    entry = build.verify_picture(
+        copied,
+        "fp32",
+        {"denoiser": {}},
+        verify.with_diffusers(tiny_sources["sd1"].pipeline(), 64, 64),
+        lambda message: None,
+    )
+    assert entry.done
+    assert re.fullmatch(r"ONNX Runtime 1\.\d+\.\d+ on the CPU", entry.backend)
+    assert (entry.precision, entry.components) == ("fp32", {"denoiser": {}})
+    assert list(entry.picture) == [
         "prompts",
         "seed",
         "scheduler",
@@ -137,7 +148,7 @@ def test_the_manifest_says_what_was_verified(tiny_sources, copied):
         "pixels_within_1",
         "psnr_db",
     ]
-    assert json.dumps(entry)
+    assert json.dumps(entry.picture)
 
 
 class Fixed:
@@ -156,9 +167,11 @@ class Fixed:
     [(2.0, "text_encoder differs from torch by 1.00e"), (np.inf, "text_encoder gives values in its output context")],
 )
 def test_a_component_that_differs_has_a_remedy_for_its_precision(precision, value, words):
-    expected = verify.Reference([verify.example("text_encoder", 0)], [[np.ones((1, 77, 4), np.float32)]])
+    expected = verify.Reference([{}], [[np.ones((1, 77, 4), np.float32)]])
     with pytest.raises(e.VerificationError, match=words) as caught:
-        verify.check_component("text_encoder", Fixed(np.full((1, 77, 4), value, np.float32)), expected, precision)
+        verify.check_component(
+            STABLE_DIFFUSION["text_encoder"], Fixed(np.full((1, 77, 4), value, np.float32)), expected, precision
+        )
     assert ("--precision fp32" in str(caught.value)) == (precision != "fp32")
 
 
@@ -167,7 +180,7 @@ def test_a_scheduler_of_choice_is_shipped_verified_and_runs(tiny_sources, copied
     source = resolve(str(tiny_sources["sd1"].folder), scheduler=sampler)
     config = source.scheduler_config()
     edit_manifest(copied, scheduler=config)
-    found, _ = verify.check_picture(source, copied, "fp32")
+    found, _ = check_picture(source, copied, "fp32")
     assert found.scheduler == sampler.removesuffix("_karras")
     assert bool(config.get("use_karras_sigmas")) == sampler.endswith("_karras")
     assert (config["beta_start"], config["beta_schedule"], config["steps_offset"], config["clip_sample"]) == (
@@ -215,7 +228,7 @@ def with_defaults(name):
         return {}
 
 
-RUNNING = {name for name, options in CLASSES.values() if "skip_prk_steps" not in options}
+RUNNING = {row.scheduler_class for row in SAMPLERS.values() if "skip_prk_steps" not in row.preset}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:numpy")
@@ -223,7 +236,7 @@ RUNNING = {name for name, options in CLASSES.values() if "skip_prk_steps" not in
 def test_a_scheduler_of_diffusers_that_the_runtime_lacks_is_refused(renamed, name):
     with pytest.raises(
         e.UnsupportedModelError,
-        match=f"{name}.*--scheduler NAME: ddim, ddpm, euler, euler_a, dpmpp_2m, dpmpp_2m_karras, pndm",
+        match=f"{name}.*--scheduler NAME: {', '.join(SAMPLERS)}",
     ):
         renamed(name, with_defaults(name)).check()
 
@@ -240,7 +253,7 @@ def test_a_scheduler_with_diffusers_defaults_runs(renamed, copied, edit_manifest
 def test_an_unknown_scheduler_is_refused():
     with pytest.raises(
         e.UsageError,
-        match=r"--scheduler 'nope' is not known; known: ddim, ddpm, euler, euler_a, dpmpp_2m, dpmpp_2m_karras, pndm",
+        match=f"--scheduler 'nope' is not known; known: {', '.join(SAMPLERS)}",
     ):
         resolve(None, scheduler="nope")
 

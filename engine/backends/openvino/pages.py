@@ -1,8 +1,6 @@
-"""Gives pages of mapped files back to the system when a library has read them: what it has copied need not stay
-resident.
+"""Gives pages of mapped files back to the system after a library has copied what is in them.
 
-Only what a process has mapped is dropped, never data: a page that is read again comes back from the file. Linux only;
-elsewhere nothing happens.
+No data is lost: a page that is read again comes back from the file. Works on Linux; elsewhere nothing happens.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ import numpy as np
 
 MADV_DONTNEED = 4
 INTERVAL = 0.1
-"""Seconds between two sweeps; a page that is still needed costs a microsecond to map again."""
+"""Seconds between two sweeps. A page that is still needed takes a microsecond to map again."""
 
 
 @contextmanager
@@ -47,8 +45,8 @@ def pages_given_back(file: Path) -> Iterator[None]:
 
 
 def drop_pages(file: Path) -> int:
-    """Bytes of the mappings that were dropped, 0 where it is not Linux. Writable ones are left alone: they may hold
-    what the file does not."""
+    """Drops the pages of the read-only mappings of `file`. Returns their bytes, 0 if the system is not Linux. Writable
+    mappings stay, because they may hold data that the file does not."""
     if sys.platform != "linux":
         return 0
     madvise = ctypes.CDLL(None, use_errno=True).madvise
@@ -74,8 +72,7 @@ class Scratch:
         self._mapped: list[mmap.mmap] = []
 
     def copy(self, array: np.ndarray) -> np.ndarray:
-        """A contiguous copy: in a file, or in memory where it is small or the folder for temporary files has no
-        room."""
+        """A contiguous copy, in a temporary file. It is in memory if it is small, or if the disk has no room."""
         if array.nbytes < self.least or sys.platform != "linux":
             return np.array(array, order="C")
         try:

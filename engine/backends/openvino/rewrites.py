@@ -1,4 +1,4 @@
-"""Rewrites of a graph into one with the same result and less work, which OpenVINO does not do itself. Shapes must be
+"""Rewrites of a graph that give the same result with less work. OpenVINO does not do these itself. Shapes must be
 fixed.
 
     fold_upsampling   A 3 x 3 convolution of an image doubled by repeating its pixels sees only 2 x 2 different ones. So
@@ -8,8 +8,8 @@ fixed.
                       be copied
                       apart, and GELU and product are done where the layers write.
 
-In exact arithmetic nothing changes; weights are added in float32, which rounds them once more. The new weights are made
-with `keep`, which copies an array.
+In exact arithmetic nothing changes. Weights are added in float32, which rounds once more. `keep` copies the new weights
+to where they stay.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ doubled."""
 
 
 def fold_upsampling(library: Any, model: Any, keep: Keep) -> None:
-    """Puts four convolutions of the small image in the place of doubling and one convolution."""
+    """Replaces doubling and one convolution by four convolutions of the small image."""
     for node in model.get_ordered_ops():
         if not (
             node.get_type_name() == "Convolution" and _doubles(node.input_value(0).get_node()) and _keeps_size(node)
@@ -89,8 +89,8 @@ def _keeps_size(convolution: Any) -> bool:
 
 
 def _added_constant(node: Any) -> Any:
-    """What is added to a node's output and depends on no input, channel by channel, if that is all that is done with
-    it; else None."""
+    """The constant, one number a channel, that is added to a node's output, if nothing else uses that output. Otherwise
+    None."""
     users = [user.get_node() for user in node.output(0).get_target_inputs()]
     if len(users) != 1 or users[0].get_type_name() != "Add":
         return None
@@ -111,7 +111,7 @@ def _constant_value(node: Any) -> bool:
 
 
 def halve_linears(library: Any, model: Any, keep: Keep) -> None:
-    """Puts two linear layers in the place of one and a split of its output in halves."""
+    """Replaces a linear layer whose output is split in halves by two linear layers."""
     op = library.opset13
     for node in model.get_ordered_ops():
         layer = _halved_linear(node)
@@ -131,8 +131,8 @@ def halve_linears(library: Any, model: Any, keep: Keep) -> None:
 
 
 def _halved_linear(node: Any) -> tuple[Any, Any, Any] | None:
-    """Input, weights [in, out] and bias of the linear layer whose only use is that this node splits its output in
-    halves."""
+    """Input, weights [in, out] and bias of the linear layer whose output this node splits in halves, if nothing else
+    uses that output. Otherwise None."""
     if node.get_type_name() != "Split" or node.get_attributes()["num_splits"] != 2:
         return None
     add, axis = (value.get_node() for value in node.input_values())
@@ -168,7 +168,7 @@ def _float32(library: Any, constant: Any) -> np.ndarray:
 
 
 def _constant_like(library: Any, values: np.ndarray, model: Any, keep: Keep) -> Any:
-    """float32 values as a constant of the type that `model` has."""
+    """float32 values as a constant of the type of `model`."""
     if model.get_element_type() != library.Type.bf16:
         return library.op.Constant(keep(values.astype(np.asarray(model.data).dtype, copy=False)), shared_memory=True)
     bits = np.ascontiguousarray(values).view(np.uint32).astype(np.uint64)

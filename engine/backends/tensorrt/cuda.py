@@ -86,6 +86,7 @@ class Device:
 
     def __init__(self, number: int) -> None:
         self._driver, self.number = load_driver(), number
+        self._success = self._driver.CUresult.CUDA_SUCCESS
         self._lost: str | None = None
         self._owned: dict[Any, Callable[[], None]] = {}
         count = self._call("counting GPUs", "cuDeviceGetCount")
@@ -114,7 +115,7 @@ class Device:
     def __enter__(self) -> Device:
         if not self._open:
             raise BackendError(f"GPU {self.number} was given back by close(); load the pipeline again")
-        self._call("making the GPU current", "cuCtxPushCurrent", self._context)
+        self._start("making the GPU current", "cuCtxPushCurrent", self._context)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -122,25 +123,40 @@ class Device:
 
     def _call(self, doing: str, function: str, *arguments: Any) -> Any:
         """One call of the driver; its value, or the CudaError that its status means."""
+        self._refuse_lost()
+        status, *values = getattr(self._driver, function)(*arguments)
+        if status != self._success:
+            raise self._error(status, doing, function)
+        return values[0] if len(values) == 1 else values
+
+    def _start(self, doing: str, function: str, *arguments: Any) -> None:
+        """One call that has no value: a few of these are all that the host does for a step."""
+        if self._lost:
+            self._refuse_lost()
+        (status,) = getattr(self._driver, function)(*arguments)
+        if status != self._success:
+            raise self._error(status, doing, function)
+
+    def _refuse_lost(self) -> None:
         if self._lost:
             raise DeviceLostError(f"GPU {self.number} is lost to this process since {self._lost}; start a new process")
-        status, *values = getattr(self._driver, function)(*arguments)
-        if status == self._driver.CUresult.CUDA_SUCCESS:
-            return values[0] if len(values) == 1 else values
+
+    def _error(self, status: Any, doing: str, function: str) -> CudaError:
+        """The error that a status means."""
         message = f"{_describe(self._driver, status)} while {doing} ({function}) on GPU {self.number}"
         name = status.name.removeprefix("CUDA_ERROR_")
         if name in STICKY:
             self._lost = message
-            raise DeviceLostError(
+            return DeviceLostError(
                 f"{message}; this process has lost the GPU: start a new one. If it happens again, set "
                 "CUDA_LAUNCH_BLOCKING=1 and report it"
             )
         if name == "OUT_OF_MEMORY":
-            raise CudaMemoryError(
+            return CudaMemoryError(
                 f"{message}{self._free_memory()}; close other programs or pipelines on this GPU, or build for smaller "
                 "sizes"
             )
-        raise CudaError(message)
+        return CudaError(message)
 
     def _free_memory(self) -> str:
         status, *values = self._driver.cuMemGetInfo()
@@ -220,18 +236,34 @@ class PinnedMemory:
 
 
 class Event:
-    """A mark in a stream, with the time at which the GPU passed it."""
+    """A mark in a stream; with `timing`, also the time at which the GPU passed it."""
 
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self.handle = device._call(
-            "creating an event", "cuEventCreate", int(device._driver.CUevent_flags.CU_EVENT_DEFAULT)
-        )
+    def __init__(self, device: Device, timing: bool = False) -> None:
+        self._device, flags = device, device._driver.CUevent_flags
+        kind = flags.CU_EVENT_DEFAULT if timing else flags.CU_EVENT_DISABLE_TIMING
+        self.handle = device._call("creating an event", "cuEventCreate", int(kind))
         device._own(self, lambda handle=self.handle: device._driver.cuEventDestroy(handle))  # type: ignore[misc]
+
+    def passed(self) -> bool:
+        """Whether the GPU has passed it, without waiting. One that was never recorded counts as passed."""
+        device = self._device
+        (status,) = device._driver.cuEventQuery(self.handle)
+        if status == device._driver.CUresult.CUDA_ERROR_NOT_READY:
+            return False
+        if status != device._success:
+            raise device._error(status, "asking for an event", "cuEventQuery")
+        return True
+
+    def wait(self, doing: str) -> None:
+        """Waits until the GPU has passed it; an error of anything before it appears here."""
+        self._device._start(doing, "cuEventSynchronize", self.handle)
 
     def seconds_since(self, earlier: Event) -> float:
         """Time on the GPU from `earlier` to this event; both must have passed."""
         return float(self._device._call("reading a time", "cuEventElapsedTime", earlier.handle, self.handle)) / 1000
+
+    def close(self) -> None:
+        self._device._release(self)
 
 
 class Stream:
@@ -244,32 +276,30 @@ class Stream:
         )
         device._own(self, lambda handle=self.handle: device._driver.cuStreamDestroy(handle))  # type: ignore[misc]
         self.number = int(self.handle)
-        self.synchronizations = 0
 
     def upload(self, target: int, source: int, nbytes: int) -> None:
         """Pinned host memory to the GPU."""
-        self._device._call("copying to the GPU", "cuMemcpyHtoDAsync", target, source, nbytes, self.handle)
+        self._device._start("copying to the GPU", "cuMemcpyHtoDAsync", target, source, nbytes, self.handle)
 
     def download(self, target: int, source: int, nbytes: int) -> None:
         """The GPU's memory to pinned host memory."""
-        self._device._call("copying from the GPU", "cuMemcpyDtoHAsync", target, source, nbytes, self.handle)
+        self._device._start("copying from the GPU", "cuMemcpyDtoHAsync", target, source, nbytes, self.handle)
 
     def copy(self, target: int, source: int, nbytes: int) -> None:
         """From one place on the GPU to another."""
-        self._device._call("copying on the GPU", "cuMemcpyDtoDAsync", target, source, nbytes, self.handle)
+        self._device._start("copying on the GPU", "cuMemcpyDtoDAsync", target, source, nbytes, self.handle)
 
     def clear(self, target: int, nbytes: int) -> None:
         """Zeros."""
-        self._device._call("clearing memory", "cuMemsetD8Async", target, 0, nbytes, self.handle)
+        self._device._start("clearing memory", "cuMemsetD8Async", target, 0, nbytes, self.handle)
 
     def record(self, event: Event) -> None:
         """Sets `event` behind all that was started so far."""
-        self._device._call("recording an event", "cuEventRecord", event.handle, self.handle)
+        self._device._start("recording an event", "cuEventRecord", event.handle, self.handle)
 
     def synchronize(self, doing: str) -> None:
         """Waits until all is done; an error of any of it appears here."""
-        self.synchronizations += 1
-        self._device._call(doing, "cuStreamSynchronize", self.handle)
+        self._device._start(doing, "cuStreamSynchronize", self.handle)
 
     @contextmanager
     def capture(self) -> Iterator[list[Graph]]:
@@ -294,9 +324,8 @@ class Stream:
         try:
             yield made
         except BaseException:
-            _, graph = self._device._driver.cuStreamEndCapture(
-                self.handle
-            )  # leaves the stream usable; the error inside is the one to tell
+            # Leaves the stream usable; the error inside is the one to tell.
+            _, graph = self._device._driver.cuStreamEndCapture(self.handle)
             if graph is not None and int(graph):
                 self._device._driver.cuGraphDestroy(graph)
             raise
@@ -319,10 +348,10 @@ class Graph:
 
     def upload(self, stream: Stream) -> None:
         """Makes the first launch as quick as the others."""
-        self._device._call("uploading a graph", "cuGraphUpload", self.handle, stream.handle)
+        self._device._start("uploading a graph", "cuGraphUpload", self.handle, stream.handle)
 
     def launch(self, stream: Stream) -> None:
-        self._device._call("launching a graph", "cuGraphLaunch", self.handle, stream.handle)
+        self._device._start("launching a graph", "cuGraphLaunch", self.handle, stream.handle)
 
     def close(self) -> None:
         """Destroys it. It may not be running."""

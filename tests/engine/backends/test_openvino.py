@@ -2,7 +2,6 @@
 right."""
 
 import gc
-import json
 import shutil
 import sys
 
@@ -12,16 +11,18 @@ import pytest
 import engine.backends
 from engine import Pipeline
 from engine.backends import open_backend
-from engine.backends.interface import Denoising
-from engine.backends.onnxruntime import OnnxRuntimeBackend
+from engine.backends.onnxruntime.backend import OnnxRuntimeBackend
 from engine.backends.openvino.backend import COMPILED_SHAPES, OpenVinoBackend
 from engine.bundle import Bundle
 from engine.contract import SLOTS
-from engine.errors import BackendError, DeviceError, ManifestError, NumericalError
+from engine.errors import BackendError, DeviceError, ManifestError
+from engine.family import STABLE_DIFFUSION
 from export import verify
 from export.compare import random_inputs
-from export.graphs.tracing import example
+from export.graphs.tracing import EXAMPLE_SIZES
+from tests.engine.backends.made_up import made_up_job, run, start
 
+pytestmark = pytest.mark.slow
 PROMPT = "a large red circle on a blue background"
 FAST = {"num_inference_steps": 3, "seed": 0, "guidance_scale": 5.0, "progress": False}
 BACKENDS = ("onnxruntime", "openvino")
@@ -37,103 +38,86 @@ def backend(request, demo_bundle):
     opened.close()
 
 
-def denoising(batch=1, rows=2, height=8, width=8, evaluations=3, noise=False, seed=0):
-    """A loop of random tables, small enough to stay finite."""
-    random = np.random.default_rng(seed)
-    normal = lambda *shape: random.standard_normal(shape).astype(np.float32)  # noqa: E731
-    updates = 0.3 * normal(evaluations, batch, SLOTS, SLOTS + 2)
-    if not noise:
-        updates[..., -1] = 0.0  # as in every table of a sampler that draws none
-    return Denoising(
-        latents=normal(batch, 4, height, width),
-        contexts=list(normal(rows, 77, 128)),
-        row_sample=np.arange(rows, dtype=np.int32) % batch,
-        mixing=normal(batch, rows),
-        timesteps=np.broadcast_to(np.array([[900.5], [500.0], [3.0]], np.float32)[:evaluations], (evaluations, rows)),
-        updates=updates,
-        noise=normal(evaluations, batch, 4, height, width) if noise else None,
-    )
-
-
 @pytest.fixture(scope="module")
 def reference(demo_bundle):
     return OnnxRuntimeBackend(Bundle.open(demo_bundle, verify=False).graphs)
 
 
-def loop(backend, plan):
-    session = backend.start(plan)
-    for index in range(len(plan.timesteps)):
-        session.step(index)
-    return session
-
-
 # The contract of every backend.
 
 
-@pytest.mark.parametrize("sizes", [{}, {"batch": 2, "rows": 3}, {"rows": 1, "height": 9, "width": 16}, {"noise": True}])
-def test_a_loop_gives_what_onnxruntime_gives(backend, reference, sizes):
-    plan = denoising(**sizes)
-    np.testing.assert_allclose(loop(backend, plan).latents, loop(reference, plan).latents, atol=2e-4)
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(1, {}), (2, {"rows": 1}), (1, {"rows": 1, "height": 9, "width": 16}), (2, {"noise": True})]
+)
+def test_a_loop_gives_what_onnxruntime_gives(backend, reference, count, sizes):
+    ours, theirs = (
+        run(one, [made_up_job(**sizes, seed=seed) for seed in range(count)]).latents(range(count))
+        for one in (backend, reference)
+    )
+    np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
 
 def test_steps_may_come_in_any_order(backend):
-    plan = denoising()
-    forward = loop(backend, plan).latents
-    session = backend.start(plan)
+    forward = run(backend, [made_up_job()]).latents([0])
+    lanes = start(backend, [made_up_job()])
     for index in (2, 1, 0):
-        session.step(index)
-    assert not np.array_equal(session.latents, forward)
-    np.testing.assert_array_equal(loop(backend, plan).latents, forward)
+        lanes.step([index])
+    assert not np.array_equal(lanes.latents([0]), forward)
+    np.testing.assert_array_equal(run(backend, [made_up_job()]).latents([0]), forward)
 
 
-def test_latents_are_a_copy_and_can_be_replaced(backend):
-    plan = denoising()
-    session = backend.start(plan)
-    np.testing.assert_array_equal(session.latents, plan.latents)
-    session.latents[:] = 0
-    np.testing.assert_array_equal(session.latents, plan.latents)
-    session.latents = np.zeros_like(plan.latents)
-    assert (session.latents == 0).all()
-    session.step(0)
-    zero = backend.start(denoising())
-    zero.latents = np.zeros_like(plan.latents)
-    zero.step(0)
-    np.testing.assert_array_equal(session.latents, zero.latents)
+def test_latents_are_copies_and_can_be_replaced(backend):
+    job = made_up_job()
+    lanes = start(backend, [job])
+    np.testing.assert_array_equal(lanes.latents([0])[0], job.latents)
+    lanes.latents([0])[:] = 0
+    np.testing.assert_array_equal(lanes.latents([0])[0], job.latents)
+    lanes.step([0])
+    lanes.replace([0], lanes.latents([0]) + 1)
+    after = lanes.latents([0])
+    lanes.latents([0])[:] = 0
+    np.testing.assert_array_equal(lanes.latents([0]), after)
+    lanes.step([1])
+    again = start(backend, [made_up_job()])
+    again.step([0])
+    again.replace([0], after)
+    again.step([1])
+    np.testing.assert_array_equal(lanes.latents([0]), again.latents([0]))
 
 
-def test_the_arrays_of_a_plan_stay_as_they_are(backend):
-    plan, same = denoising(noise=True), denoising(noise=True)
-    loop(backend, plan).decode()()
-    for name in ("latents", "row_sample", "mixing", "timesteps", "updates", "noise"):
-        np.testing.assert_array_equal(getattr(plan, name), getattr(same, name))
+def test_the_arrays_of_a_job_stay_as_they_are(backend):
+    job, same = made_up_job(noise=True), made_up_job(noise=True)
+    run(backend, [job]).decode([0])()
+    np.testing.assert_array_equal(job.latents, same.latents)
+    np.testing.assert_array_equal(job.table.updates, same.table.updates)
+    for name, values in job.steps.items():
+        np.testing.assert_array_equal(values, same.steps[name])
+    for row, other in zip(job.rows, same.rows):
+        np.testing.assert_array_equal(row.conditioning["context"], other.conditioning["context"])
 
 
 def test_pictures_are_decoded_as_one_by_one(backend):
-    plan = denoising(batch=3, rows=3)
-    together = backend.start(plan).decode()()
+    jobs = [made_up_job(rows=1, seed=seed) for seed in range(3)]
+    together = start(backend, jobs).decode(range(3))()
     assert together.image.shape == (3, 64, 64, 3)
     assert together.image.dtype == np.uint8
     assert together.finite.all()
-    for i, image in enumerate(together.image):
-        session = backend.start(denoising())
-        session.latents = plan.latents[i : i + 1]
-        assert np.abs(session.decode()().image[0].astype(int) - image).max() <= 1
+    for job, image in zip(jobs, together.image):
+        assert np.abs(start(backend, [job]).decode([0])().image[0].astype(int) - image).max() <= 1
 
 
 def test_a_decoder_that_overflows_is_told_apart_by_picture(backend):
-    session = backend.start(denoising(batch=2))
-    latents = session.latents
-    latents[1] = np.inf
-    session.latents = latents
-    assert session.decode()().finite.tolist() == [True, False]
+    lanes = start(backend, [made_up_job(), made_up_job()])
+    lanes.replace([1], np.full((1, 4, 8, 8), np.inf, np.float32))
+    assert lanes.decode([0, 1])().finite.tolist() == [True, False]
 
 
 def test_texts_are_encoded_as_one_by_one(backend):
     ids = np.random.default_rng(0).integers(0, 200, (3, 77)).astype(np.int32)
-    together = backend.encode_text(ids)
+    together = [one["context"] for one in backend.encode_text({"input_ids": ids})]
     assert [context.shape for context in together] == [(77, 128)] * 3
     for i, context in enumerate(together):
-        np.testing.assert_allclose(backend.encode_text(ids[i : i + 1])[0], context, atol=1e-4)
+        np.testing.assert_allclose(backend.encode_text({"input_ids": ids[i : i + 1]})[0]["context"], context, atol=1e-4)
 
 
 def test_the_stopwatch_has_one_time_between_marks(backend):
@@ -184,7 +168,7 @@ def test_openvino_runs_on_the_cpu_only(demo_bundle):
 def test_a_graph_that_is_none_is_a_named_error(tmp_path):
     (tmp_path / "vae_decoder.onnx").write_bytes(b"nothing")
     with pytest.raises(BackendError, match=r"does not load .*vae_decoder\.onnx"):
-        OpenVinoBackend({"vae_decoder": tmp_path / "vae_decoder.onnx"}).vae_decoder(1, 8, 8)
+        OpenVinoBackend({"vae_decoder": tmp_path / "vae_decoder.onnx"}).decode(np.zeros((1, 4, 8, 8), np.float32))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpmpp_2m"])
@@ -246,8 +230,7 @@ def test_a_cpu_without_bf16_runs_in_float32_and_says_so(demo_bundle, monkeypatch
 
 
 def test_in_bfloat16_the_sampler_and_the_timestep_stay_in_float32(bf16, reference):
-    plan = example("denoiser", 128)
-    inputs = {name: value.numpy() for name, value in plan.inputs.items()}
+    inputs = random_inputs(STABLE_DIFFUSION["denoiser"], {**EXAMPLE_SIZES, "context_size": 128})
     inputs["update"][:] = 0
     inputs["update"][:, :, :SLOTS] = np.eye(SLOTS)  # the state as it is: any rounding would show
     np.testing.assert_array_equal(bf16.run("denoiser", inputs)[0], inputs["state"])
@@ -259,28 +242,38 @@ def test_in_bfloat16_the_sampler_and_the_timestep_stay_in_float32(bf16, referenc
     assert not np.array_equal(*outputs)
 
 
-def test_the_rows_of_a_sample_have_one_timestep(demo_bundle):
-    backend = OpenVinoBackend(Bundle.open(demo_bundle, verify=False).graphs)
-    inputs = random_inputs("denoiser", 1, 2, 8, 8, 128)
-    inputs["timestep"][:] = (3.0, 4.0)
-    with pytest.raises(BackendError, match=r"different timesteps: \[3. 4.\] for the samples \[0 0\]"):
-        backend.run("denoiser", inputs)
-
-
 def test_what_does_not_depend_on_the_text_is_computed_once_for_a_sample(demo_bundle):
-    runners = OpenVinoBackend(Bundle.open(demo_bundle, verify=False).graphs).denoiser(1, 2, 8, 8)
-    assert {port.get_shape()[0] for port in runners.sample._request.model_outputs} == {1}
-    assert {port.get_shape()[0] for port in runners.unet._request.model_outputs} == {2}
+    call = OpenVinoBackend(Bundle.open(demo_bundle, verify=False).graphs).call(sizes(batch=1, rows=2))
+    rows = {
+        name: {port.get_shape()[0] for port in runner._request.model_outputs} for name, runner in call.runners.items()
+    }
+    assert rows == {"exact": {1}, "sample": {1}, "loop": {2}, "unet": {2}, "solver": {1}}
+
+
+def sizes(batch, rows):
+    return {"batch": batch, "rows": rows, "tokens": 77, "height": 8, "width": 8}
 
 
 def test_a_large_graph_stays_compiled_for_one_size_and_a_small_one_for_some(demo_bundle, monkeypatch):
-    backend = OpenVinoBackend(Bundle.open(demo_bundle, verify=False).graphs)
-    for height in range(4, 4 + COMPILED_SHAPES + 2):
-        backend.vae_decoder(1, height, 8)
-    assert len(backend._compiled) == COMPILED_SHAPES
+    graphs = Bundle.open(demo_bundle, verify=False).graphs
+    small = OpenVinoBackend(graphs)
     monkeypatch.setattr("engine.backends.openvino.backend.LARGE_GRAPH", 1)
-    backend.vae_decoder(1, 4, 16)
-    assert list(backend._compiled) == [("vae_decoder", 1, 4, 4, 16)]
+    large = OpenVinoBackend(graphs)
+    for backend, kept in ((small, COMPILED_SHAPES), (large, 1)):
+        for height in range(4, 4 + COMPILED_SHAPES + 2):
+            backend.decode(np.zeros((1, 4, height, 8), np.float32))
+        assert len(backend._runners["vae_decoder"]) == kept
+
+
+def test_lanes_of_a_large_model_take_turns_in_calls_of_one_size(demo_bundle, monkeypatch):
+    graphs = Bundle.open(demo_bundle, verify=False).graphs
+    jobs = [made_up_job(rows=rows, noise=True, seed=rows) for rows in (1, 2)]
+    alone = [run(OpenVinoBackend(graphs), [job]).latents([0])[0] for job in jobs]
+    monkeypatch.setattr("engine.backends.openvino.backend.LARGE_GRAPH", 1)
+    large = OpenVinoBackend(graphs)
+    lanes = run(large, [made_up_job(rows=rows, noise=True, seed=rows) for rows in (1, 2)])
+    np.testing.assert_allclose(lanes.latents([0, 1]), alone, atol=1e-4)
+    assert [key[:2] for key in large._calls._values] == [(1, 2)]
 
 
 def test_a_large_model_rests_between_its_components_and_makes_the_same_pictures(demo_bundle, monkeypatch):
@@ -289,20 +282,21 @@ def test_a_large_model_rests_between_its_components_and_makes_the_same_pictures(
     )  # as large weights do, these come back from files
     with Pipeline.load(demo_bundle, backend="openvino") as pipeline:
         expected = [np.asarray(pipeline(prompt, **FAST).images[0]) for prompt in (PROMPT, "a ring")]
-        monkeypatch.setattr("engine.backends.openvino.backend.LARGE_GRAPH", 1)
+    monkeypatch.setattr("engine.backends.openvino.backend.LARGE_GRAPH", 1)
+    with Pipeline.load(demo_bundle, backend="openvino") as pipeline:
         for prompt, picture in zip((PROMPT, "a ring") * 2, expected * 2):
             np.testing.assert_array_equal(np.asarray(pipeline(prompt, **FAST).images[0]), picture)
 
 
 def test_what_is_bound_stays_alive_when_its_owner_goes(demo_bundle):
     backend = OpenVinoBackend(Bundle.open(demo_bundle, verify=False).graphs)
-    expected = loop(backend, denoising()).latents
-    session = backend.start(denoising())
+    expected = run(backend, [made_up_job()]).latents([0])
+    lanes = start(backend, [made_up_job()])
     gc.collect()
     filling = [np.full((1, 4, 8, 8), np.nan, np.float32) for _ in range(10_000)]
     for index in range(3):
-        session.step(index)
-    np.testing.assert_array_equal(session.latents, expected)
+        lanes.step([index])
+    np.testing.assert_array_equal(lanes.latents([0]), expected)
     assert len(filling) == 10_000
 
 
@@ -310,13 +304,3 @@ def test_threads_are_openvinos(demo_bundle):
     backend = OpenVinoBackend(Bundle.open(demo_bundle, verify=False).graphs, threads=1)
     assert backend._options["INFERENCE_NUM_THREADS"] == 1
     assert backend.decode(np.zeros((1, 4, 8, 8), np.float32)).finite.all()
-
-
-def test_latents_that_overflow_are_an_error_not_a_black_picture(demo_bundle, tmp_path, edit_manifest):
-    bundle = shutil.copytree(demo_bundle, tmp_path / "demo")
-    scheduler = json.loads((bundle / "manifest.json").read_text())["scheduler"]
-    edit_manifest(bundle, scheduler={**scheduler, "trained_betas": [0.5] * 1000, "prediction_type": "epsilon"})
-    with pytest.raises(NumericalError, match=r"not finite after \d+ evaluations"):
-        Pipeline.load(bundle, backend="openvino")(
-            PROMPT, num_inference_steps=10, seed=0, guidance_scale=1000.0, progress=False
-        )

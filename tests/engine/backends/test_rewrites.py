@@ -10,6 +10,7 @@ from engine.backends.openvino.parts import fix_shapes, split
 from engine.backends.openvino.rewrites import FOLD, _constant_like, _float32, fold_upsampling, halve_linears
 from engine.bundle import Bundle
 from engine.errors import BackendError
+from engine.family import STABLE_DIFFUSION
 
 openvino = pytest.importorskip("openvino")
 op = openvino.opset13
@@ -155,7 +156,7 @@ def test_both_are_found_in_a_real_model(demo_bundle):
 
 
 def test_a_graph_whose_rows_are_not_first_is_refused():
-    shapes = {"state": (1, 3), "row_sample": (0,), "timestep": (0,), "context": (0, 3), "mixing": (1, 0)}
+    shapes = {"state": (1, 3), "row_sample": (0,), "timestep": (1,), "context": (0, 3), "mixing": (1, 0)}
 
     def denoiser(rows):
         inputs = {
@@ -172,10 +173,10 @@ def test_a_graph_whose_rows_are_not_first_is_refused():
 
     with pytest.raises(
         BackendError,
-        match=r"cannot be shared by the rows of a sample: .* shape \[1, 1\] for a row of each sample and \[1, 2\] for "
+        match=r"cannot be shared by the rows of a sample: .* shape \[3, 1\] for a row of each sample and \[3, 2\] for "
         r"all",
     ):
-        split(openvino, denoiser(1), denoiser(2))
+        split(openvino, STABLE_DIFFUSION["denoiser"], denoiser(1), denoiser(2))
 
 
 def test_the_folded_weights_are_those_that_meet_the_same_pixel():

@@ -1,6 +1,6 @@
 """Step tables against diffusers' schedulers, driving the same non-linear toy model."""
 
-import json
+import inspect
 
 import diffusers
 import numpy as np
@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from engine.contract import SLOTS
-from engine.errors import SchedulerConfigError, StepsError, UnknownSchedulerError
+from engine.sampling.catalog import SAMPLERS, step_table
 from engine.sampling.noise import TorchGenerator
-from engine.sampling.samplers import LABELS, SAMPLERS, sampler_name, step_table
 from engine.sampling.schedule import Schedule
 
 SHAPE = (2, 4, 8, 8)
@@ -23,15 +22,8 @@ SD1 = {
     "set_alpha_to_one": False,
     "skip_prk_steps": True,
 }
-CLASSES = {
-    "ddim": (diffusers.DDIMScheduler, {}),
-    "ddpm": (diffusers.DDPMScheduler, {}),
-    "euler": (diffusers.EulerDiscreteScheduler, {}),
-    "euler_a": (diffusers.EulerAncestralDiscreteScheduler, {}),
-    "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, {}),
-    "dpmpp_2m_karras": (diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
-    "pndm": (diffusers.PNDMScheduler, {}),
-}
+CLASSES = {name: (getattr(diffusers, row.scheduler_class), dict(row.preset)) for name, row in SAMPLERS.items()}
+"""diffusers' class of each sampler, and the options that make it that sampler."""
 
 
 def toy_model(x, t):
@@ -40,26 +32,39 @@ def toy_model(x, t):
     return tanh(1.3 * x + 0.3 * roll(x, 1, -1)) * (0.7 + 0.3 * float(t) / 1000) + 0.1
 
 
-def with_diffusers(name, config, steps, seed, eta):
+def with_diffusers(name, config, steps, seed, eta, start=0, image=None):
+    """The latents and timesteps of StableDiffusionPipeline, or with an image of StableDiffusionImg2ImgPipeline."""
     cls, extra = CLASSES[name]
     scheduler = cls.from_config({**config, **extra})
     scheduler.set_timesteps(steps)
     generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn(SHAPE, generator=generator) * scheduler.init_noise_sigma
+    latents = torch.randn(SHAPE, generator=generator)
+    timesteps = scheduler.timesteps[start:]
+    if image is None:
+        latents = latents * scheduler.init_noise_sigma
+    else:
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(start)
+        latents = scheduler.add_noise(torch.from_numpy(image), latents, timesteps[:1].repeat(SHAPE[0]))
+    return run_diffusers(name, scheduler, timesteps, latents, generator, eta), timesteps.numpy()
+
+
+def run_diffusers(name, scheduler, timesteps, latents, generator, eta=0.0):
     options = {"eta": eta} if name == "ddim" else {}
-    if name != "pndm" and not name.startswith("dpmpp"):
+    if "generator" in inspect.signature(scheduler.step).parameters:
         options["generator"] = generator
-    for t in scheduler.timesteps:
+    for t in timesteps:
         output = toy_model(scheduler.scale_model_input(latents, t), t)
         latents = scheduler.step(output, t, latents, **options).prev_sample
-    return latents.numpy(), scheduler.timesteps.numpy()
+    return latents.numpy()
 
 
-def with_table(name, config, steps, seed, eta):
-    table = step_table(name, Schedule.from_config(config), steps, eta)
+def with_table(name, config, steps, seed, eta, start=0, image=None):
+    table = step_table(name, Schedule.from_config(config), steps, eta, start)
     generator = TorchGenerator(seed)
+    noise = generator.randn(SHAPE)
     state = np.zeros((SHAPE[0], SLOTS, *SHAPE[1:]))
-    state[:, 0] = generator.randn(SHAPE) * table.initial_scale
+    state[:, 0] = table.initial_scale * noise if image is None else table.alphas[0] * image + table.sigmas[0] * noise
     for t, update, draw in zip(table.timesteps, table.updates, table.draws):
         noise = generator.randn(SHAPE) if draw else np.zeros(SHAPE)
         columns = np.concatenate([state, toy_model(state[:, 0], t)[:, None], noise[:, None]], axis=1)
@@ -67,9 +72,9 @@ def with_table(name, config, steps, seed, eta):
     return state[:, 0], table.timesteps
 
 
-def check(name, config, steps, seed=0, eta=0.0, tolerance=5e-5):
-    expected, timesteps = with_diffusers(name, config, steps, seed, eta)
-    actual, our_timesteps = with_table(name, config, steps, seed, eta)
+def check(name, config, steps, seed=0, eta=0.0, tolerance=5e-5, start=0, image=None):
+    expected, timesteps = with_diffusers(name, config, steps, seed, eta, start, image)
+    actual, our_timesteps = with_table(name, config, steps, seed, eta, start, image)
     np.testing.assert_allclose(our_timesteps, timesteps, atol=2e-2)
     np.testing.assert_allclose(actual, expected, atol=tolerance * max(1.0, np.abs(expected).max()))
 
@@ -149,71 +154,49 @@ def test_ddpm_variances_equal_diffusers(variance_type):
     check("ddpm", {**SD1, "variance_type": variance_type}, 20)
 
 
-def test_constants_of_the_stable_diffusion_schedule():
-    schedule = Schedule.from_config(SD1)
-    assert schedule.alphas_cumprod[0] == pytest.approx(0.99915, abs=1e-9)
-    assert schedule.alphas_cumprod[-1] == pytest.approx(0.0046600985, abs=1e-10)
-    assert schedule.sigmas()[0] == pytest.approx(0.0291671582, abs=1e-9)
-    assert schedule.sigmas()[-1] == pytest.approx(14.6146412293, abs=1e-9)
+IMAGE = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
 
 
-def test_every_sampler_has_a_label_and_an_oracle():
-    assert set(LABELS) == set(SAMPLERS) == set(CLASSES)
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("steps", [999, 1000])
-def test_a_thousand_steps_work_or_are_refused_by_name(name, steps):
-    if steps == 1000 and name not in ("euler", "euler_a", "dpmpp_2m_karras"):
-        with pytest.raises(
-            StepsError, match="take fewer"
-        ):  # steps_offset=1 would reach timestep 1000, or noise levels coincide
-            step_table(name, Schedule.from_config(SD1), steps)
-    else:
-        table = step_table(name, Schedule.from_config(SD1), steps)
-        assert np.isfinite(table.updates).all()
-        assert table.timesteps.max() <= 1000
-
-
-def test_an_unknown_scheduler_lists_the_known_ones():
-    with pytest.raises(UnknownSchedulerError, match="'plms2' is not known; known: ddim, ddpm, euler, euler_a"):
-        sampler_name("plms2", Schedule.from_config(SD1))
-    with pytest.raises(UnknownSchedulerError, match="the model's own scheduler 'UniPCMultistepScheduler'"):
-        sampler_name(None, Schedule.from_config({**SD1, "_class_name": "UniPCMultistepScheduler"}))
+@pytest.mark.parametrize("start", [0, 1, 7, 19])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "pndm"])
+def test_a_table_that_starts_late_equals_image_to_image_of_diffusers(name, prediction_type, start):
+    check(name, {**SD1, "prediction_type": prediction_type}, 20, start=start, image=IMAGE)
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("name", "options"),
     [
-        ({"clip_sample": True}, "clip_sample=true"),
-        ({"thresholding": True}, "thresholding=true"),
-        ({"prediction_type": "flow"}, "prediction_type 'flow'"),
-        ({"beta_schedule": "laplace"}, "beta_schedule 'laplace'"),
+        ("ddim", {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}),
+        ("euler", {"timestep_spacing": "leading"}),
+        ("euler", {"timestep_spacing": "trailing", "use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}),
+        ("euler_a", {"timestep_spacing": "trailing"}),
+        ("dpmpp_2m", {"final_sigmas_type": "sigma_min", "solver_type": "heun"}),
     ],
 )
-def test_a_schedule_that_is_not_supported_says_which_option(config, message):
-    with pytest.raises(SchedulerConfigError, match=message):
-        Schedule.from_config({**SD1, **config})
+@pytest.mark.parametrize("start", [0, 4])
+def test_a_late_start_equals_diffusers_with_options_too(name, options, start):
+    check(name, {**SD1, **options}, 20, start=start, image=IMAGE, tolerance=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("name", "config", "message"),
-    [
-        ("pndm", {"skip_prk_steps": False}, "skip_prk_steps=False"),
-        ("dpmpp_2m", {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type"),
-        ("dpmpp_2m", {"use_lu_lambdas": True}, "use_lu_lambdas"),
-        ("ddim", {"timestep_spacing": "odd"}, "timestep_spacing is 'odd'"),
-        ("ddpm", {"variance_type": "learned_range"}, "variance_type='learned_range'"),
-        ("euler", {"timestep_type": "continuous"}, "timestep_type"),
-    ],
-)
-def test_a_sampler_option_that_is_not_supported_is_named(name, config, message):
-    with pytest.raises(SchedulerConfigError, match=message):
-        step_table(name, Schedule.from_config({**SD1, **config}), 10)
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_a_late_start_with_eta_equals_diffusers(eta):
+    check("ddim", SD1, 20, eta=eta, start=5, image=IMAGE)
 
 
-def test_shipped_class_names_choose_the_sampler():
-    for name, (cls, _) in CLASSES.items():
-        if name != "dpmpp_2m_karras":
-            config = json.loads(cls.from_config(SD1).to_json_string())
-            assert sampler_name(None, Schedule.from_config({**config, "clip_sample": False})) == name
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("start", [0, 7, 18, 19])
+def test_plms_warms_up_where_it_starts(start, prediction_type):
+    """diffusers' PNDMScheduler does it too where it is given the timesteps of a whole warm-up."""
+    config = {**SD1, "prediction_type": prediction_type}
+    scheduler = diffusers.PNDMScheduler.from_config(config)
+    scheduler.set_timesteps(20)
+    whole = [scheduler.timesteps[0], *scheduler.timesteps[2:]]
+    timesteps = torch.stack([*whole[start : start + 2], *whole[start + 1 :]])
+    latents = scheduler.add_noise(
+        torch.from_numpy(IMAGE), torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)), timesteps[:1]
+    )
+    expected = run_diffusers("pndm", scheduler, timesteps, latents, None)
+    actual, our_timesteps = with_table("pndm", config, 20, 0, 0.0, start, IMAGE)
+    assert our_timesteps.tolist() == timesteps.tolist()
+    np.testing.assert_allclose(actual, expected, atol=5e-5)

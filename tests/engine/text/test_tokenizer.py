@@ -37,14 +37,14 @@ def test_tokens_equal_transformers(both, text):
     expected = source.tokenizer()(
         text, padding="max_length", max_length=77, truncation=True, return_tensors="np"
     ).input_ids
-    assert pipeline._tokenizer([text]).tolist() == expected.tolist()
+    assert pipeline._encode._tokenizer([text]).tolist() == expected.tolist()
 
 
 def test_cut_off_text_is_named_as_diffusers_names_it(both, caplog):
     pipeline, source = both
     text = "a large red circle " * 18 + "and a green star"
     with caplog.at_level(logging.WARNING, logger="engine"):
-        pipeline._tokenizer([text])
+        pipeline._encode._tokenizer([text])
     ours = [record.getMessage() for record in caplog.records]
     caplog.clear()
     theirs_logger = logging.getLogger("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion")
@@ -62,5 +62,5 @@ def test_cut_off_text_is_named_as_diffusers_names_it(both, caplog):
 
 def test_text_that_fits_gives_no_warning(both, caplog):
     with caplog.at_level(logging.WARNING, logger="engine"):
-        both[0]._tokenizer(["ring " * 75])
+        both[0]._encode._tokenizer(["ring " * 75])
     assert not caplog.records

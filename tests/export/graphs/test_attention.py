@@ -7,12 +7,14 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 
-from engine.backends.onnxruntime import OnnxRuntimeBackend
-from export.build import _round_weights
+from engine.backends.onnxruntime.backend import OnnxRuntimeBackend
+from engine.family import STABLE_DIFFUSION
 from export.compare import COMPONENT_TOLERANCE, difference, random_inputs
-from export.graphs import modules as graphs
-from export.graphs.modules import Denoiser, PlainAttention, bounded_scores, centred
-from export.graphs.tracing import example, export_onnx
+from export.graphs import attention as graphs
+from export.graphs.attention import PlainAttention, bounded_scores, centred
+from export.graphs.denoiser import Denoiser
+from export.graphs.precision import round_weights
+from export.graphs.tracing import export_onnx
 from tests.fakes.tensorrt_plan import read_graph
 from tests.models import tiny_modules
 
@@ -48,7 +50,7 @@ def changed_unet(change):
     unet = tiny_modules("sd2")["unet"]
     with torch.no_grad():
         change(unet)
-    _round_weights(unet, torch.float16)
+    round_weights(unet, torch.float16)
     return unet
 
 
@@ -60,7 +62,8 @@ def float_scores(run):
         return run()
 
 
-INPUTS = random_inputs("denoiser", 1, 2, 8, 12, 32)
+DENOISER, SIZES = STABLE_DIFFUSION["denoiser"], {"context_size": 32}
+INPUTS = random_inputs(DENOISER, {"batch": 1, "rows": 2, "tokens": 77, "height": 8, "width": 12, **SIZES})
 
 
 @functools.cache
@@ -127,7 +130,7 @@ def test_a_product_in_half_costs_what_it_costs_models_that_do_not_overflow(size)
 
 def test_the_graph_does_the_same_and_every_tensorrt_reads_it(tmp_path):
     file = tmp_path / "denoiser.onnx"
-    export_onnx("denoiser", Denoiser(changed_unet(with_much_in_common), torch.float16), example("denoiser", 32), file)
+    export_onnx(DENOISER, Denoiser(changed_unet(with_much_in_common), torch.float16), SIZES, file)
     (output,) = OnnxRuntimeBackend({"denoiser": file}).run("denoiser", INPUTS)
     assert (
         difference(output[:, 0], guided(with_much_in_common, torch.float32)).relative_rms < COMPONENT_TOLERANCE["fp16"]

@@ -4,10 +4,11 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from engine.backends.onnxruntime import OnnxRuntimeBackend
-from engine.contract import COMPONENTS
+from engine.backends.onnxruntime.backend import OnnxRuntimeBackend
+from engine.family import STABLE_DIFFUSION
 from export.compare import random_inputs
-from export.graphs.tracing import fuses_attention
+from export.graphs.recipes import RECIPES
+from export.graphs.tracing import EXAMPLE_SIZES, example
 
 
 def as_torch_exports_it(graph: onnx.GraphProto) -> int:
@@ -26,7 +27,7 @@ def as_torch_exports_it(graph: onnx.GraphProto) -> int:
     return len(slices)
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("component", STABLE_DIFFUSION.names)
 def test_sizes_are_whole_shapes_and_slices_with_the_same_outputs(tiny_fp16, component, tmp_path):
     """TensorRT 8.6 ignores Shape's start and end."""
     file = tiny_fp16 / "onnx" / f"{component}.onnx"
@@ -34,7 +35,8 @@ def test_sizes_are_whole_shapes_and_slices_with_the_same_outputs(tiny_fp16, comp
     assert not [node.name for node in model.graph.node if node.op_type == "Shape" and node.attribute]
     assert as_torch_exports_it(model.graph) > 0
     onnx.save_model(model, str(tmp_path / "torch.onnx"))
-    inputs = random_inputs(component, 2, 3, 9, 12, 32)
+    sizes = {"batch": 2, "rows": 3, "tokens": 77, "height": 9, "width": 12, "context_size": 32}
+    inputs = random_inputs(STABLE_DIFFUSION[component], sizes)
     for ours, torchs in zip(
         *(OnnxRuntimeBackend({component: graph}).run(component, inputs) for graph in (file, tmp_path / "torch.onnx"))
     ):
@@ -43,9 +45,38 @@ def test_sizes_are_whole_shapes_and_slices_with_the_same_outputs(tiny_fp16, comp
 
 def test_attention_is_one_operator_only_where_a_fused_kernel_takes_it():
     """TensorRT has none for the VAE's head of 512, and none in float32."""
-    assert [fuses_attention(component, "fp16", 23) for component in COMPONENTS] == [True, True, False, False]
-    assert not any(
-        fuses_attention(component, precision, opset)
-        for component in COMPONENTS
-        for precision, opset in (("fp32", 23), ("fp16", 18))
-    )
+    fusing = {name for name, recipe in RECIPES.items() if recipe.fuses_attention("fp16", 23)}
+    assert fusing == {"text_encoder", "denoiser"}
+    for recipe in RECIPES.values():
+        assert not recipe.fuses_attention("fp32", 23)
+        assert not recipe.fuses_attention("fp16", 18)
+
+
+def test_every_component_has_a_recipe_and_is_traced_the_largest_last():
+    assert set(RECIPES) == set(STABLE_DIFFUSION.names)
+    assert list(RECIPES)[-1] == "denoiser"
+
+
+def test_no_two_sizes_of_an_example_are_equal_and_none_is_1():
+    sizes = list(EXAMPLE_SIZES.values())
+    assert len(set(sizes)) == len(sizes)
+    assert 1 not in sizes
+
+
+def test_an_example_is_what_the_contract_says():
+    traced = example(STABLE_DIFFUSION["denoiser"], {"context_size": 32, "rows": 5})
+    assert traced.inputs["context"].shape == (5, 77, 32)
+    assert traced.dynamic["context"] == {0: "rows", 1: "tokens"}
+    assert traced.dynamic["update"] == {0: "batch"}
+    image = example(STABLE_DIFFUSION["vae_encoder"], {})
+    assert image.dynamic == {"image": {0: "batch", 1: "8*height", 2: "8*width"}}
+    assert image.inputs["image"].shape == (2, 128, 192, 3)
+
+
+def test_random_inputs_show_every_index_and_the_whole_range():
+    inputs = random_inputs(STABLE_DIFFUSION["denoiser"], {**EXAMPLE_SIZES, "context_size": 32, "rows": 5})
+    assert inputs["row_sample"].tolist() == [0, 1, 0, 1, 0]
+    assert inputs["timestep"].tolist() == [999.0, 3.5]
+    assert (inputs["update"][:, 0] == [0, 0, 0, 0, 1, 0]).all()
+    ids = random_inputs(STABLE_DIFFUSION["text_encoder"], EXAMPLE_SIZES)["input_ids"]
+    assert (ids.min() >= 0, ids.max() < 256, ids.dtype) == (True, True, "int32")

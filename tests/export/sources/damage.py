@@ -244,7 +244,7 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
             ("down_block_types", ["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"]),
         )
     },
-    "an attention mask": (edit(TEXT, use_attention_mask=True), r"wants an attention mask \(use_attention_mask\)"),
+    "an attention mask": (edit(TEXT, use_attention_mask=True), r"uses an attention mask \(use_attention_mask\)"),
     "a text of 32 tokens": (edit(TEXT, max_position_embeddings=32), "max_position_embeddings=32; CLIP's is 77"),
     "no words of text": (edit(TEXT, hidden_size="x"), "text_encoder"),
     "another width of text": (edit(TEXT, hidden_size=64), "cross_attention_dim=32 and the text encoder hidden_size=64"),
@@ -271,6 +271,7 @@ SCHEDULERS: dict[str, tuple[Damage, str]] = {
         for name in ("Nope", 5, "__class__", None, "DDIMScheduler")
     },
     "no _class_name": (edit(SCHEDULER, _class_name=REMOVED), "has the scheduler None"),
+    "an unknown option": (edit(SCHEDULER, no_such_option=True), "'no_such_option' is not known to pndm"),
     "no skip_prk_steps": (edit(SCHEDULER, skip_prk_steps=REMOVED), "is a PNDMScheduler without skip_prk_steps=true"),
     **{
         f"{name} {value!r}": (edit(SCHEDULER, **{name: value}), f"{name}=.*; it must be")
@@ -299,7 +300,7 @@ SCHEDULERS: dict[str, tuple[Damage, str]] = {
     },
     "timestep_spacing": (
         edit(SCHEDULER, timestep_spacing="foo"),
-        "timestep_spacing is 'foo'; it must be one of leading, linspace, trailing",
+        "timestep_spacing='foo'; it must be one of leading, linspace, trailing",
     ),
     "beta_schedule": (edit(SCHEDULER, beta_schedule="foo"), "beta_schedule 'foo' is not known; known: linear"),
     "prediction_type": (edit(SCHEDULER, prediction_type="flow"), "prediction_type 'flow' is not known; known: epsilon"),

@@ -93,7 +93,7 @@ def test_a_lora_file_is_not_a_model(tmp_path):
 
 
 def test_an_inpainting_unet_is_refused(tmp_path):
-    from export.graphs.modules import Denoiser
+    from export.graphs.denoiser import Denoiser
 
     unet = UNet2DConditionModel(
         in_channels=9, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
@@ -108,7 +108,7 @@ def test_an_inpainting_unet_is_refused(tmp_path):
 
 
 def test_a_vae_of_another_factor_is_refused():
-    from export.graphs.modules import VaeDecoder, VaeEncoder
+    from export.graphs.vae import VaeDecoder, VaeEncoder
 
     for graph in (VaeDecoder, VaeEncoder):
         with pytest.raises(

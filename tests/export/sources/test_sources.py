@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from export import build
+from export import build, component
 from export import errors as e
-from export.sources import checkpoint
+from export.sources import checkpoint, diffusers_folder
 from export.sources.checkpoint import BUILT_IN, resolve
 
 from ...models import write_tiny_model
@@ -60,7 +60,7 @@ def test_a_damaged_model_is_named_before_anything_is_traced(copied, tmp_path, mo
     "name", ["VAE without decoder.conv_in.weight", "text encoder without a tensor", "code in the U-Net"]
 )
 def test_a_build_without_verification_refuses_it_too(copied, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(build, "export_onnx", lambda *arguments: pytest.fail("something was traced"))
+    monkeypatch.setattr(component, "export_onnx", lambda *arguments: pytest.fail("something was traced"))
     FAMILIES["weights"][name][0](copied)
     with pytest.raises(MODEL_ERRORS, match=FAMILIES["weights"][name][1]):
         build.build(resolve(str(copied)), tmp_path / "engines", "fp32", build.default_shapes(64), verify=False)
@@ -294,14 +294,14 @@ def test_a_single_file_whose_tensors_do_not_fit_is_named(tmp_path, single, chang
         ("/nowhere/model", "there is no file or folder /nowhere/model"),
         ("a/b/c", "there is no file or folder a/b/c"),
         ("", "'' is neither a folder nor a file"),
-        ("x" * 300, "cannot be looked at: File name too long"),
+        ("x" * 300, "cannot be read: File name too long"),
         ("a\0b", "no folder or file here"),
         ("pipe", "'pipe' is neither a folder nor a file"),
     ],
 )
 def test_a_path_is_never_looked_for_on_the_hub(tmp_path, monkeypatch, name, words):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(checkpoint, "_download", lambda *arguments: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(checkpoint, "download", lambda *arguments: pytest.fail("the hub was asked"))
     (tmp_path / "models").mkdir()
     (tmp_path / "model.gguf").write_bytes(b"x")
     (tmp_path / "model").write_bytes(b"x")
@@ -311,7 +311,7 @@ def test_a_path_is_never_looked_for_on_the_hub(tmp_path, monkeypatch, name, word
 
 
 def test_a_hub_model_is_its_snapshot(model, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_download", lambda repository: model)
+    monkeypatch.setattr(checkpoint, "download", lambda repository: model)
     source = resolve("owner/name")
     source.check()
     assert (source.name, source.origin, source.inputs) == ("name", {"kind": "hub", "id": "owner/name"}, (model,))
@@ -367,7 +367,7 @@ def test_architectures_and_the_built_in_model_pass_the_check(name):
 
 def test_a_file_is_hashed_once(model, monkeypatch):
     source, hashed = resolve(str(model)), []
-    monkeypatch.setattr(checkpoint, "sha256", lambda file: hashed.append(file.name) or "0")
+    monkeypatch.setattr(diffusers_folder, "sha256", lambda file: hashed.append(file.name) or "0")
     assert source.fingerprint("vae") == source.fingerprint("vae")
     assert sorted(hashed) == ["config.json", "diffusion_pytorch_model.safetensors"]
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from functools import cached_property
 from io import StringIO
 from itertools import count
 from pathlib import Path
@@ -13,10 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from ..contract import OUTPUTS, SLOTS, VAE_FACTOR, Shapes, dtype
-from ..errors import BackendError
-from ..libraries import import_library, install_command
-from .interface import Decoded, Denoising, HostStopwatch
+from ...contract import DYNAMIC, Family, Shapes, Sizes
+from ...errors import BackendError
+from ...family import STABLE_DIFFUSION
+from ...job import Conditioning
+from ...libraries import import_library, install_command
+from ..interface import Decoded, HostStopwatch
+from ..recent import Recent
+from .call import Call, DeviceCall, OnnxRuntimeLanes
+from .device import Copier, DeviceArray
 
 PIXELS_PER_DECODE = 512 * 512
 """Pictures are decoded together up to this size; larger ones one by one, which costs no time and bounds the memory."""
@@ -29,9 +34,9 @@ LARGE_GRAPH = 1 << 28
 take 15 s and 2 GiB and give nothing, for the built-in model's 0.1 s and a fifth of the time of a step."""
 
 
-def decoded_together(height: int, width: int) -> int:
-    """How many latents of that size go through the VAE at once."""
-    return max(1, PIXELS_PER_DECODE // (height * width * VAE_FACTOR**2))
+def decoded_together(height: int, width: int, factor: int) -> int:
+    """How many latents of that size go through the decoder at once."""
+    return max(1, PIXELS_PER_DECODE // (height * width * factor**2))
 
 
 def unchecked(component: str) -> None:
@@ -51,6 +56,7 @@ class OnnxRuntimeBackend:
         gpu: int | None = None,
         cuda_graphs: bool = True,
         recheck: Callable[[str], None] | None = None,
+        family: Family = STABLE_DIFFUSION,
     ) -> None:
         """`graphs` is the ONNX file of each component; `shapes` what they are used at: sizes that never change are told
         to ONNX Runtime, which plans ahead then; `threads` the number of threads of one operator (None takes every
@@ -75,11 +81,12 @@ class OnnxRuntimeBackend:
                 onnxruntime.preload_dlls()
         self._library = onnxruntime
         self._graphs, self._threads, self._gpu, self._recheck = graphs, threads or 0, gpu, recheck or unchecked
-        self._static = shapes.static() if shapes else {}
+        self.family, self._static = family, shapes.static(family.factor) if shapes else {}
         self._cuda_graphs = cuda_graphs and gpu is not None
+        self._resident = gpu is not None
         self._sessions: dict[str, Any] = {}
         self._graph_ids = count(1)
-        self._loops: OrderedDict[tuple[tuple[str, tuple[int, ...]], ...], Loop] = OrderedDict()
+        self._calls: Recent[tuple[int, ...], Call] = Recent(SHAPES_KEPT, Call.leave)
         self.profiles: tuple[Shapes, ...] = (shapes,) if shapes else ()
         self.description = f"ONNX Runtime {onnxruntime.__version__} on {'the CPU' if gpu is None else f'GPU {gpu}'}"
 
@@ -91,14 +98,9 @@ class OnnxRuntimeBackend:
 
     def _open(self, component: str, cuda_graph: bool) -> Any:
         path, library = self._graphs[component], self._library
-        providers: list[Any] = ["CPUExecutionProvider"]
-        if self._gpu is not None:
-            providers.insert(
-                0, ("CUDAExecutionProvider", {"device_id": str(self._gpu), "enable_cuda_graph": str(int(cuda_graph))})
-            )
         self._recheck(component)
         try:
-            session = library.InferenceSession(str(path), self._options(path), providers=providers)
+            session = library.InferenceSession(str(path), self._options(path), providers=self._providers(cuda_graph))
         except Exception as error:  # ONNX Runtime's errors have no common base
             if cuda_graph:
                 return self.without_cuda_graph(error)
@@ -108,10 +110,15 @@ class OnnxRuntimeBackend:
             raise BackendError(
                 f"ONNX Runtime {library.__version__} did not start its CUDA provider on GPU {self._gpu} and would run "
                 f"{component} on the CPU; "
-                "its log on standard error says why (CUDA or cuDNN of another version than it was built for, most "
-                "often)"
+                "its log on standard error says why (usually CUDA or cuDNN have another version than it was built for)"
             )
         return session
+
+    def _providers(self, cuda_graph: bool) -> list[Any]:
+        if self._gpu is None:
+            return ["CPUExecutionProvider"]
+        options = {"device_id": str(self._gpu), "enable_cuda_graph": str(int(cuda_graph))}
+        return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
 
     def without_cuda_graph(self, reason: Exception) -> Any:
         """Opens the denoiser again for plain runs, and says so."""
@@ -140,45 +147,92 @@ class OnnxRuntimeBackend:
         """One plain run of a component: its outputs in the order of the contract."""
         session = self.load(component)
         try:
-            return session.run(list(OUTPUTS[component]), inputs)
+            return session.run(list(self.family[component].output_names), inputs)
         except Exception as error:
             shapes = {name: value.shape for name, value in inputs.items()}
             raise BackendError(f"ONNX Runtime failed in {component} with inputs {shapes}: {error}") from error
 
-    def encode_text(self, input_ids: np.ndarray) -> Sequence[np.ndarray]:
-        """Token ids [n, 77] int32 -> n contexts [77, C] float32."""
-        return list(self.run("text_encoder", {"input_ids": input_ids})[0])
+    def encode_text(self, inputs: Mapping[str, np.ndarray]) -> Sequence[Conditioning]:
+        """The text encoder's inputs, for n texts -> one embedding for each. On a GPU they stay there."""
+        names = self.family["text_encoder"].output_names
+        if not self._resident:
+            return [dict(zip(names, one)) for one in zip(*self.run("text_encoder", dict(inputs)))]
+        binding = self.load("text_encoder").io_binding()
+        for name, array in inputs.items():
+            binding.bind_cpu_input(name, array)
+        for name in names:
+            binding.bind_output(name, *self.place)
+        self._run_bound("text_encoder", binding)
+        found = dict(zip(names, binding.get_outputs()))
+        count = len(next(iter(inputs.values())))
+        return [
+            {name: DeviceArray(value, tuple(value.shape()[1:]), i) for name, value in found.items()}
+            for i in range(count)
+        ]
 
-    def start(self, denoising: Denoising) -> DenoisingSession:
-        """A loop over the evaluations of `denoising`, none of them done yet."""
-        return DenoisingSession(self, denoising)
+    def lanes(self, count: int, height: int, width: int) -> OnnxRuntimeLanes:
+        """So many free lanes for latents of h x w elements."""
+        return OnnxRuntimeLanes(self, count, height, width)
+
+    def call(self, sizes: Sizes) -> Call:
+        """The denoiser's buffers at these sizes; those of the most recent sizes are kept."""
+        kind = DeviceCall if self._resident else Call
+        return self._calls.get(tuple(sizes[name] for name in DYNAMIC), lambda: kind(self, sizes))
 
     def decode(self, latents: np.ndarray) -> Decoded:
-        """Latents [B, 4, h, w] float32 -> pixels."""
-        size, parts = decoded_together(*latents.shape[2:]), []
+        """Latents [n, C, h, w] float32 -> pixels."""
+        size, parts = decoded_together(latents.shape[2], latents.shape[3], self.family.factor), []
         for i in range(0, len(latents), size):
             image, magnitude = self.run("vae_decoder", {"latents": latents[i : i + size]})
             parts.append((image, magnitude))
         return Decoded.join(parts)
 
+    def decode_on_device(self, latents: Sequence[DeviceArray]) -> Decoded:
+        """Latents [C, h, w] on the device -> pixels, which alone come back."""
+        plane = latents[0].shape
+        size, parts = decoded_together(plane[1], plane[2], self.family.factor), []
+        for i in range(0, len(latents), size):
+            some = latents[i : i + size]
+            together = self.on_device(np.zeros((len(some), *plane), np.float32))
+            for number, source in enumerate(some):
+                target = DeviceArray(together, plane, number)
+                self.copier.copy(target.address, source.address, source.elements)
+            binding = self.load("vae_decoder").io_binding()
+            (latents_input,) = self.family["vae_decoder"].input_names
+            binding.bind_ortvalue_input(latents_input, together)
+            for name in self.family["vae_decoder"].output_names:
+                binding.bind_output(name)
+            self._run_bound("vae_decoder", binding)
+            image, magnitude = binding.copy_outputs_to_cpu()
+            parts.append((image, magnitude))
+        return Decoded.join(parts)
+
+    def _run_bound(self, component: str, binding: Any) -> None:
+        try:
+            self.load(component).run_with_iobinding(binding)
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed in {component}: {error}") from error
+
+    @cached_property
+    def copier(self) -> Copier:
+        """Copies on the device."""
+        return Copier(self._library, self._library.SessionOptions(), self._providers(cuda_graph=False), self.place)
+
+    def input_shapes(self, component: str) -> dict[str, list[int | None]]:
+        """The shapes of a graph's inputs, with None for what a call chooses."""
+        inputs = self.load(component).get_inputs()
+        return {one.name: [size if isinstance(size, int) else None for size in one.shape] for one in inputs}
+
     def on_device(self, array: np.ndarray) -> Any:
-        """An OrtValue with the array's content; on the CPU it is the array itself."""
-        return self._library.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), *self.place)
+        """An OrtValue with the array's content; on the CPU it is the array itself, unless values are kept apart there
+        as they are on a GPU."""
+        source = array.copy() if self._resident else array
+        return self._library.OrtValue.ortvalue_from_numpy(source, *self.place)
 
     @property
     def place(self) -> tuple[str, int]:
         """The device in ONNX Runtime's terms."""
         return ("cpu", 0) if self._gpu is None else ("cuda", self._gpu)
-
-    def loop(self, shapes: Mapping[str, tuple[int, ...]]) -> Loop:
-        """The denoiser's buffers for inputs of these shapes; those of the last sizes are kept."""
-        key = tuple(shapes.items())
-        if key not in self._loops:
-            while len(self._loops) >= SHAPES_KEPT:
-                self._loops.popitem(last=False)
-            self._loops[key] = Loop(self, shapes)
-        self._loops.move_to_end(key)
-        return self._loops[key]
 
     def run_options(self) -> Any:
         """Options under which one binding is captured and replayed; None where nothing is. ONNX Runtime never destroys
@@ -195,101 +249,5 @@ class OnnxRuntimeBackend:
 
     def close(self) -> None:
         """Frees the sessions and buffers."""
-        self._loops.clear()
+        self._calls.clear()
         self._sessions.clear()
-
-
-class Loop:
-    """The denoiser's buffers for one size, bound once: the state goes back and forth between two of them without being
-    copied, so there are two bindings, and with CUDA graphs two graphs. The backend keeps it, so it does not keep the
-    backend."""
-
-    def __init__(self, backend: OnnxRuntimeBackend, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.inputs = {
-            name: backend.on_device(np.zeros(shape, dtype(name))) for name, shape in shapes.items() if name != "state"
-        }
-        self.states = [backend.on_device(np.zeros(shapes["state"], np.float32)) for _ in range(2)]
-        self.bind(backend)
-
-    def bind(self, backend: OnnxRuntimeBackend) -> None:
-        """Binds the buffers to the denoiser's session."""
-        self._session, self._bindings = backend.load("denoiser"), []
-        for state, next_state in (self.states, self.states[::-1]):
-            binding = self._session.io_binding()
-            for name, value in {"state": state, **self.inputs}.items():
-                binding.bind_ortvalue_input(name, value)
-            binding.bind_ortvalue_output("next_state", next_state)
-            self._bindings.append((binding, backend.run_options()))
-
-    @property
-    def captured(self) -> bool:
-        """Whether the steps are CUDA graphs."""
-        return self._bindings[0][1] is not None
-
-    def run(self, backend: OnnxRuntimeBackend, current: int) -> None:
-        """One step from state `current` to the other. The first two may show that ONNX Runtime cannot capture them."""
-        try:
-            self._session.run_with_iobinding(*self._bindings[current])
-        except Exception as error:
-            if not self.captured:
-                raise BackendError(
-                    f"ONNX Runtime failed in the denoiser with state {self.states[0].shape()}: {error}"
-                ) from error
-            backend.without_cuda_graph(error)
-            self.bind(backend)
-            self.run(backend, current)
-
-
-class DenoisingSession:
-    """One loop. A step copies one row of the table and runs."""
-
-    def __init__(self, backend: OnnxRuntimeBackend, denoising: Denoising) -> None:
-        self._backend, self._plan, self._current = backend, denoising, 0
-        batch = len(denoising.latents)
-        state = np.zeros((batch, SLOTS, *denoising.latents.shape[1:]), np.float32)
-        state[:, 0] = denoising.latents
-        self._timesteps, self._updates = (
-            np.ascontiguousarray(denoising.timesteps),
-            np.ascontiguousarray(denoising.updates),
-        )
-        fixed = {
-            "row_sample": denoising.row_sample,
-            "mixing": denoising.mixing,
-            "context": np.stack(denoising.contexts),
-        }
-        row = {"timestep": self._timesteps[0], "update": self._updates[0], "noise": denoising.latents}
-        self._loop = backend.loop({name: value.shape for name, value in {"state": state, **fixed, **row}.items()})
-        self._loop.states[0].update_inplace(state)
-        for name, value in fixed.items():
-            self._loop.inputs[name].update_inplace(value)
-
-    @property
-    def path(self) -> str:
-        """How the steps run."""
-        return "cuda_graph" if self._loop.captured else "plain"
-
-    def step(self, index: int) -> None:
-        """Evaluation `index` of the table."""
-        inputs = self._loop.inputs
-        inputs["timestep"].update_inplace(self._timesteps[index])
-        inputs["update"].update_inplace(self._updates[index])
-        if self._plan.noise is not None:
-            inputs["noise"].update_inplace(self._plan.noise[index])
-        self._loop.run(self._backend, self._current)
-        self._current = 1 - self._current
-
-    @property
-    def latents(self) -> np.ndarray:
-        """A copy of the current latents, [B, 4, h, w]."""
-        return self._loop.states[self._current].numpy()[:, 0].copy()
-
-    @latents.setter
-    def latents(self, value: np.ndarray) -> None:
-        state = self._loop.states[self._current].numpy().copy()
-        state[:, 0] = value
-        self._loop.states[self._current].update_inplace(state)
-
-    def decode(self) -> Callable[[], Decoded]:
-        """The VAE decoder on the current latents, run at once."""
-        decoded = self._backend.decode(self.latents)
-        return lambda: decoded

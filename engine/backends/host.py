@@ -1,0 +1,207 @@
+"""Lanes whose denoiser reads NumPy arrays: those of ONNX Runtime and OpenVINO."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..contract import PROMPT_TOKENS, Family, Shapes, Sizes
+from ..job import Job
+from .interface import Decoded
+from .packing import Packing, pack
+
+
+class HostCall(Protocol):
+    """The denoiser at one size, with its buffers.
+
+    inputs: for each input except the state, an array that stays in place, or an object that accepts the same
+    assignments. states: two arrays [B, K, C, h, w]; each step reads one and writes the other.
+    """
+
+    @property
+    def inputs(self) -> Mapping[str, Any]: ...
+
+    @property
+    def states(self) -> tuple[np.ndarray, np.ndarray]: ...
+
+    owner: Callable[[], HostLanes | None]
+    """Returns the lanes whose jobs are in the buffers, or None."""
+
+    @property
+    def path(self) -> str:
+        """See `Lanes.path`."""
+
+    def enter(self) -> None:
+        """Called after all inputs and the first state were written."""
+
+    def run(self, current: int) -> None:
+        """One step, from state number `current` to the other. The inputs that change with a step were written
+        before."""
+
+    def read(self, current: int) -> np.ndarray:
+        """The array of state number `current`, as the last step left it."""
+
+    def write(self, current: int) -> None:
+        """Called after the array of state number `current` was written."""
+
+
+class HostBackend(Protocol):
+    """What `HostLanes` asks of its backend."""
+
+    family: Family
+    profiles: tuple[Shapes, ...]
+
+    def call(self, sizes: Sizes) -> HostCall:
+        """The denoiser at these sizes."""
+
+    def decode(self, latents: np.ndarray) -> Decoded:
+        """Latents [n, C, h, w] -> pixels."""
+
+
+def nobody() -> None:
+    """The owner of buffers that are free."""
+
+
+class HostLanes:
+    """Lanes that share one call of the denoiser, or take turns if `together` is False. A large model on a CPU gains
+    nothing from sharing, and each further size of it takes gigabytes."""
+
+    def __init__(self, backend: HostBackend, count: int, height: int, width: int, together: bool = True) -> None:
+        self._backend, self._together, self._size = backend, together, (height, width)
+        self._denoiser = backend.family["denoiser"]
+        self._jobs: list[Job | None] = [None] * count
+        self._states: dict[Job, np.ndarray] = {}
+        """States that lie in no call: [K, C, h, w] of each job."""
+        self._call: HostCall | None = None
+        self._entered: tuple[Job, ...] = ()
+        """The jobs that lie in the call, by their sample."""
+        self._lanes: list[int] = []
+        """Their lanes, as long as those have had no other job since."""
+        self._rows: list[tuple[int, Callable[[int], None]]] = []
+        """For each lane what writes its inputs of a step."""
+        self._current = 0
+        self._path = "plain"
+
+    @property
+    def path(self) -> str:
+        return self._path if self._call is None else self._call.path
+
+    def admit(self, lane: int, job: Job) -> None:
+        state = np.zeros(self._denoiser.state.shape(self._sizes(1, 1))[1:], np.float32)
+        state[0] = job.latents
+        self._jobs[lane], self._states[job], self._lanes = job, state, []
+
+    def release(self, lane: int) -> None:
+        job, self._jobs[lane], self._lanes = self._jobs[lane], None, []
+        if job is not None:
+            self._states.pop(job, None)
+
+    def step(self, at: Sequence[int | None]) -> None:
+        lanes = [lane for lane, index in enumerate(at) if index is not None]
+        for turn in [lanes] if self._together else [[lane] for lane in lanes]:
+            call = self._call
+            if call is None or turn != self._lanes:
+                call = self._enter(turn)
+            for lane, write in self._rows:
+                write(at[lane])  # type: ignore[arg-type]
+            call.run(self._current)
+            self._current = 1 - self._current
+
+    def _enter(self, lanes: list[int]) -> HostCall:
+        """The call in which exactly these lanes' jobs lie."""
+        jobs = tuple(self._job(lane) for lane in lanes)
+        if self._call is None or self._entered != jobs:
+            self.leave()
+            height, width = (side * self._backend.family.factor for side in self._size)
+            packing = pack(jobs, height, width, self._backend.profiles, self._least_rows())
+            call = self._backend.call(self._sizes(packing.batch, packing.rows))
+            if (other := call.owner()) is not None:
+                other.leave()
+            self._fill(call, packing)
+            call.owner = weakref.ref(self)
+            self._call, self._entered, self._current = call, jobs, 0
+        self._lanes = lanes
+        self._rows = [(lane, writer(self._call, job, i)) for i, (lane, job) in enumerate(zip(lanes, jobs))]
+        return self._call
+
+    def _fill(self, call: HostCall, packing: Packing) -> None:
+        """Writes the states and the inputs that change once a loop. Idle samples and rows get zeros."""
+        for tensor in self._denoiser.inputs:
+            if not tensor.fed_by:
+                call.inputs[tensor.name][...] = 0
+        for name, value in packing.inputs().items():
+            call.inputs[name][...] = value
+        for name, place, value in packing.values(self._denoiser):
+            call.inputs[name][place] = value
+        call.states[0][...] = 0
+        for position, job in enumerate(packing.jobs):
+            call.states[0][position] = self._states.pop(job)
+        call.enter()
+
+    def _least_rows(self) -> int:
+        """Lanes that take turns use calls of one size, so they all need the rows of the largest job."""
+        return 0 if self._together else max(len(job.rows) for job in self._jobs if job is not None)
+
+    def leave(self) -> None:
+        """Takes the jobs out of the call, since it or its buffers are needed otherwise."""
+        if self._call is None:
+            return
+        states = self._call.read(self._current)
+        for position, job in enumerate(self._entered):
+            if job in self._jobs:
+                self._states[job] = states[position].copy()
+        self._path, self._call.owner = self._call.path, nobody
+        self._call, self._entered, self._lanes, self._rows = None, (), [], []
+
+    def latents(self, lanes: Sequence[int]) -> np.ndarray:
+        states = self._every_state()
+        return np.stack([states[self._job(lane)][0] for lane in lanes])
+
+    def replace(self, lanes: Sequence[int], latents: np.ndarray) -> None:
+        states = self._every_state()
+        for lane, value in zip(lanes, latents):
+            states[self._job(lane)][0] = value
+        if self._call is not None:
+            self._call.write(self._current)
+
+    def _job(self, lane: int) -> Job:
+        job = self._jobs[lane]
+        assert job is not None, f"lane {lane} is free"
+        return job
+
+    def _every_state(self) -> dict[Job, np.ndarray]:
+        """The state [K, C, h, w] of each job, wherever it lies."""
+        if self._call is None:
+            return self._states
+        return {**self._states, **dict(zip(self._entered, self._call.read(self._current)))}
+
+    def decode(self, lanes: Sequence[int]) -> Callable[[], Decoded]:
+        decoded = self._backend.decode(self.latents(lanes))
+        return lambda: decoded
+
+    def _sizes(self, batch: int, rows: int) -> dict[str, int]:
+        height, width = self._size
+        return {"batch": batch, "rows": rows, "tokens": PROMPT_TOKENS, "height": height, "width": width}
+
+
+def writer(call: HostCall, job: Job, position: int) -> Callable[[int], None]:
+    """What writes a job's inputs of a step, at an evaluation, as the call's sample at that position. It is called with
+    every step, so all that stays the same is looked up once."""
+    inputs = call.inputs
+    steady = [(inputs[name], array) for name, array in job.steps.items()]
+
+    def write(index: int) -> None:
+        for target, array in steady:
+            target[position] = array[index]
+
+    if job.noise is None:
+        return write
+
+    def write_with_noise(index: int) -> None:
+        for name, value in job.step(index).items():
+            inputs[name][position] = value
+
+    return write_with_noise

@@ -1,0 +1,137 @@
+"""A denoising step at one size, captured as a CUDA graph."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from ...errors import CudaError, DeviceLostError, TensorRtError
+from ..packing import Packing
+from .cuda import Graph
+from .engines import Execution
+from .places import Place
+from .rows import Rows
+
+if TYPE_CHECKING:
+    from .backend import TensorRtBackend
+
+
+class Owner(Protocol):
+    """Lanes whose jobs lie in the buffers."""
+
+    def leave(self) -> None:
+        """Takes the jobs out."""
+
+
+def nobody() -> None:
+    """The owner of buffers that are free."""
+
+
+class Step:
+    """The denoiser at one size, and the new state copied back into its input; captured when it can be."""
+
+    def __init__(self, backend: TensorRtBackend, execution: Execution) -> None:
+        self.execution, self._backend = execution, backend
+        self._owner: Callable[[], Owner | None] = nobody
+        self._graph: Graph | None = None
+        self._plain = not backend.cuda_graphs
+        self._rows = Rows(backend.device, backend.stream, execution)
+        self._held: dict[tuple[str, int | None], Place | np.ndarray] = {}
+
+    @property
+    def path(self) -> str:
+        """How the steps run; see `Lanes.path`."""
+        return "plain" if self._graph is None else "cuda_graph"
+
+    def enter(self, packing: Packing, owner: Owner) -> None:
+        """Makes the buffers those of other jobs; their states are the owner's business. What changes once a loop is
+        written, but for what the inputs hold already."""
+        self.leave()
+        for name, value in packing.inputs().items():
+            self._write(name, None, value)
+        for name, index, value in packing.values(self.execution.component):
+            self._write(name, index, value)
+        self._rows.enter(packing.jobs)
+        self._owner = weakref.ref(owner)
+
+    def _write(self, name: str, index: int | None, value: Place | np.ndarray) -> None:
+        """Writes an input, or one of its samples or rows."""
+        if same(self._held.get((name, index)), value):
+            return
+        self._held.pop((name, index), None)
+        execution, backend = self.execution, self._backend
+        if isinstance(value, Place):
+            address, nbytes = execution.part(name, index or 0)
+            backend.stream.copy(address, value.address, nbytes)
+            self._held[name, index] = value
+            return
+        shape, address = execution.shape[name], execution.address[name]
+        if index is not None:
+            shape, address = shape[1:], execution.part(name, index)[0]
+        array = np.empty(shape, execution.types[name])
+        array[...] = value
+        backend.uploads.put(address, array)
+        self._held[name, index] = array
+
+    def run(self, indices: Sequence[int]) -> None:
+        """Starts one step, in which each job is at its own evaluation. The first of a size runs plainly, as TensorRT
+        wants before a capture."""
+        self._rows.send(indices)
+        if self._graph is not None:
+            self._graph.launch(self._backend.stream)
+            return
+        self._enqueue()
+        if not self._plain:
+            self._capture()
+
+    def _enqueue(self) -> None:
+        execution, state = self.execution, self.execution.component.state
+        execution.enqueue()
+        source, target = execution.address[str(state.fed_by)], execution.address[state.name]
+        self._backend.stream.copy(target, source, execution.nbytes[state.name])
+
+    def _capture(self) -> None:
+        stream = self._backend.stream
+        try:
+            with stream.capture() as made:
+                self._enqueue()
+            made[0].upload(stream)
+            self._graph = made[0]
+        except DeviceLostError:
+            raise
+        except (CudaError, TensorRtError) as error:
+            self._plain = True
+            warnings.warn(
+                f"the denoising step could not be captured as a CUDA graph ({error}); its kernels are launched one by "
+                "one",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def leave(self) -> None:
+        """Makes the owner take its jobs out, since the buffers are needed otherwise."""
+        if (owner := self._owner()) is not None:
+            owner.leave()
+        self.free()
+
+    def free(self) -> None:
+        """The jobs are out, or gone."""
+        self._owner = nobody
+        self._rows.enter(())
+
+    def close(self) -> None:
+        """Frees the graph and the pinned memory. The GPU may not be using them."""
+        self._rows.close()
+        if self._graph is not None:
+            self._graph.close()
+
+
+def same(held: Place | np.ndarray | None, value: Place | np.ndarray) -> bool:
+    """Whether an input holds a value already."""
+    if isinstance(held, np.ndarray) and isinstance(value, np.ndarray):
+        return np.array_equal(held, value)
+    return held is value

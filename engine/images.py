@@ -1,0 +1,41 @@
+"""Turns pixels into what `output_type` asks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .bundle import Bundle
+from .picture import Picture, format_parameters
+from .request import Request
+from .sampling.catalog import SAMPLERS
+from .version import __version__
+
+
+def finished_images(made: np.ndarray, request: Request, bundle: Bundle) -> Any:
+    """Pixels [B, H, W, 3] uint8 become PIL images ("pil") or float32 in 0..1 ("np"). Latents ("latent") stay as they
+    are."""
+    if request.output_type == "latent":
+        return made
+    if request.output_type == "np":
+        return made.astype(np.float32) / 255
+    return [Picture.from_pixels(pixels, parameters(request, bundle, i)) for i, pixels in enumerate(made)]
+
+
+def parameters(request: Request, bundle: Bundle, index: int) -> str:
+    """The parameters of picture number `index` of a call, in the form that A1111 writes."""
+    seeds, text = request.seeds, index // request.images_per_prompt
+    fields: dict[str, Any] = {
+        "Steps": request.steps,
+        "Sampler": SAMPLERS[request.sampler].label,
+        "CFG scale": request.guidance_scale,
+        "Seed": seeds[index if len(seeds) > 1 else 0],
+        "Size": f"{request.width}x{request.height}",
+        "Model": bundle.name,
+        "Precision": bundle.precision,
+    }
+    if len(seeds) == 1 and index > 0:
+        fields["Batch index"] = index
+    fields["Version"] = f"LatentRT {__version__}"
+    return format_parameters(request.prompts[text], request.negative_prompts[text], fields)

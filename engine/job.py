@@ -1,0 +1,92 @@
+"""Jobs: what the denoising loop needs for each picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .sampling.noise import Draws, TorchGenerator
+from .sampling.table import StepTable
+
+Conditioning = Mapping[str, Any]
+"""A text's embedding: for each output of the text encoder, by name, the backend's value for one text."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One text of a picture: a row of the U-Net, and the weight of its output in the guided one."""
+
+    conditioning: Conditioning
+    weight: float
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One picture.
+
+    latents [C, h, w]: float32, where the loop starts, scaled for the table's first evaluation. steps: by name, an array
+    [E, ...] of each input of the denoiser that changes with every evaluation, but for the noise. noise, picture: the
+    call's random numbers, and which of them are this picture's; None for samplers without. extras: by name, the further
+    inputs of the family that change once a loop: what one sample takes, or an array [rows, ...] for an input with a
+    value for each row.
+    """
+
+    latents: np.ndarray
+    table: StepTable
+    rows: tuple[Row, ...]
+    steps: Mapping[str, np.ndarray]
+    noise: Draws | None = None
+    picture: int = 0
+    extras: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def step(self, index: int) -> dict[str, np.ndarray]:
+        """The sample's values of the inputs that change with the evaluation. "noise" is missing if none is drawn: the
+        update multiplies the old noise by 0."""
+        values = {name: array[index] for name, array in self.steps.items()}
+        if self.noise is not None and self.table.draws[index]:
+            values["noise"] = self.noise.take(index, self.picture)
+        return values
+
+    def draw_ahead(self, index: int) -> None:
+        """Draws the noise of an evaluation, if it has some, before it is needed, while the device works on an earlier
+        one."""
+        if self.noise is not None and index < len(self.table) and self.table.draws[index]:
+            self.noise.prepare(index)
+
+
+def step_inputs(table: StepTable) -> dict[str, np.ndarray]:
+    """`Job.steps` for a table."""
+    return {"timestep": table.timesteps.astype(np.float32), "update": table.updates.astype(np.float32)}
+
+
+def guided(prompt: Conditioning, negative: Conditioning | None, guidance_scale: float) -> tuple[Row, ...]:
+    """The rows of one picture. With a negative prompt: classifier-free guidance (arXiv 2207.12598)."""
+    if negative is None:
+        return (Row(prompt, 1.0),)
+    return Row(negative, 1 - guidance_scale), Row(prompt, guidance_scale)
+
+
+def jobs(
+    table: StepTable,
+    rows: Sequence[tuple[Row, ...]],
+    seeds: Sequence[int],
+    plane: tuple[int, ...],
+    latents: np.ndarray | None,
+) -> list[Job]:
+    """The jobs of one call. `seeds` has one seed for all pictures, whose noise is then drawn together as in diffusers,
+    or one for each. `latents` [B, C, h, w], standard normal, replace the first noise. `plane` is (C, h, w)."""
+    count, steps = len(rows), step_inputs(table)
+    pictures = [count] if len(seeds) == 1 else [1] * count
+    made: list[Job] = []
+    for seed, several in zip(seeds, pictures):
+        generator = TorchGenerator(seed)
+        first = len(made)
+        start = generator.randn((several, *plane)) if latents is None else latents[first : first + several]
+        noise = Draws(generator, (several, *plane), table.draws) if table.draws.any() else None
+        for picture in range(several):
+            scaled = start[picture] * np.float32(table.initial_scale)
+            made.append(Job(scaled, table, rows[first + picture], steps, noise, picture))
+    return made

@@ -1,0 +1,104 @@
+"""What a call returns, and how long its stages took."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from time import perf_counter
+from typing import Any
+
+from .backends.interface import HostStopwatch, Stopwatch
+
+
+class _ByName(Mapping[str, Any]):
+    """Makes the fields of a dataclass readable as a mapping's items."""
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in set(self):
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (field.name for field in fields(self))  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(fields(self))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, eq=False)
+class HostTimings(_ByName):
+    """Seconds that the host took to start each stage. Waiting for the device is not included."""
+
+    text_encoder: float
+    prepare: float
+    denoise: float
+    vae_decoder: float
+
+
+@dataclass(frozen=True, eq=False)
+class Timings(_ByName):
+    """Seconds of each stage of a call; `timings["denoise"]` and `dict(timings)` work too.
+
+    tokenize: of the host. text_encoder, prepare, denoise and vae_decoder: of the device. `prepare` is for buffers and
+    tables, and where a size is new, for compiling the denoiser. steps: each step of `denoise`. total: from the call to
+    its return. host: see HostTimings. path: how the steps ran, as a "cuda_graph" or as "plain" calls of the inference
+    library.
+    """
+
+    tokenize: float
+    text_encoder: float
+    prepare: float
+    denoise: float
+    vae_decoder: float
+    steps: list[float]
+    host: HostTimings
+    path: str
+    total: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """The pictures of a call.
+
+    images: a list of PIL images, or [B, H, W, 3] float32 in 0..1 ("np"), or latents [B, C, h, w] ("latent"); seeds: the
+    one seed of the call or one for each picture; evaluations: how often the U-Net ran; interrupted: whether a callback
+    stopped the loop.
+    """
+
+    images: Any
+    timings: Timings
+    seeds: list[int]
+    evaluations: int
+    interrupted: bool
+
+
+class Clock:
+    """Marks the ends of a call's stages, on the device and on the host: tokens, text encoder, start of the loop, each
+    step, decoder."""
+
+    def __init__(self, device: Stopwatch, started: float) -> None:
+        """`started`: when the call began, by `perf_counter`."""
+        self._device, self._host, self._started = device, HostStopwatch(), started
+        self.mark()
+
+    def mark(self) -> None:
+        """The end of a stage, or the beginning of the first."""
+        self._device.mark()
+        self._host.mark()
+
+    def timings(self, evaluations: int, path: str) -> Timings:
+        """The timings. The device must have finished."""
+        device, host = self._device.seconds(), self._host.seconds()
+        last = 3 + evaluations
+        _, text_encoder, prepare = device[:3]
+        return Timings(
+            tokenize=host[0],
+            text_encoder=text_encoder,
+            prepare=prepare,
+            denoise=sum(device[3:last]),
+            vae_decoder=sum(device[last:]),
+            steps=device[3:last],
+            host=HostTimings(host[1], host[2], sum(host[3:last]), sum(host[last:])),
+            path=path,
+            total=perf_counter() - self._started,
+        )

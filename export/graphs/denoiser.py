@@ -1,0 +1,69 @@
+"""The denoiser's graph."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from ..sources.checks import check_unet
+from .precision import prepare
+
+
+class Denoiser(nn.Module):
+    """One whole denoising step: U-Net, guidance and sampler. The timestep of a sample is embedded once, in float32,
+    and spread to its rows."""
+
+    def __init__(self, unet: UNet2DConditionModel, dtype: torch.dtype, fused_attention: bool = False) -> None:
+        super().__init__()
+        check_unet(unet.config)
+        prepare(unet, dtype, fused_attention)
+        unet.time_embedding.float()
+        self.unet, self.dtype = unet, dtype
+
+    def forward(
+        self,
+        state: Tensor,
+        row_sample: Tensor,
+        context: Tensor,
+        timestep: Tensor,
+        mixing: Tensor,
+        update: Tensor,
+        noise: Tensor,
+    ) -> Tensor:
+        output = self.predict(state[:, 0], row_sample, context, timestep)
+        return advance(state, output, mixing, update, noise)
+
+    def predict(self, sample: Tensor, row_sample: Tensor, context: Tensor, timestep: Tensor) -> Tensor:
+        """What the U-Net makes of samples [batch, C, h, w], for each row, in float32."""
+        rows = torch.index_select(sample, 0, row_sample)
+        embedding = self.unet.time_embedding(self.unet.time_proj(timestep))
+        embedding = torch.index_select(embedding, 0, row_sample)
+        return self._evaluate(rows.to(self.dtype), embedding.to(self.dtype), context.to(self.dtype)).float()
+
+    def _evaluate(self, sample: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
+        """UNet2DConditionModel.forward for the models of Stable Diffusion 1.x and 2.x. Upsampling always asks for the
+        size of the skip connection: the same as doubling, and right for the sizes that halving rounds."""
+        unet = self.unet
+        sample = unet.conv_in(sample)
+        skips = [sample]
+        for block in unet.down_blocks:
+            crossed = {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", False) else {}
+            sample, outputs = block(hidden_states=sample, temb=embedding, **crossed)
+            skips += outputs
+        sample = unet.mid_block(sample, embedding, encoder_hidden_states=context)
+        for i, block in enumerate(unet.up_blocks):
+            used, skips = tuple(skips[-len(block.resnets) :]), skips[: -len(block.resnets)]
+            crossed = {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", False) else {}
+            size = skips[-1].shape[2:] if i < len(unet.up_blocks) - 1 else None
+            sample = block(
+                hidden_states=sample, temb=embedding, res_hidden_states_tuple=used, upsample_size=size, **crossed
+            )
+        return unet.conv_out(unet.conv_act(unet.conv_norm_out(sample)))
+
+
+def advance(state: Tensor, output: Tensor, mixing: Tensor, update: Tensor, noise: Tensor) -> Tensor:
+    """Guidance, and the sampler's step: the next state from the rows' outputs."""
+    guided = torch.matmul(mixing, output.flatten(1))
+    columns = torch.cat([state.flatten(2), guided.unsqueeze(1), noise.flatten(1).unsqueeze(1)], dim=1)
+    return torch.bmm(update, columns).reshape(state.shape)

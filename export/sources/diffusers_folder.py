@@ -1,0 +1,157 @@
+"""Models in diffusers' layout: a folder with a folder for each part."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from engine.bundle import sha256
+from engine.errors import shown
+from engine.family import STABLE_DIFFUSION
+
+from ..errors import UnreadableModelError, UnsupportedModelError
+from . import checks, schedulers, weights
+from .reading import read_object, reading
+from .source import PARTS, Source
+
+HASHED = {".json", ".txt", ".safetensors", ".bin"}
+"""Suffixes of the files that a part of a diffusers folder is made of."""
+
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+CLASSES = {
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+}
+"""The library and class of each part in the model_index.json of a supported model."""
+
+
+class DiffusersFolder(Source):
+    """A folder as diffusers' `save_pretrained` writes it."""
+
+    def __init__(self, folder: Path, name: str, origin: Mapping[str, str], sampler: str | None = None) -> None:
+        super().__init__(name, origin, (folder,))
+        self.folder, self._sampler = folder, sampler
+        self._index = reading(folder, self._read_index)
+
+    def _read_index(self) -> dict[str, Any]:
+        file = self.folder / "model_index.json"
+        if not file.exists():
+            raise UnreadableModelError(
+                f"{self.folder} has no model_index.json, so it is not a diffusers model; pass the folder that "
+                "save_pretrained wrote"
+            )
+        index = read_object(file)
+        _check_index(index, file)
+        for part in PARTS:
+            if not (self.folder / part).is_dir():
+                raise UnreadableModelError(f"{self.folder} has no folder {part}/; the model is incomplete")
+        return index
+
+    def _load(self, cls: Any, part: str, safetensors: str, pickle: str, **options: Any) -> Any:
+        folder = self.folder / part
+        chosen = reading(folder, lambda: weights.choose(folder, safetensors, pickle))
+        for file in chosen.files:
+            weights.check_floats(file)
+        model, info = reading(
+            folder,
+            lambda: cls.from_pretrained(
+                folder,
+                torch_dtype=torch.float32,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **chosen.options,
+                **options,
+            ),
+        )
+        weights.check_loading(folder, info)
+        weights.check_finite(folder, model)
+        return model
+
+    def text_encoder(self) -> CLIPTextModel:
+        return self._load(CLIPTextModel, "text_encoder", "model.safetensors", "pytorch_model.bin")
+
+    def unet(self) -> UNet2DConditionModel:
+        return self._load_diffusers(UNet2DConditionModel, "unet")
+
+    def vae(self) -> AutoencoderKL:
+        return self._load_diffusers(AutoencoderKL, "vae")
+
+    def _load_diffusers(self, cls: Any, part: str) -> Any:
+        name = "diffusion_pytorch_model"
+        return self._load(cls, part, f"{name}.safetensors", f"{name}.bin", low_cpu_mem_usage=False)
+
+    def tokenizer(self) -> CLIPTokenizer:
+        return read_tokenizer(self.folder / "tokenizer")
+
+    def _tokenizer_name(self) -> str:
+        return str(self.folder / "tokenizer")
+
+    def config(self, part: str) -> dict[str, Any]:
+        file = self.folder / part / "config.json"
+        given = read_object(file)
+        if part == "text_encoder":
+            return reading(file, lambda: CLIPTextConfig.from_pretrained(file.parent, local_files_only=True).to_dict())
+        return checks.with_defaults(UNet2DConditionModel if part == "unet" else AutoencoderKL, given)
+
+    def scheduler_config(self) -> dict[str, Any]:
+        file = self.folder / "scheduler" / "scheduler_config.json"
+        config, named = read_object(file), self._index["scheduler"][1]
+        if self._sampler is None and config.get("_class_name", named) != named:
+            raise UnreadableModelError(
+                f"{file} has _class_name={shown(config['_class_name'])} and model_index.json {named}; make them the "
+                "same, or ship "
+                f"another scheduler with --scheduler NAME"
+            )
+        return schedulers.shipped(config, str(file), self._sampler)
+
+    def sample_size(self) -> int:
+        return STABLE_DIFFUSION.factor * checks.latent_size(self.config("unet"))
+
+    def _fingerprint(self, part: str) -> str:
+        folder = self.folder / part
+        return reading(folder, lambda: hash_files(folder, self.folder, HASHED))
+
+
+def _check_index(index: Mapping[str, Any], file: Path) -> None:
+    """UnsupportedModelError for a model_index.json of another kind of model, UnreadableModelError for a garbled one."""
+    pipeline = index.get("_class_name")
+    if pipeline not in PIPELINES or "text_encoder_2" in index:
+        raise UnsupportedModelError(
+            f"{file} is of a {shown(pipeline)}; supported are {checks.MODELS} ({' or '.join(PIPELINES)})"
+        )
+    for part in PARTS:
+        entry = index.get(part)
+        if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(name, str) for name in entry)):
+            raise UnreadableModelError(
+                f"{file} has {part}={shown(entry)}; it must be the library and the class, "
+                f"for example {json.dumps(CLASSES.get(part, ('diffusers', 'DDIMScheduler')))}"
+            )
+    for part, expected in CLASSES.items():
+        if index[part][1] != expected[1]:
+            raise UnsupportedModelError(
+                f"{file} is of a {pipeline} with {part}={index[part][1]}; supported are {checks.MODELS} "
+                f"({part}={expected[1]}, one text encoder)"
+            )
+
+
+def hash_files(folder: Path, root: Path, suffixes: set[str]) -> str:
+    """A hash of the files in a folder that have one of the suffixes: of their contents, and their names in `root`."""
+    files = sorted(file for file in folder.iterdir() if file.suffix in suffixes and file.is_file())
+    lines = [f"{file.relative_to(root).as_posix()} {sha256(file)}" for file in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def read_tokenizer(folder: Path, **options: str) -> CLIPTokenizer:
+    """The CLIP tokenizer in a folder."""
+    file = folder / "tokenizer_config.json"
+    checks.check_tokenizer_config(read_object(file), str(file))
+    return reading(folder, lambda: CLIPTokenizer.from_pretrained(folder, local_files_only=True, **options))

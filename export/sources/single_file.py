@@ -1,0 +1,92 @@
+"""Models in one file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from engine.bundle import sha256
+from engine.family import STABLE_DIFFUSION
+
+from ..errors import UsageError
+from . import compvis, schedulers, weights
+from .diffusers_folder import hash_files, read_tokenizer
+from .hub import download
+from .random_weights import config_of
+from .reading import reading
+from .source import Source
+
+CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+class CompVisFile(Source):
+    """A single .safetensors or .ckpt file with the names of the CompVis and Stability repositories."""
+
+    def __init__(
+        self, file: Path, tokenizer: Path | None, prediction_type: str | None, sampler: str | None = None
+    ) -> None:
+        if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
+            raise UsageError(f"--prediction-type is {prediction_type!r}; it must be {' or '.join(PREDICTION_TYPES)}")
+        if tokenizer is not None and not tokenizer.is_dir():
+            raise UsageError(
+                f"--tokenizer {tokenizer} is {'not a folder' if tokenizer.exists() else 'not there'}; pass the folder "
+                "of a CLIP tokenizer "
+                f"(tokenizer.json, or vocab.json and merges.txt)"
+            )
+        if tokenizer is not None:
+            read_tokenizer(tokenizer)
+        super().__init__(
+            file.stem,
+            {"kind": "file", "id": file.name, "path": str(file.resolve())},
+            (file, *([] if tokenizer is None else [tokenizer])),
+        )
+        self.file, self._sampler = file, sampler
+        self._weights = weights.read(file)
+        self._architecture = reading(file, lambda: compvis.architecture(self._weights, file, prediction_type))
+        self._hash = reading(file, lambda: sha256(file))
+        self._tokenizer_folder = tokenizer or download(
+            CLIP_TOKENIZER, ("*.json", "*.txt"), "pass its folder with --tokenizer FOLDER"
+        )
+
+    def text_encoder(self) -> CLIPTextModel:
+        return self._checked(compvis.text_encoder)
+
+    def unet(self) -> UNet2DConditionModel:
+        return self._checked(compvis.unet)
+
+    def vae(self) -> AutoencoderKL:
+        return self._checked(compvis.vae)
+
+    def _checked(self, convert: Callable[..., Any]) -> Any:
+        model = reading(self.file, lambda: convert(self.file, self._weights, self._architecture))
+        weights.check_finite(self.file, model)
+        return model
+
+    def tokenizer(self) -> CLIPTokenizer:
+        return read_tokenizer(self._tokenizer_folder, pad_token=self._architecture.pad_token)
+
+    def _tokenizer_name(self) -> str:
+        return str(self._tokenizer_folder)
+
+    def config(self, part: str) -> dict[str, Any]:
+        return config_of(self._architecture, part)
+
+    def scheduler_config(self) -> dict[str, Any]:
+        return schedulers.shipped(self._architecture.scheduler, str(self.file), self._sampler)
+
+    def sample_size(self) -> int:
+        return STABLE_DIFFUSION.factor * int(self._architecture.unet["sample_size"])
+
+    def _fingerprint(self, part: str) -> str:
+        if part == "tokenizer":
+            folder = self._tokenizer_folder
+            return reading(folder, lambda: hash_files(folder, folder, {".json", ".txt"}))
+        config = json.dumps([self._hash, part, self._architecture.scheduler], sort_keys=True)
+        return hashlib.sha256(config.encode()).hexdigest()

@@ -1,0 +1,143 @@
+"""A model, from any kind of source.
+
+Every source hands out one part at a time, in float32, so that no two large parts need to be in memory together.
+"""
+
+from __future__ import annotations
+
+import gc
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from . import checks
+from .reading import reading
+
+PARTS = ("text_encoder", "unet", "vae", "tokenizer", "scheduler")
+MODELS = {"text_encoder": "text encoder", "vae": "VAE", "unet": "U-Net"}
+"""The parts with weights, as messages call them."""
+
+Load = Callable[[str], Any]
+"""Returns one of MODELS."""
+
+
+class Source(ABC):
+    """A model. name: of its bundle. origin: the manifest's entry about where the model came from. inputs: the files and
+    folders that it is read from. options: the builder's options about the model, by their names on the command line."""
+
+    def __init__(self, name: str, origin: Mapping[str, str], inputs: tuple[Path, ...] = ()) -> None:
+        self.name, self.origin, self.inputs = name, dict(origin), inputs
+        self.options: dict[str, str] = {}
+        self._fingerprints: dict[str, str] = {}
+
+    @abstractmethod
+    def text_encoder(self) -> CLIPTextModel: ...
+
+    @abstractmethod
+    def unet(self) -> UNet2DConditionModel: ...
+
+    @abstractmethod
+    def vae(self) -> AutoencoderKL: ...
+
+    @abstractmethod
+    def tokenizer(self) -> CLIPTokenizer: ...
+
+    @abstractmethod
+    def config(self, part: str) -> dict[str, Any]:
+        """The configuration of "text_encoder", "unet" or "vae", with its defaults."""
+
+    @abstractmethod
+    def scheduler_config(self) -> dict[str, Any]:
+        """scheduler_config.json as the bundle has it: the runtime can make pictures with it."""
+
+    @abstractmethod
+    def sample_size(self) -> int:
+        """Height and width in pixels that the model was trained at."""
+
+    @abstractmethod
+    def _fingerprint(self, part: str) -> str: ...
+
+    def fingerprint(self, part: str) -> str:
+        """A hash of everything that determines one of PARTS. It is computed once: files that change later are seen by a
+        new Source."""
+        if part not in self._fingerprints:
+            self._fingerprints[part] = self._fingerprint(part)
+        return self._fingerprints[part]
+
+    def sizes(self) -> dict[str, int]:
+        """The sizes of the graphs' dimensions that are the model's, by name."""
+        return {"context_size": int(self.config("unet")["cross_attention_dim"])}
+
+    def load(self, part: str) -> nn.Module:
+        """A new model of one of MODELS: "text_encoder", "unet" or "vae", float32 on the CPU."""
+        return {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}[part]()
+
+    def check(self, load: Load | None = None) -> None:
+        """Checks that a bundle of this model can be built and will run: configurations, scheduler, tokenizer, then
+        every tensor.
+
+        Raises UnreadableModelError, UnsupportedModelError, UnsafePickleError or UsageError. Parts are asked of `load`;
+        without one they are loaded and dropped one by one.
+        """
+        unet, text_encoder = self.config("unet"), self.config("text_encoder")
+        checks.check_unet(unet)
+        checks.check_vae(self.config("vae"))
+        checks.check_text_encoder(text_encoder)
+        checks.check_width(unet, text_encoder)
+        self.sample_size()
+        self.scheduler_config()
+        checks.check_tokenizer(self.tokenizer(), self._tokenizer_name(), text_encoder["vocab_size"])
+        self._check_weights(load or self.load)
+
+    def _tokenizer_name(self) -> str:
+        return "the tokenizer"
+
+    def _check_weights(self, load: Load) -> None:
+        """Loads every part and runs it once on a small input, because options that a constructor accepts may still fail
+        there."""
+        for part, what in MODELS.items():
+            model = load(part)
+            reading(f"the {what} of {self.name}", partial(checks.run_once, model))
+            del model
+
+    def pipeline(self, load: Load | None = None) -> StableDiffusionPipeline:
+        """diffusers' own pipeline of the model, float32 on the CPU: the oracle. Parts are asked of `load`."""
+        config, load = self.scheduler_config(), load or self.load
+        pipeline = StableDiffusionPipeline(
+            vae=load("vae"),
+            text_encoder=load("text_encoder"),
+            tokenizer=self.tokenizer(),
+            unet=load("unet"),
+            scheduler=getattr(diffusers, config["_class_name"]).from_config(config),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+
+class Models:
+    """The parts of a model. Each is made when it is first asked for, and kept until it is released."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._made: dict[str, nn.Module] = {}
+
+    def __call__(self, part: str) -> nn.Module:
+        if part not in self._made:
+            self._made[part] = self._source.load(part)
+        return self._made[part]
+
+    def release(self, *parts: str) -> None:
+        """Frees the memory of parts that are not used any more."""
+        for part in parts:
+            self._made.pop(part, None)
+        gc.collect()

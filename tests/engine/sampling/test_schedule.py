@@ -1,0 +1,42 @@
+"""The forward process that a scheduler_config.json describes."""
+
+import numpy as np
+import pytest
+
+from engine.errors import SchedulerConfigError
+from engine.sampling.schedule import Schedule
+
+from .test_samplers import SD1
+
+
+def test_constants_of_the_stable_diffusion_schedule():
+    schedule = Schedule.from_config(SD1)
+    assert schedule.alphas_cumprod[0] == pytest.approx(0.99915, abs=1e-9)
+    assert schedule.alphas_cumprod[-1] == pytest.approx(0.0046600985, abs=1e-10)
+    assert schedule.sigmas()[0] == pytest.approx(0.0291671582, abs=1e-9)
+    assert schedule.sigmas()[-1] == pytest.approx(14.6146412293, abs=1e-9)
+
+
+def test_a_zero_terminal_snr_is_infinite_or_what_diffusers_takes_it_for():
+    schedule = Schedule.from_config({**SD1, "rescale_betas_zero_snr": True})
+    with np.errstate(all="raise"):
+        assert schedule.exact_sigmas()[-1] == np.inf
+        assert schedule.sigmas()[-1] == pytest.approx(4096, rel=1e-6)
+    np.testing.assert_array_equal(schedule.exact_sigmas()[:-1], schedule.sigmas()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"clip_sample": True}, "clip_sample=true"),
+        ({"thresholding": True}, "thresholding=true"),
+        ({"prediction_type": "flow"}, "prediction_type 'flow'"),
+        ({"beta_schedule": "laplace"}, "beta_schedule 'laplace'"),
+        ({"timestep_spacing": "odd"}, "timestep_spacing is 'odd'"),
+        ({"beta_start": 1e-300, "beta_end": 1e-300}, "noise doesn't grow .*beta_start=1e-300, beta_end=1e-300"),
+        ({"trained_betas": [0.999] * 1000}, r"noise doesn't grow .*trained_betas=\[0.999.*so large"),
+    ],
+)
+def test_a_schedule_that_is_not_supported_says_which_option(config, message):
+    with pytest.raises(SchedulerConfigError, match=message):
+        Schedule.from_config({**SD1, **config})
