@@ -14,7 +14,7 @@ unexport PROMPT
 MAKEOVERRIDES :=
 
 # One thread for each library in each of the two processes. Groups: see pytest_collection_modifyitems in tests/conftest.py.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-fast lint train clean
 

@@ -25,7 +25,7 @@ from .bundle import MANIFEST, Bundle
 from .commands import build_anything, builder
 from .errors import EngineError
 from .libraries import import_library, install_command, installed
-from .plans import Machine, Plans, rebuild_command
+from .plans import Machine, Plans, plans_command
 from .sampling.catalog import sampler_name, step_table
 from .sampling.schedule import Schedule
 from .version import __version__
@@ -282,7 +282,7 @@ def find_plans(bundle: Bundle, machine: Machine, verify: bool) -> str:
         if not entry.get("check", {}).get("compared")
     ]
     warning = (
-        f"; the plans of {', '.join(unchecked)} were not compared with ONNX Runtime: {rebuild_command(bundle.folder)} "
+        f"; the plans of {', '.join(unchecked)} were not compared with ONNX Runtime: {plans_command(bundle.folder)} "
         "--force"
         if unchecked
         else ""

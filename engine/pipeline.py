@@ -268,9 +268,9 @@ class Pipeline:
 
 def _build_command(bundle: Bundle, backend: Backend, **sizes: Range) -> str:
     """The command that builds a bundle, or its plans, for other sizes."""
-    if backend.rebuild is None:
+    if backend.build_command is None:
         return bundle.command(**sizes)
-    return " ".join([backend.rebuild, *(f"--{side} {size}" for side, size in sizes.items())])
+    return " ".join([backend.build_command, *(f"--{side} {size}" for side, size in sizes.items())])
 
 
 def _progress(count: int, shown: bool) -> Any:

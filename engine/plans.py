@@ -67,7 +67,7 @@ class Plans:
         if differences := mismatches(build, bundle, machine):
             raise PlanMismatchError(
                 f"the plans in {folder} are not for this bundle on this machine: {'; '.join(differences)}. "
-                f"Build them again: {rebuild_command(bundle.folder)}"
+                f"Build them again: {plans_command(bundle.folder)}"
             )
         for component, entry in build["components"].items():
             file = folder / f"{component}.plan"
@@ -75,13 +75,13 @@ class Plans:
                 state = (
                     f"has {file.stat().st_size} bytes instead of {entry['bytes']}" if file.is_file() else "is missing"
                 )
-                raise PlanDamagedError(f"{file} {state}; build it again: {rebuild_command(bundle.folder)}")
+                raise PlanDamagedError(f"{file} {state}; build it again: {plans_command(bundle.folder)}")
         return cls(folder, build, tuple(parse_profile(profile) for profile in build["profiles"]))
 
     def read(self, component: str) -> bytes:
         """The plan of a component, if its SHA-256 is that of build.json. PlanDamagedError otherwise."""
         file, entry = self.folder / f"{component}.plan", self.build["components"].get(component)
-        again = f"build the plans again: {rebuild_command(self.folder.parents[1])}"
+        again = f"build the plans again: {plans_command(self.folder.parents[1])}"
         if entry is None:
             raise PlanNotFoundError(f"{self.folder} has no plan of the {component}; {again}")
         try:
@@ -97,7 +97,7 @@ class Plans:
         return content
 
 
-def rebuild_command(folder: Path) -> str:
+def plans_command(folder: Path) -> str:
     """The command that builds the plans of the bundle in `folder`."""
     return f"{builder()} --backend tensorrt --bundle {shlex.quote(str(folder))}"
 
@@ -111,7 +111,7 @@ def read_build(folder: Path, bundle: Bundle) -> dict[str, Any]:
         if build["format"] != FORMAT:
             raise PlanMismatchError(
                 f"{file} has format {build['format']!r}, not {FORMAT}; build the plans again: "
-                f"{rebuild_command(bundle.folder)}"
+                f"{plans_command(bundle.folder)}"
             )
         known = [build["machine"][field] for field in ("gpu", "compute_capability", "tensorrt")] + [build["precision"]]
         known += [
@@ -125,11 +125,11 @@ def read_build(folder: Path, bundle: Bundle) -> dict[str, Any]:
             raise ValueError("profiles or components")
     except OSError as error:
         raise PlanDamagedError(
-            f"{file} is not readable ({error.strerror}); build the plans again: {rebuild_command(bundle.folder)}"
+            f"{file} is not readable ({error.strerror}); build the plans again: {plans_command(bundle.folder)}"
         ) from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PlanDamagedError(
-            f"{file} has a missing or wrong field: {error}; build the plans again: {rebuild_command(bundle.folder)}"
+            f"{file} has a missing or wrong field: {error}; build the plans again: {plans_command(bundle.folder)}"
         ) from error
     return dict(build)
 
@@ -195,7 +195,7 @@ def _absent(bundle: Bundle, machine: Machine) -> str:
     known = f"those that it has are for other machines: {', '.join(others)}" if others else "it has none at all"
     return (
         f"{bundle.folder} has no TensorRT plans for this machine ({here}); {known}. "
-        f"Build them: {rebuild_command(bundle.folder)}, or pass backend='onnxruntime'"
+        f"Build them: {plans_command(bundle.folder)}, or pass backend='onnxruntime'"
     )
 
 

@@ -150,10 +150,8 @@ def edit_manifest():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `pytest -n`: slow tests come first, each by itself. All others go by files, which share fixtures; so does a
-    file that is slow as a whole."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-    for item in items:
-        alone = any(marker.name == "slow" for marker in item.own_markers)
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else item.path.as_posix()))
+    """For `pytest -n`, which gives files to its workers in this order: those with slow tests come first, so that no
+    worker is left with one at the end. The tests of a file stay together: they share fixtures, and some read others'
+    results."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)

@@ -79,7 +79,7 @@ class Backend(Protocol):
     """The sizes that it serves."""
 
     @property
-    def rebuild(self) -> str | None:
+    def build_command(self) -> str | None:
         """The beginning of the command that builds for other sizes, where that is not the one that builds the
         bundle."""
 

@@ -47,7 +47,6 @@ def wheel(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("wheel")
 def test_a_virtual_environment_without_torch_makes_a_picture(demo_bundle, wheel, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # it may name a checkout
     venv.create(tmp_path / "venv", with_pip=True)
@@ -75,7 +74,6 @@ def test_a_virtual_environment_without_torch_makes_a_picture(demo_bundle, wheel,
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("wheel")
 def test_the_wheel_builds_the_built_in_model_outside_the_checkout(demo_bundle, wheel, tmp_path):
     begun_bundle(demo_bundle, tmp_path / "out" / "demo")
     site = tmp_path / "site"

@@ -46,7 +46,7 @@ def unchecked(component: str) -> None:
 class OnnxRuntimeBackend:
     """Graphs as ONNX Runtime sessions, created by `load` or when they are first needed."""
 
-    rebuild = None
+    build_command = None
 
     def __init__(
         self,

@@ -33,7 +33,7 @@ HINTS = {"fp32": "f32", "bf16": "bf16"}
 class OpenVinoBackend:
     """Graphs compiled when they are first needed at a size. The denoiser runs in five parts: see openvino/parts.py."""
 
-    rebuild = None
+    build_command = None
 
     def __init__(
         self,

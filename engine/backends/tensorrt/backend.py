@@ -15,7 +15,7 @@ import numpy as np
 from ...bundle import Bundle
 from ...contract import Sizes, Tensor
 from ...job import Conditioning
-from ...plans import Plans, rebuild_command
+from ...plans import Plans, plans_command
 from ..interface import Decoded
 from .cuda import align
 from .engines import Execution
@@ -37,7 +37,7 @@ class TensorRtBackend(TensorRtRuntime):
         With `cuda_graphs` a step is captured when a size is used for the first time, and launched as a whole from then
         on."""
         super().__init__(gpu, bundle.family)
-        self.rebuild, self.cuda_graphs = rebuild_command(bundle.folder), cuda_graphs
+        self.build_command, self.cuda_graphs = plans_command(bundle.folder), cuda_graphs
         self._embeddings = Places(self.device, EMBEDDINGS_PER_BLOCK, "text embeddings")
         self.states = Places(self.device, 1, "pictures that wait")
         try:

@@ -38,7 +38,7 @@ class Engine:
         if engine is None:
             raise TensorRtError(
                 f"the plan of the {component.name} could not be deserialized; {backend.log.tail()}. Build it again: "
-                f"{backend.rebuild}"
+                f"{backend.build_command}"
             )
         self.component, self._backend, self._engine = component, backend, engine
         self._ready: Recent[tuple[tuple[str, Shape], ...], Execution] = Recent(SHAPES_KEPT, self._drop)
@@ -67,7 +67,7 @@ class Engine:
         if self.types != expected:
             raise TensorRtError(
                 f"the plan of the {component.name} has the tensors {self.types} instead of {expected}. "
-                f"Build it again: {self._backend.rebuild}"
+                f"Build it again: {self._backend.build_command}"
             )
         self.outputs = component.output_names
 
@@ -85,7 +85,7 @@ class Engine:
         if not limits:
             raise TensorRtError(
                 f"no profile of the {self.component.name} serves {tensor} of {shape}; built were {self._built()}. "
-                f"Build for these sizes: {self._backend.rebuild}"
+                f"Build for these sizes: {self._backend.build_command}"
             )
         return min(low[axis] for low, _, _ in limits), max(high[axis] for _, _, high in limits)
 
@@ -129,7 +129,7 @@ class Engine:
                 return i
         raise TensorRtError(
             f"no profile of the {self.component.name} serves {dict(shapes)}; built were {self._built()}. "
-            f"Build for these sizes: {self._backend.rebuild}"
+            f"Build for these sizes: {self._backend.build_command}"
         )
 
     def _built(self) -> str:

@@ -47,7 +47,7 @@ class TensorRtRuntime:
     """Plans on one GPU: its stream, the ways to and from it, and the engines with the scratch memory that they
     share."""
 
-    rebuild = "python build_engines.py --backend tensorrt"
+    build_command = "python build_engines.py --backend tensorrt"
 
     def __init__(self, gpu: int = 0, family: Family = STABLE_DIFFUSION) -> None:
         """Raises BackendError where TensorRT or a driver is missing, and DeviceError where there is no such GPU."""

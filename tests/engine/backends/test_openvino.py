@@ -131,7 +131,7 @@ def test_the_stopwatch_has_one_time_between_marks(backend):
 def test_a_backend_says_what_it_is_and_serves(backend, demo_bundle):
     assert backend.description
     assert backend.profiles == (Bundle.open(demo_bundle, verify=False).shapes,)
-    assert backend.rebuild is None  # other sizes are the bundle's
+    assert backend.build_command is None  # other sizes are the bundle's
 
 
 # OpenVINO alone.
