@@ -129,6 +129,6 @@ def test_make_demo_alone_has_a_text_and_says_what_to_type_next(make):
 
 def test_make_test_runs_the_checks_and_the_tests_and_nothing_else(make):
     checks = [["check", "."], ["format", "--check", "--quiet", "."], []]
-    tests = ["-m", "pytest", "-q", "-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]
+    tests = ["-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
     assert make("test", "PROMPT=$(shell touch pwned)")[0] == [*checks, tests]
     assert make("test-fast")[0] == [*checks, [*tests, "-m", "not slow"]]
