@@ -98,15 +98,18 @@ class Pipeline:
                     "it; use a second "
                     "pipeline there, or wait until the call has returned"
                 )
-            if self._closed:
-                raise ClosedPipelineError(
-                    f"this pipeline was closed; load it again: Pipeline.load({str(self.bundle.folder)!r})"
-                )
+            self._require_open()
             self._busy = True
             try:
                 yield
             finally:
                 self._busy = False
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ClosedPipelineError(
+                f"this pipeline was closed; load it again: Pipeline.load({str(self.bundle.folder)!r})"
+            )
 
     def __getstate__(self) -> None:
         raise PicklingError(
@@ -225,7 +228,9 @@ class Pipeline:
         return Result(images, clock.timings(evaluations, lanes.path), list(request.seeds), evaluations, interrupted)
 
     def jobs(self, request: Request, tokenized: Callable[[], None] = lambda: None) -> list[Job]:
-        """Encodes the texts of a request and makes one job for each picture. `tokenized` is called after tokenizing."""
+        """Encodes the texts of a request and makes one job for each picture. `tokenized` is called after tokenizing.
+        Raises ClosedPipelineError."""
+        self._require_open()
         texts = [*request.prompts, *(request.negative_prompts if request.guided else ())]
         encoded = self._encode(texts, tokenized)
         count = len(request.prompts)
@@ -237,7 +242,12 @@ class Pipeline:
 
     def lanes(self, count: int, height: int, width: int) -> Lanes:
         """`count` free lanes for pictures of that size in pixels, for a loop of your own. One thread must drive
-        them."""
+        them. Raises SizeError, and ClosedPipelineError."""
+        self._require_open()
+        limits = self.limits
+        for side, value in (("height", height), ("width", width)):
+            allowed = [getattr(profile, side) for profile in limits.profiles]
+            checks.check_size(value, side, allowed, limits.build_command, limits.family.factor)
         _, rows, columns = self.bundle.family.plane(height, width)
         return self._backend.lanes(count, rows, columns)
 

@@ -101,6 +101,8 @@ class HostLanes:
 
     def step(self, at: Sequence[int | None]) -> None:
         lanes = [lane for lane, index in enumerate(at) if index is not None]
+        if not lanes:
+            return
         for turn in [lanes] if self._together else [[lane] for lane in lanes]:
             call = self._call
             if call is None or turn != self._lanes:
@@ -132,7 +134,7 @@ class HostLanes:
         for tensor in self._denoiser.inputs:
             if not tensor.fed_by:
                 call.inputs[tensor.name][...] = 0
-        for name, value in packing.inputs().items():
+        for name, value in packing.inputs.items():
             call.inputs[name][...] = value
         for name, place, value in packing.values(self._denoiser):
             call.inputs[name][place] = value

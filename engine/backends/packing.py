@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ class Packing:
     rows: int
     starts: tuple[int, ...]
 
+    @cached_property
     def inputs(self) -> dict[str, np.ndarray]:
         """The inputs that describe the packing: the sample of each row, and its weight in the sample's output."""
         row_sample = np.zeros(self.rows, np.int32)
@@ -39,9 +41,8 @@ class Packing:
 
     def values(self, denoiser: Component) -> Iterator[tuple[str, int, Any]]:
         """The jobs' values for the inputs that change once a loop: (input, index of the row or sample, value)."""
-        packed = self.inputs()
         for tensor in denoiser.inputs:
-            if tensor.changes == "step" or tensor.name in packed:
+            if tensor.changes == "step" or tensor.name in self.inputs:
                 continue
             for position, (job, start) in enumerate(zip(self.jobs, self.starts)):
                 if tensor.dims[0] == "rows":

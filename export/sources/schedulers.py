@@ -9,22 +9,16 @@ import diffusers
 
 from engine.errors import EngineError, shown
 from engine.sampling.catalog import SAMPLERS, sampler_name, step_table
-from engine.sampling.schedule import Schedule, wrong_option
+from engine.sampling.schedule import FORWARD_OPTIONS, Schedule, wrong_option
 
 from ..errors import UnreadableModelError, UnsupportedModelError, UsageError
 from .reading import cause
 
 NOISE_OPTIONS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "prediction_type",
+    *sorted(FORWARD_OPTIONS - {"clip_sample", "thresholding"}),
     "timestep_spacing",
     "steps_offset",
     "set_alpha_to_one",
-    "rescale_betas_zero_snr",
     "skip_prk_steps",
 )
 """The options that describe the model's noise and its timesteps. Another scheduler keeps them."""

@@ -51,7 +51,7 @@ class Step:
         """Makes the buffers those of other jobs; their states are the owner's business. What changes once a loop is
         written, but for what the inputs hold already."""
         self.leave()
-        for name, value in packing.inputs().items():
+        for name, value in packing.inputs.items():
             self._write(name, None, value)
         for name, index, value in packing.values(self.execution.component):
             self._write(name, index, value)
