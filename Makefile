@@ -38,9 +38,10 @@ lint: $(VENV)/.installed
 train: $(VENV)/.installed
 	$(BIN)/python -m export.demo.train
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt tests/without_dependencies.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,openvino,benchmarks,export,test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --requirement tests/without_dependencies.txt
 	touch $@
 
 clean:

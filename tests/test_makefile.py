@@ -25,7 +25,8 @@ def make(tmp_path):
     """make(*arguments): runs the Makefile in a folder of its own with a python that writes down its arguments; returns
     them and what was printed."""
     shutil.copy(ROOT / "Makefile", tmp_path)
-    for name in ("pyproject.toml", "constraints.txt"):
+    (tmp_path / "tests").mkdir()
+    for name in ("pyproject.toml", "constraints.txt", "tests/without_dependencies.txt"):
         (tmp_path / name).touch()
     log, binaries = tmp_path / "log", tmp_path / ".venv" / "bin"
     binaries.mkdir(parents=True)
@@ -115,7 +116,7 @@ def test_make_demo_passes_any_text(make, tmp_path, text):
                 text,
             ],
         ]
-    assert sorted(os.listdir(tmp_path)) == [".venv", "Makefile", "constraints.txt", "log", "pyproject.toml"]
+    assert sorted(os.listdir(tmp_path)) == [".venv", "Makefile", "constraints.txt", "log", "pyproject.toml", "tests"]
 
 
 def test_make_demo_alone_has_a_text_and_says_what_to_type_next(make):
