@@ -70,6 +70,9 @@ class Job:
     def phases(self) -> list[Phase]:
         """The phase of each evaluation. Those that evaluate the same are one object. At least one row is evaluated."""
         made: dict[tuple[int, ...], Phase] = {}
+        evaluated = self.weights != 0
+        if (evaluated == evaluated[0]).all() and all(isinstance(row.conditioning, Mapping) for row in self.rows):
+            return [self._phase(0, made)] * len(self.table)
         return [self._phase(index, made) for index in range(len(self.table))]
 
     def _phase(self, index: int, made: dict[tuple[int, ...], Phase]) -> Phase:
@@ -103,11 +106,14 @@ def step_inputs(table: StepTable) -> dict[str, np.ndarray]:
     return {"timestep": table.timesteps.astype(np.float32), "update": table.updates.astype(np.float32)}
 
 
-def guided(prompt: Conditioning, negative: Conditioning | None, guidance_scale: float) -> tuple[Row, ...]:
-    """The rows of one picture. With a negative prompt: classifier-free guidance (arXiv 2207.12598)."""
+def guided(
+    prompt: Conditioning, negative: Conditioning | None, scales: np.ndarray, rescale: float = 0.0
+) -> tuple[Row, ...]:
+    """The rows of one picture. With a negative prompt: classifier-free guidance (arXiv 2207.12598) of scale scales[i]
+    at evaluation i. Where that is 1 the negative prompt is not evaluated."""
     if negative is None:
         return (Row(prompt, 1.0),)
-    return Row(negative, 1 - guidance_scale), Row(prompt, guidance_scale)
+    return Row(negative, 1 - scales), Row(prompt, scales, rescale)
 
 
 def jobs(
