@@ -103,6 +103,8 @@ def make(pipeline: Pipeline, wanted: Sequence[tuple[str, int, Path]], options: a
                 seed=seeds,
                 scheduler=options.scheduler,
                 progress=told,
+                guidance_rescale=options.guidance_rescale,
+                guidance_interval=options.guidance_interval,
             )
         for text, seed, file, image in zip(texts, seeds, files, result.images):
             write_picture(image, file)
@@ -130,15 +132,16 @@ def check_call(options: argparse.Namespace, texts: list[str]) -> Bundle:
     """The bundle, after all checks that need no graph to be loaded. The pipeline checks the rest."""
     from .bundle import Bundle
     from .checks import check_prompts
+    from .guidance import check_guidance
     from .sampling.catalog import sampler_name, step_table
     from .sampling.schedule import Schedule
 
     check_prompts(texts, options.negative_prompt)
     bundle = Bundle.open(options.bundle, verify=False)
     schedule = Schedule.from_config(bundle.scheduler)
-    step_table(
-        sampler_name(options.scheduler, schedule), schedule, min(options.steps, schedule.train_timesteps), options.eta
-    )
+    steps = min(options.steps, schedule.train_timesteps)
+    table = step_table(sampler_name(options.scheduler, schedule), schedule, steps, options.eta)
+    check_guidance(options.guidance_scale, options.guidance_rescale, options.guidance_interval, steps, table.timesteps)
     return bundle
 
 
@@ -162,7 +165,8 @@ def quickest_backend(bundle: Bundle, device: str | None) -> str | None:
 
 def call_sizes(pipeline: Pipeline, options: argparse.Namespace, total: int) -> list[int]:
     """How many pictures, up to `total`, one call may make with these options."""
-    rows = 2 if options.guidance_scale > 1 else 1
+    scale = options.guidance_scale
+    rows = 2 if (max(scale) if isinstance(scale, list) else scale) > 1 else 1
 
     def serves(profile: Shapes, batch: int) -> bool:
         sides = (options.height is None or options.height in profile.height) and (
