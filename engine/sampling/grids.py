@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -31,7 +31,8 @@ class Grid:
 
     timesteps [E]: what the U-Net is told, perhaps fractional; sigmas [E]: the noise levels s = sigma / alpha of
     k-diffusion there, of which the first may be infinite; targets [E]: the level that each step goes to, which is the
-    next of `sigmas` for most samplers; initial_scale: what turns standard normal noise into the first latent.
+    next of `sigmas` for most samplers; initial_scale: what turns standard normal noise into the first latent; levels
+    [T]: the noise levels of all training timesteps, rising, of which the last may be infinite.
     """
 
     timesteps: np.ndarray
@@ -39,6 +40,7 @@ class Grid:
     targets: np.ndarray
     prediction_type: str
     initial_scale: float
+    levels: np.ndarray = field(kw_only=True)
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -46,6 +48,11 @@ class Grid:
     def steps(self) -> Iterator[tuple[float, float, float]]:
         """Timestep, noise level and target of each step, as Python's floats, which don't divide by zero."""
         return zip(self.timesteps.tolist(), self.sigmas.tolist(), self.targets.tolist())
+
+    def timestep(self, s: float) -> float:
+        """The timestep of any noise level, for evaluations between those of the grid: linear in log s between training
+        timesteps, as k-diffusion's `sigma_to_t`."""
+        return float(sigma_to_timestep(np.array(s), self.levels))
 
     def starting_at(self, step: int) -> Grid:
         """The part from that step on, for a loop that starts from an image with the noise of this level. StepsError
@@ -57,9 +64,9 @@ class Grid:
         if step == 0:
             return self
         later = {
-            field.name: getattr(self, field.name)[step:]
-            for field in dataclasses.fields(self)
-            if isinstance(getattr(self, field.name), np.ndarray)
+            part.name: getattr(self, part.name)[step:]
+            for part in dataclasses.fields(self)
+            if isinstance(getattr(self, part.name), np.ndarray) and part.name != "levels"
         }
         return dataclasses.replace(self, **later, initial_scale=vp(float(self.sigmas[step]))[1])
 
@@ -83,7 +90,15 @@ def strided_grid(schedule: Schedule, steps: int) -> StridedGrid:
     final = 0.0 if schedule.config["set_alpha_to_one"] else levels[0]
     targets = np.where(timesteps >= stride, levels[timesteps - stride], final)
     sources = levels[np.minimum(timesteps + stride, len(levels) - 1)]
-    grid = StridedGrid(timesteps.astype(np.float64), levels[timesteps], targets, schedule.prediction_type, 1.0, sources)
+    grid = StridedGrid(
+        timesteps.astype(np.float64),
+        levels[timesteps],
+        targets,
+        schedule.prediction_type,
+        1.0,
+        sources,
+        levels=levels,
+    )
     return _checked(grid, schedule, steps)
 
 
@@ -101,9 +116,11 @@ def plms_grid(schedule: Schedule, steps: int) -> StridedGrid:
 def successive_grid(schedule: Schedule, steps: int) -> Grid:
     """The grid of DDPMScheduler: the timesteps of `strided_grid`, and every step goes to the next one."""
     timesteps = _whole_timesteps(schedule, steps)
-    sigmas = schedule.exact_sigmas()[timesteps]
+    levels = schedule.exact_sigmas()
+    sigmas = levels[timesteps]
     targets = np.append(sigmas[1:], 0.0)
-    return _checked(Grid(timesteps.astype(np.float64), sigmas, targets, schedule.prediction_type, 1.0), schedule, steps)
+    grid = Grid(timesteps.astype(np.float64), sigmas, targets, schedule.prediction_type, 1.0, levels=levels)
+    return _checked(grid, schedule, steps)
 
 
 def fractional_grid(schedule: Schedule, steps: int) -> Grid:
@@ -131,7 +148,8 @@ def _ve_grid(schedule: Schedule, steps: int, timesteps: np.ndarray, sigmas: np.n
     leading = schedule.config["timestep_spacing"] == "leading"
     initial_scale = 1.0 if leading else vp(float(sigmas[0]))[1]
     targets = np.append(sigmas[1:], final)
-    return _checked(Grid(timesteps, sigmas, targets, schedule.prediction_type, initial_scale), schedule, steps)
+    grid = Grid(timesteps, sigmas, targets, schedule.prediction_type, initial_scale, levels=schedule.sigmas())
+    return _checked(grid, schedule, steps)
 
 
 def one_more_grid(schedule: Schedule, steps: int) -> Grid:
@@ -148,7 +166,8 @@ def one_more_grid(schedule: Schedule, steps: int) -> Grid:
         timesteps = _checked_timesteps(_one_more_timesteps(schedule, steps, levels), schedule, steps)
         sigmas = levels[timesteps.astype(int)]
     targets = np.append(sigmas[1:], _final_sigma(schedule))
-    return _checked(Grid(timesteps, sigmas, targets, schedule.prediction_type, 1.0), schedule, steps)
+    grid = Grid(timesteps, sigmas, targets, schedule.prediction_type, 1.0, levels=levels)
+    return _checked(grid, schedule, steps)
 
 
 def _one_more_timesteps(schedule: Schedule, steps: int, levels: np.ndarray) -> np.ndarray:
@@ -190,8 +209,11 @@ def karras_sigmas(sigma_min: float, sigma_max: float, steps: int) -> np.ndarray:
 
 
 def sigma_to_timestep(sigma: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
-    """The fractional timesteps of noise levels, linear in log s between training timesteps."""
-    return np.interp(np.log(np.maximum(sigma, 1e-10)), np.log(sigmas), np.arange(len(sigmas)))
+    """The fractional timesteps of noise levels, linear in log s between training timesteps. Only infinite noise is at
+    an infinite last one."""
+    finite = sigmas[:-1] if np.isinf(sigmas[-1]) else sigmas
+    timesteps = np.interp(np.log(np.maximum(sigma, 1e-10)), np.log(finite), np.arange(len(finite)))
+    return np.where(np.isinf(sigma), len(sigmas) - 1, timesteps)
 
 
 def _final_sigma(schedule: Schedule) -> float:

@@ -112,3 +112,16 @@ def test_trailing_timesteps_are_as_many_as_steps(name):
 def test_a_lambda_that_clips_every_timestep_is_refused():
     with pytest.raises(SchedulerConfigError, match=r"lambda_min_clipped=10 leaves no timestep: .* is 3\.5"):
         grid_of("dpmpp_2m", lambda_min_clipped=10.0)
+
+
+def test_a_grid_knows_the_timestep_of_any_noise_level():
+    grid = grid_of("euler").starting_at(3)
+    levels = Schedule.from_config(SD1).sigmas()
+    assert grid.timestep(levels[400]) == pytest.approx(400)
+    assert grid.timestep(np.sqrt(levels[400] * levels[401])) == pytest.approx(400.5)
+    assert (grid.timestep(1e-9), grid.timestep(1e9)) == (0, 999)
+
+
+def test_only_infinite_noise_is_at_the_timestep_without_signal():
+    grid = grid_of("ddim", **ZERO_SNR, prediction_type="v_prediction")
+    assert (grid.timestep(np.inf), grid.timestep(1e9), grid.timestep(grid.levels[998])) == (999, 998, 998)
