@@ -31,7 +31,7 @@ def test_a_zero_terminal_snr_is_infinite_or_what_diffusers_takes_it_for():
         ({"clip_sample": True}, "clip_sample=true"),
         ({"thresholding": True}, "thresholding=true"),
         ({"prediction_type": "flow"}, "prediction_type 'flow'"),
-        ({"beta_schedule": "laplace"}, "beta_schedule 'laplace'"),
+        ({"beta_schedule": "odd"}, "beta_schedule 'odd' is not known; known: linear, scaled_linear, sigmoid, squared"),
         ({"timestep_spacing": "odd"}, "timestep_spacing is 'odd'"),
         ({"beta_start": 1e-300, "beta_end": 1e-300}, "noise doesn't grow .*beta_start=1e-300, beta_end=1e-300"),
         ({"trained_betas": [0.999] * 1000}, r"noise doesn't grow .*trained_betas=\[0.999.*so large"),

@@ -1,0 +1,165 @@
+"""What a row of the catalog is made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from ..errors import SchedulerConfigError, shown
+from .class_grids import FLAGS
+from .grids import Grid
+from .schedule import FORWARD_OPTIONS, SPACINGS, Schedule
+from .scheduler_classes import CLASSES
+from .table import StepTable
+
+Options = Mapping[str, tuple[Any, ...]]
+ANY: tuple[Any, ...] = ()
+"""Every value that schedule.OPTIONS allows."""
+
+_GRID_FLAGS = frozenset({*FLAGS.values(), "timestep_spacing"})
+"""What `schedule_type` says in a call."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """An option of a call: what it must be, in words and as a test. It is a keyword argument of the solver."""
+
+    rule: str
+    right: Callable[[Any], bool]
+
+
+def number(low: float, high: float = math.inf) -> Parameter:
+    """A number from `low` to `high`."""
+    rule = f"a number from {low:g} up" if math.isinf(high) else f"a number from {low:g} to {high:g}"
+
+    def right(value: Any) -> bool:
+        if not isinstance(value, (int, float, np.integer, np.floating)) or isinstance(value, bool):
+            return False
+        return bool(low <= value <= high)
+
+    return Parameter(rule, right)
+
+
+def whole(low: int, high: int) -> Parameter:
+    """An integer from `low` to `high`."""
+    return Parameter(
+        f"an integer from {low} to {high}",
+        lambda value: isinstance(value, (int, np.integer)) and not isinstance(value, bool) and low <= value <= high,
+    )
+
+
+FLAG = Parameter("true or false", lambda value: isinstance(value, bool))
+
+
+WebuiGrid = Callable[[np.ndarray, int, str], Grid]
+
+
+@dataclass(frozen=True)
+class Webui:
+    """What A1111's label means: a solver on A1111's noise levels.
+
+    schedule_type: the one that "Automatic" chooses; grid: the sampler's own grid, which takes no schedule type;
+    drops: whether the level before the last is left out (A1111's `discard_next_to_last_sigma`); arguments: the solver's
+    keyword arguments; solver: if it isn't the row's.
+    """
+
+    schedule_type: str = "uniform"
+    grid: WebuiGrid | None = None
+    drops: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    solver: Callable[..., StepTable] | None = None
+
+
+def no_arguments(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A row of the catalog.
+
+    name: what `scheduler=` takes; label: A1111's name, for pictures' metadata; scheduler_class: the class of diffusers
+    that it equals; grid: the rule of its grid; solver: makes the table of a Grid; options: what it honours beside the
+    schedule's own options, with the values that it does; preset: the options that make the class this sampler, whatever
+    scheduler_config.json says of them; arguments: the solver's keyword arguments, from the options and the number of
+    steps; parameters: the keyword arguments of the solver that a call may choose; webui: what the label means, None
+    where A1111 has no such sampler; levels: whether the solver can use any falling noise levels; own_timesteps:
+    whether the grid's rule takes a call's; eta: the solver's argument that a call's `eta` is, as in diffusers'
+    pipelines.
+    """
+
+    name: str
+    label: str
+    scheduler_class: str
+    grid: Callable[..., Grid]
+    solver: Callable[..., StepTable]
+    options: Options
+    preset: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Callable[[Mapping[str, Any], int], dict[str, Any]] = no_arguments
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    webui: Webui | None = None
+    levels: bool = True
+    own_timesteps: bool = True
+    eta: str | None = None
+
+    def configured(self, schedule: Schedule, chosen: Mapping[str, Any] | None = None) -> Schedule:
+        """The schedule with a value for every option of this sampler's class: the preset's, else the call's, else the
+        model's, else diffusers' default. SchedulerConfigError for an option that nothing here knows, or that this
+        sampler would have to honour and does not."""
+        own = CLASSES[self.scheduler_class]
+        for option, value in schedule.config.items():
+            self._check(option, value)
+        if schedule.zero_snr and "rescale_betas_zero_snr" not in own:
+            raise SchedulerConfigError(
+                f"{self.name} ({self.scheduler_class}) cannot do a zero terminal SNR (rescale_betas_zero_snr=true): it "
+                f"divides by the signal of the last timestep, which has none; take another scheduler, for example ddim "
+                f"or euler"
+            )
+        # sigma_min and sigma_max count for any class that makes levels from them, as in diffusers' from_config.
+        kept = {*own, *FORWARD_OPTIONS, "sigma_min", "sigma_max"}
+        given = {option: value for option, value in schedule.config.items() if option in kept}
+        return replace(schedule, config={**own, **given, **(chosen or {}), **self.preset})
+
+    def _check(self, option: str, value: Any) -> None:
+        """Names that begin with "_" are diffusers' bookkeeping. Options of other classes don't count, as in diffusers'
+        `from_config`."""
+        if option.startswith("_") or option in FORWARD_OPTIONS:
+            return
+        own = CLASSES[self.scheduler_class]
+        if option not in own:
+            if not any(option in options for options in CLASSES.values()):
+                raise SchedulerConfigError(
+                    f"scheduler option {shown(option)} is not known to {self.name} or to any other sampler; remove it "
+                    f"from scheduler_config.json, or correct its name; {self.name} knows: {', '.join(self._known())}"
+                )
+            return
+        default = own[option]
+        allowed = self.options.get(option, (default, None) if default is False else (default,))
+        if allowed != ANY and value not in allowed:
+            raise SchedulerConfigError(
+                f"scheduler option {option}={shown(value)} is not supported by {self.name}; supported: "
+                f"{', '.join(repr(value) for value in allowed)} (scheduler_config.json), or another scheduler"
+            )
+
+    def _known(self) -> list[str]:
+        return sorted((FORWARD_OPTIONS | set(self.options)) & set(CLASSES[self.scheduler_class]))
+
+    @property
+    def own_types(self) -> tuple[str, ...]:
+        """The schedule types that diffusers' class has options for, which are its meaning of them."""
+        flags = tuple(kind for kind, option in FLAGS.items() if self.options.get(option) == ANY)
+        return (SPACINGS if "timestep_spacing" in self.options else ()) + flags
+
+    @property
+    def fixed_type(self) -> str | None:
+        """The schedule type that the preset says."""
+        return next((kind for kind, option in FLAGS.items() if self.preset.get(option)), None)
+
+    @property
+    def config_parameters(self) -> tuple[str, ...]:
+        """The options of scheduler_config.json that a call may choose too."""
+        return tuple(option for option in self.options if option not in _GRID_FLAGS and option not in self.preset)
