@@ -44,6 +44,18 @@ class Found:
     webui: bool = False
     schedule_type: str | None = None
 
+    @property
+    def said_type(self) -> str | None:
+        """The schedule type that comes with the name, so that a call cannot choose another."""
+        return self.schedule_type if self.webui else self.sampler.fixed_type
+
+    @property
+    def default_type(self) -> str | None:
+        """The schedule type where a call says none; None where scheduler_config.json says it."""
+        if self.webui and self.schedule_type is None and self.sampler.webui is not None:
+            return self.sampler.webui.schedule_type
+        return self.said_type
+
 
 def find(name: str) -> Found | None:
     """What a name means: our short names and diffusers' classes mean diffusers' samplers; A1111's labels, in any case
@@ -91,6 +103,11 @@ def label_of(name: str) -> str:
     return SAMPLERS[name].label if name in SAMPLERS else name
 
 
+def schedule_label(schedule_type: str) -> str:
+    """A1111's label of a schedule type."""
+    return RULES[schedule_type].label if schedule_type in RULES else schedule_type.capitalize()
+
+
 def _all_names() -> list[str]:
     karras = [f"{row.label} Karras" for row in ROWS if takes_types(row)]
     return [*SAMPLERS, *_BY_CLASS, *dict.fromkeys(row.label for row in ROWS), *karras]
@@ -115,22 +132,22 @@ def schedule_type_name(asked: Any) -> str | None:
 def schedule_types(found: Found) -> tuple[str, ...]:
     """The schedule types that a sampler can use."""
     row = found.sampler
+    if found.said_type is not None:
+        return (found.said_type,)
     if found.webui:
         return tuple(RULES) if takes_types(row) else ()
-    if row.fixed_type is not None:
-        return (row.fixed_type,)
     return tuple(dict.fromkeys((*row.own_types, *(RULES if row.levels else ()))))
 
 
 def sampler_parameters(found: Found, schedule_type: str | None) -> dict[str, Parameter]:
     """The options that a call may choose: those of the solver, those of the schedule type, and in diffusers' meaning
     those of scheduler_config.json."""
-    row = found.sampler
+    row, kind = found.sampler, schedule_type or found.default_type
     known = dict(row.parameters)
     if not found.webui:
         known |= {option: _config_parameter(option, row.options[option]) for option in row.config_parameters}
-    ours = found.webui or schedule_type not in row.own_types
-    if schedule_type is not None and ours and RULES[schedule_type].bends:
+    ours = takes_types(row) if found.webui else kind not in row.own_types
+    if kind is not None and kind in RULES and ours and RULES[kind].bends:
         known["rho"] = number(0.01, 100)
     return known
 
@@ -160,14 +177,15 @@ def step_table(
     steps, ScheduleTypeError, TimestepsError and SamplerOptionError where the sampler cannot do what the call asks for,
     SchedulerConfigError where the model's options don't go with it.
     """
-    found = find(name)
-    if found is None:
-        raise UnknownSchedulerError(f"scheduler {shown(name)} is not known; {_nearest(name, _all_names())}")
+    found = _found(name)
     row, given = found.sampler, dict(options)
-    asked = Asked(steps, schedule_type or found.schedule_type, timesteps, sigmas, given)
+    asked = Asked(steps, schedule_type, timesteps, sigmas, given)
     _check_grid(name, found, asked, schedule.train_timesteps)
-    _check_options(name, sampler_parameters(found, asked.schedule_type), given)
-    grid, arguments = (webui_plan if found.webui else diffusers_plan)(row, schedule, asked)
+    checked_options(name, asked.schedule_type, given)
+    if found.webui:
+        grid, arguments = webui_plan(row, schedule, asked, found.default_type)
+    else:
+        grid, arguments = diffusers_plan(row, schedule, asked)
     if row.eta is not None:
         arguments[row.eta] = eta
     arguments |= {option: value for option, value in given.items() if option in row.parameters}
@@ -189,8 +207,8 @@ def _check_grid(name: str, found: Found, asked: Asked, most: int) -> None:
         listed = ", ".join(known) or "none, its grid is its own"
         raise ScheduleTypeError(f"{name} cannot use schedule_type {kind!r}; it can use: {listed}")
     takes_own = {
-        "timesteps": found.sampler.own_timesteps and bool(known) and found.sampler.fixed_type is None,
-        "sigmas": found.sampler.levels and bool(known) and found.sampler.fixed_type is None,
+        "timesteps": found.sampler.own_timesteps and bool(known) and found.said_type is None,
+        "sigmas": found.sampler.levels and bool(known) and found.said_type is None,
     }
     for what, takes in takes_own.items():
         if what in said and not takes:
@@ -200,7 +218,11 @@ def _check_grid(name: str, found: Found, asked: Asked, most: int) -> None:
             )
 
 
-def _check_options(name: str, known: Mapping[str, Parameter], given: Mapping[str, Any]) -> None:
+def checked_options(name: str, schedule_type: str | None, given: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """The options of a call, of which lists are tuples now. SamplerOptionError for one that the sampler of this
+    canonical name doesn't have on that schedule type, or whose value is wrong."""
+    found = _found(name)
+    known = sampler_parameters(found, schedule_type)
     for option, value in given.items():
         if option not in known:
             raise SamplerOptionError(
@@ -208,3 +230,11 @@ def _check_options(name: str, known: Mapping[str, Parameter], given: Mapping[str
             )
         if not known[option].right(value):
             raise SamplerOptionError(f"option {option} of {name} is {shown(value)}; it must be {known[option].rule}")
+    return tuple(given.items())
+
+
+def _found(name: str) -> Found:
+    found = find(name)
+    if found is None:
+        raise UnknownSchedulerError(f"scheduler {shown(name)} is not known; {_nearest(name, _all_names())}")
+    return found

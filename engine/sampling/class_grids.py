@@ -148,8 +148,8 @@ def _ve_grid(schedule: Schedule, timesteps: np.ndarray, sigmas: np.ndarray, fina
 def one_more_grid(schedule: Schedule, steps: int, timesteps: Timesteps = None) -> Grid:
     """The grid of DPMSolverMultistepScheduler and its kin: whole timesteps, spaced as for one step more, of which the
     last is dropped; or levels of another rule over the whole range, whose timesteps are made whole: rounded for
-    Karras's and Lu's, cut off for others, as diffusers does. Where the class has no final_sigmas_type, the last step
-    goes to the lowest level."""
+    Karras's and Lu's, cut off for others, as diffusers does. (Its float32 may cut the highest timestep off to the one
+    below.) Where the class has no final_sigmas_type, the last step goes to the lowest level, or nowhere from there."""
     levels, kind = schedule.sigmas(), _kind(schedule, timesteps)
     if kind is None:
         chosen = _one_more_timesteps(schedule, steps, levels) if timesteps is None else _own(schedule, timesteps)
@@ -159,12 +159,18 @@ def one_more_grid(schedule: Schedule, steps: int, timesteps: Timesteps = None) -
         chosen = sigma_to_timestep(sigmas, levels)
         if kind in ("karras", "lu") and not _keeps_fractions(schedule):
             chosen = np.round(chosen)
-        chosen = np.floor(chosen)
-    final = _final_sigma(schedule, "sigma_min")
-    if math.isclose(final, sigmas[-1], rel_tol=1e-9):
-        final = float(sigmas[-1])
-    targets = np.append(sigmas[1:], final)
+        chosen = np.floor(chosen + 1e-6)  # the highest is whole but for rounding errors
+    targets = np.append(sigmas[1:], _last_target(schedule, kind, sigmas))
     return checked(Grid(chosen.astype(float), sigmas, targets, schedule.prediction_type, 1.0, levels=levels))
+
+
+def _last_target(schedule: Schedule, kind: str | None, sigmas: np.ndarray) -> float:
+    """Where the last step goes. From levels of another rule UniPC, DEIS and SA-Solver end at the last of them, and
+    DPM-Solver at the lowest level of all."""
+    final = _final_sigma(schedule, "sigma_min")
+    dpm_solver = "final_sigmas_type" in schedule.config and "predict_x0" not in schedule.config
+    ends_there = final > 0 and kind is not None and not dpm_solver
+    return float(sigmas[-1]) if ends_there or math.isclose(final, sigmas[-1], rel_tol=1e-9) else final
 
 
 def _keeps_fractions(schedule: Schedule) -> bool:

@@ -64,15 +64,16 @@ def _chosen_options(row: Sampler, asked: Asked) -> dict[str, Any]:
     return chosen
 
 
-def webui_plan(row: Sampler, schedule: Schedule, asked: Asked) -> Plan:
-    """A1111's sampler: k-diffusion's function on A1111's noise levels, whatever scheduler_config.json says of them."""
+def webui_plan(row: Sampler, schedule: Schedule, asked: Asked, default_type: str | None) -> Plan:
+    """A1111's sampler: k-diffusion's function on A1111's noise levels, whatever scheduler_config.json says of them.
+    default_type: the schedule type where the call says nothing."""
     meant = row.webui
     assert meant is not None
     levels = schedule.sigmas(WEBUI_ZERO_SNR)
     if meant.grid is not None:
         return meant.grid(levels, asked.steps, schedule.prediction_type), dict(meant.arguments)
     if asked.schedule_type is None and asked.timesteps is None and asked.sigmas is None:
-        asked = replace(asked, schedule_type=meant.schedule_type)
+        asked = replace(asked, schedule_type=default_type)
     return level_grid(_sigmas(levels, asked, meant.drops), levels, schedule.prediction_type), dict(meant.arguments)
 
 

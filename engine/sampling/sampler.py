@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import SchedulerConfigError, shown
 from .class_grids import FLAGS
 from .grids import Grid
-from .schedule import FORWARD_OPTIONS, SPACINGS, Schedule
+from .schedule import BETAS, FORWARD_OPTIONS, SPACINGS, Schedule
 from .scheduler_classes import CLASSES
 from .table import StepTable
 
@@ -46,10 +46,13 @@ def number(low: float, high: float = math.inf) -> Parameter:
 
 def whole(low: int, high: int) -> Parameter:
     """An integer from `low` to `high`."""
-    return Parameter(
-        f"an integer from {low} to {high}",
-        lambda value: isinstance(value, (int, np.integer)) and not isinstance(value, bool) and low <= value <= high,
-    )
+
+    def right(value: Any) -> bool:
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+            return False
+        return bool(low <= value <= high)
+
+    return Parameter(f"an integer from {low} to {high}", right)
 
 
 FLAG = Parameter("true or false", lambda value: isinstance(value, bool))
@@ -119,6 +122,9 @@ class Sampler:
                 f"divides by the signal of the last timestep, which has none; take another scheduler, for example ddim "
                 f"or euler"
             )
+        betas = {option: own[option] for option in BETAS if option in own and option not in schedule.config}
+        if any(value != BETAS[option] for option, value in betas.items()):
+            schedule = Schedule.from_config({**betas, **schedule.config})
         # sigma_min and sigma_max count for any class that makes levels from them, as in diffusers' from_config.
         kept = {*own, *FORWARD_OPTIONS, "sigma_min", "sigma_max"}
         given = {option: value for option, value in schedule.config.items() if option in kept}

@@ -95,6 +95,9 @@ OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 NULLABLE = frozenset({"trained_betas", "sigma_min", "sigma_max", "variance_type"})
 """Options of which null says that there is none."""
 
+BETAS: Mapping[str, Any] = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
+"""diffusers' defaults, but for classes that have others."""
+
 FORWARD_OPTIONS = frozenset(
     {
         "num_train_timesteps",
@@ -204,8 +207,9 @@ def _alphas_cumprod(config: Mapping[str, Any]) -> np.ndarray:
 def _betas(config: Mapping[str, Any]) -> np.ndarray:
     if "trained_betas" in config:
         return np.asarray(config["trained_betas"], np.float64)
-    name, count = config.get("beta_schedule", "linear"), int(config.get("num_train_timesteps", 1000))
-    start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
+    chosen = {**BETAS, **config}
+    name, count = chosen["beta_schedule"], int(config.get("num_train_timesteps", 1000))
+    start, end = float(chosen["beta_start"]), float(chosen["beta_end"])
     if name == "linear":
         return np.linspace(start, end, count)
     if name == "scaled_linear":
