@@ -86,9 +86,8 @@ def sampler_name(name: str | None, schedule: Schedule) -> str:
     if found is not None:
         return canonical_name(found)
     whose = "the model's own scheduler" if name is None else "scheduler"
-    raise UnknownSchedulerError(
-        f"{whose} {shown(asked)} is not known; {_nearest(asked, _all_names())}; `python -m engine samplers` lists all"
-    )
+    near = _nearest(asked, _all_names(), SAMPLERS)
+    raise UnknownSchedulerError(f"{whose} {shown(asked)} is not known; {near}; `python -m engine samplers` lists all")
 
 
 def canonical_name(found: Found) -> str:
@@ -113,19 +112,20 @@ def _all_names() -> list[str]:
     return [*SAMPLERS, *_BY_CLASS, *dict.fromkeys(row.label for row in ROWS), *karras]
 
 
-def _nearest(asked: Any, names: Iterable[str]) -> str:
-    """The names that are spelled most like it, or all short ones."""
+def _nearest(asked: Any, names: Iterable[str], known: Iterable[str]) -> str:
+    """The names that are spelled most like it, or where there are none the known ones."""
     spelled = {name.casefold(): name for name in reversed(list(names))}
     text = asked.casefold() if isinstance(asked, str) else ""
     near = difflib.get_close_matches(text[:100], spelled, n=3, cutoff=0.5)
-    return f"the nearest: {', '.join(spelled[name] for name in near)}" if near else f"known: {', '.join(SAMPLERS)}"
+    return f"the nearest: {', '.join(spelled[name] for name in near)}" if near else f"known: {', '.join(known)}"
 
 
 def schedule_type_name(asked: Any) -> str | None:
     """A schedule type by our name or A1111's, in any case; None for "Automatic". ScheduleTypeError for others."""
     spelled = "_".join(asked.casefold().replace("-", " ").split()) if isinstance(asked, str) else ""
     if spelled not in _SPELLINGS:
-        raise ScheduleTypeError(f"schedule_type {shown(asked)} is not known; known: {', '.join(SCHEDULE_TYPES)}")
+        near = _nearest(asked, SCHEDULE_TYPES, SCHEDULE_TYPES)
+        raise ScheduleTypeError(f"schedule_type {shown(asked)} is not known; {near}")
     return _SPELLINGS[spelled]
 
 
@@ -236,5 +236,5 @@ def checked_options(name: str, schedule_type: str | None, given: Mapping[str, An
 def _found(name: str) -> Found:
     found = find(name)
     if found is None:
-        raise UnknownSchedulerError(f"scheduler {shown(name)} is not known; {_nearest(name, _all_names())}")
+        raise UnknownSchedulerError(f"scheduler {shown(name)} is not known; {_nearest(name, _all_names(), SAMPLERS)}")
     return found

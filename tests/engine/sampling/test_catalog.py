@@ -4,13 +4,16 @@ import dataclasses
 import inspect
 import json
 import re
+from time import perf_counter
 
 import diffusers
 import numpy as np
 import pytest
 
-from engine.errors import SchedulerConfigError, StepsError, UnknownSchedulerError
-from engine.sampling.catalog import SAMPLERS, sampler_name, step_table
+from engine.errors import SamplerOptionError, SchedulerConfigError, StepsError, UnknownSchedulerError
+from engine.sampling.catalog import SAMPLERS, find, sampler_name, sampler_parameters, schedule_types, step_table
+from engine.sampling.levels import RULES
+from engine.sampling.listing import describe, overview
 from engine.sampling.schedule import FORWARD_OPTIONS, OPTIONS, Schedule
 from engine.sampling.scheduler_classes import CLASSES
 
@@ -23,8 +26,10 @@ def table_of(name, steps=10, start=0, **options):
     return step_table(name, Schedule.from_config({**SD1, **options}), steps, start=start)
 
 
-def test_labels_are_unique():
-    assert len({row.label for row in SAMPLERS.values()}) == len(SAMPLERS)
+def test_labels_and_names_are_unique():
+    """In any case, so that "Euler a" and "euler_a" are the only pair that differ in meaning."""
+    labels = [row.label.casefold() for row in SAMPLERS.values()]
+    assert len(set(labels)) == len(set(SAMPLERS)) == len(SAMPLERS)
 
 
 @pytest.mark.parametrize("name", DIFFUSERS)
@@ -171,3 +176,126 @@ def test_a_failure_inside_a_solver_is_raised_as_itself(error, monkeypatch):
     monkeypatch.setitem(SAMPLERS, "ddim", dataclasses.replace(SAMPLERS["ddim"], solver=solver))
     with pytest.raises(error, match="a bug"):
         table_of("ddim")
+
+
+SCHEDULE = Schedule.from_config(SD1)
+
+
+@pytest.mark.parametrize("row", SAMPLERS.values(), ids=list(SAMPLERS))
+def test_a_class_of_diffusers_means_its_first_row(row):
+    first = next(name for name, other in SAMPLERS.items() if other.scheduler_class == row.scheduler_class)
+    assert sampler_name(row.scheduler_class, SCHEDULE) == first
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        ("euler_a", "euler_a"),
+        ("Euler a", "Euler a"),
+        ("euler A", "Euler a"),
+        ("  DPM++   2m  karras ", "DPM++ 2M Karras"),
+        ("DPM++ 2M SGM Uniform", "DPM++ 2M SGM Uniform"),
+        ("Euler Align Your Steps", "Euler Align Your Steps"),
+        ("ddim", "ddim"),
+        ("DDIM", "DDIM"),
+        ("Plms", "PLMS"),
+        ("DDPM", "ddpm"),  # A1111 has none
+    ],
+)
+def test_labels_of_a1111_are_known_in_any_case(asked, name):
+    assert sampler_name(asked, SCHEDULE) == name
+
+
+@pytest.mark.parametrize("asked", ["DDIM Karras", "PLMS Karras", "Euler Odd", "Karras", "", "euler karras beta"])
+def test_a_label_with_a_schedule_type_that_it_cannot_have_is_not_known(asked):
+    with pytest.raises(UnknownSchedulerError, match="is not known"):
+        sampler_name(asked, SCHEDULE)
+
+
+@pytest.mark.parametrize("row", [row for row in SAMPLERS.values() if row.webui and row.webui.grid is None])
+def test_a_schedule_type_in_a_label_and_beside_it_mean_the_same(row):
+    for kind, rule in RULES.items():
+        inside, beside = (
+            step_table(f"{row.label} {rule.label}", SCHEDULE, 7),
+            step_table(row.label, SCHEDULE, 7, schedule_type=kind),
+        )
+        np.testing.assert_array_equal(inside.updates, beside.updates)
+        np.testing.assert_array_equal(inside.timesteps, beside.timesteps)
+
+
+@pytest.mark.parametrize("row", [row for row in SAMPLERS.values() if row.webui and row.webui.grid is None])
+def test_a_label_starts_from_noise_of_the_first_level(row):
+    """k-diffusion's y = sigma z; diffusers' classes after it differ by the timestep spacing."""
+    for kind in RULES:
+        table = step_table(row.label, SCHEDULE, 7, schedule_type=kind)
+        assert table.initial_scale == pytest.approx(table.sigmas[0])
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_schedule_type_makes_a_table(name):
+    for kind in schedule_types(find(name)):
+        for steps in (1, 6):
+            table = step_table(name, SCHEDULE, steps, schedule_type=kind)
+            assert np.isfinite(table.updates).all(), kind
+
+
+def test_a_schedule_type_of_diffusers_is_its_options():
+    for name in ("euler", "dpmpp_2m"):
+        for kind, options in {
+            "karras": {"use_karras_sigmas": True},
+            "beta": {"use_beta_sigmas": True},
+            "trailing": {"timestep_spacing": "trailing"},
+        }.items():
+            for shipped in ({}, {"use_exponential_sigmas": True}):
+                ours = step_table(name, Schedule.from_config({**SD1, **shipped}), 9, schedule_type=kind)
+                np.testing.assert_array_equal(ours.updates, table_of(name, 9, **options).updates)
+
+
+def test_options_of_the_file_may_be_chosen_in_a_call():
+    ours = step_table("dpmpp_2m", SCHEDULE, 9, options=(("solver_type", "heun"), ("lower_order_final", False)))
+    np.testing.assert_array_equal(
+        ours.updates, table_of("dpmpp_2m", 9, solver_type="heun", lower_order_final=False).updates
+    )
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_an_option_that_a_sampler_does_not_have_is_named_with_those_that_it_has(name):
+    with pytest.raises(SamplerOptionError, match=rf"{name} has no option 'no_such'; it has: ") as raised:
+        step_table(name, SCHEDULE, 5, options=(("no_such", 1),))
+    for option in sampler_parameters(find(name), None):
+        assert option in str(raised.value)
+
+
+@pytest.mark.parametrize("name", [*SAMPLERS, *{row.label for row in SAMPLERS.values() if row.webui}])
+def test_a_wrong_value_of_every_option_is_refused(name):
+    for option, parameter in sampler_parameters(find(name), None).items():
+        for wrong in ("odd", None, -1e9, [1]):
+            if not parameter.right(wrong):
+                with pytest.raises(SamplerOptionError, match=f"option {option} of .* it must be "):
+                    step_table(name, SCHEDULE, 5, options=((option, wrong),))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_table_of_50_steps_takes_less_than_20_milliseconds(name):
+    times = []
+    for _ in range(5):
+        started = perf_counter()
+        step_table(name, SCHEDULE, 50)
+        times.append(perf_counter() - started)
+    assert min(times) < 0.02
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_list_says_how_often_the_unet_runs_and_whether_noise_is_added(name):
+    row = next(line for line in overview() if line.split()[0] == name)
+    again = step_table(name, SCHEDULE, 40)
+    assert f" {round(len(again) / 40)}  {'yes' if again.updates[:, :, -1].any() else 'no'} " in row
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_list_says_what_each_sampler_takes(name):
+    text = "\n".join(describe([name]))
+    for option, parameter in sampler_parameters(find(name), None).items():
+        assert f"  {option}: {parameter.rule}" in text
+    for kind in schedule_types(find(name)):
+        assert kind in text

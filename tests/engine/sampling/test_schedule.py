@@ -47,7 +47,6 @@ def test_beta_schedules_are_those_of_diffusers(scheduler, name, count):
         np.log(theirs.alphas_cumprod.double()),
         rtol=2e-4,
         atol=1e-6,
-        atol=1e-6,
     )
 
 
