@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import SchedulerConfigError, StepsError, UnknownSchedulerError, shown
 from .ddpm import ddim, ddpm
-from .dpm_solver import dpmpp_2m
+from .dpm_solver import dpmpp_multistep
 from .euler import euler, euler_ancestral
 from .grids import Grid, euler_grid, fractional_grid, one_more_grid, plms_grid, strided_grid, successive_grid
 from .plms import plms
@@ -138,7 +138,7 @@ _ROWS = (
         "DPM++ 2M",
         "DPMSolverMultistepScheduler",
         one_more_grid,
-        dpmpp_2m,
+        dpmpp_multistep,
         _DPM,
         arguments=_dpm_arguments,
     ),
@@ -147,7 +147,7 @@ _ROWS = (
         "DPM++ 2M Karras",
         "DPMSolverMultistepScheduler",
         one_more_grid,
-        dpmpp_2m,
+        dpmpp_multistep,
         _DPM,
         preset={"use_karras_sigmas": True},
         arguments=_dpm_arguments,
