@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-SLOTS = 4
+SLOTS = 5
 """K: how many latent-sized tensors a sampler may remember. Slot 0 is the latent itself, scaled to unit variance
 (VP)."""
 

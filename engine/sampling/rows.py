@@ -7,7 +7,7 @@ from typing import Any
 
 from .class_grids import euler_grid, fractional_grid, one_more_grid, strided_grid, successive_grid
 from .ddpm import ddim, ddpm
-from .dpm_solver import dpmpp_2m
+from .dpm_solver import dpmpp_multistep
 from .euler import euler, euler_ancestral
 from .plms import plms
 from .sampler import ANY, Options, Sampler, Webui
@@ -96,7 +96,7 @@ ROWS = (
         "DPM++ 2M",
         "DPMSolverMultistepScheduler",
         one_more_grid,
-        dpmpp_2m,
+        dpmpp_multistep,
         _DPM,
         arguments=_dpm_arguments,
         webui=Webui("karras"),
@@ -106,7 +106,7 @@ ROWS = (
         "DPM++ 2M Karras",
         "DPMSolverMultistepScheduler",
         one_more_grid,
-        dpmpp_2m,
+        dpmpp_multistep,
         _DPM,
         preset={"use_karras_sigmas": True},
         arguments=_dpm_arguments,
