@@ -7,7 +7,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import SamplerOptionError, ScheduleTypeError, StepsError, TimestepsError, UnknownSchedulerError, shown
+from ..errors import (
+    SamplerOptionError,
+    SchedulerConfigError,
+    ScheduleTypeError,
+    StepsError,
+    TimestepsError,
+    UnknownSchedulerError,
+    shown,
+)
 from .class_grids import FLAGS
 from .levels import RULES
 from .meaning import Asked, diffusers_plan, webui_plan
@@ -19,8 +27,7 @@ from .table import StepTable
 SAMPLERS: Mapping[str, Sampler] = {row.name: row for row in ROWS}
 """The catalog, by name."""
 
-_BY_CLASS = {row.scheduler_class: row for row in reversed(ROWS)}
-"""What a class of diffusers means: the first row of it, which reads the rest from the options."""
+_CLASSES = tuple(dict.fromkeys(row.scheduler_class for row in ROWS if row.scheduler_class is not None))
 
 _BY_LABEL = {row.label.casefold(): row for row in reversed(ROWS)}
 
@@ -58,10 +65,10 @@ class Found:
 
 
 def find(name: str) -> Found | None:
-    """What a name means: our short names and diffusers' classes mean diffusers' samplers; A1111's labels, in any case
-    and perhaps followed by a schedule type ("DPM++ 2M Karras"), mean those of A1111."""
-    if name in SAMPLERS or name in _BY_CLASS:
-        return Found(SAMPLERS.get(name) or _BY_CLASS[name])
+    """What one of our short names means, which is diffusers' sampler where it has one; or one of A1111's labels, in any
+    case and perhaps followed by a schedule type ("DPM++ 2M Karras"), which is A1111's. None for others."""
+    if name in SAMPLERS:
+        return found_row(SAMPLERS[name])
     label = " ".join(name.split()).casefold()
     if label in _BY_LABEL and _BY_LABEL[label].fixed_type is None:
         row = _BY_LABEL[label]
@@ -73,15 +80,36 @@ def find(name: str) -> Found | None:
     return None
 
 
+def found_row(row: Sampler) -> Found:
+    """What a row's short name means."""
+    return Found(row, webui=row.scheduler_class is None)
+
+
+def row_of_class(scheduler_class: str, config: Mapping[str, Any]) -> Sampler:
+    """What a class of diffusers means with a model's options: the row of it whose preset agrees most with them.
+    SchedulerConfigError where the options ask for something that no row is."""
+    rows = [row for row in ROWS if row.scheduler_class == scheduler_class and row.fixed_type is None]
+    agreeing = [row for row in rows if all(config.get(option, value) == value for option, value in row.preset.items())]
+    if not agreeing:
+        options = dict.fromkeys(option for row in rows for option in row.preset if option in config)
+        raise SchedulerConfigError(
+            f"{scheduler_class} with {', '.join(f'{option}={shown(config[option])}' for option in options)} is not "
+            f"supported; take another scheduler by name, for example {rows[0].name}"
+        )
+    return max(agreeing, key=lambda row: sum(option in config for option in row.preset))
+
+
 def takes_types(row: Sampler) -> bool:
     """Whether A1111's sampler of this label can use any schedule type."""
     return row.webui is not None and row.webui.grid is None
 
 
 def sampler_name(name: str | None, schedule: Schedule) -> str:
-    """The canonical name of the sampler that is meant by a name (`find`), or by None, which is what the model was
-    shipped with: one of SAMPLERS, or A1111's label. UnknownSchedulerError names the nearest ones."""
+    """The name for `find` of the sampler that is meant by such a name, by a class of diffusers with the model's
+    options, or by None, which is what the model was shipped with. UnknownSchedulerError names the nearest ones."""
     asked = schedule.config.get("_class_name") if name is None else name
+    if isinstance(asked, str) and asked in _CLASSES:
+        return row_of_class(asked, schedule.config).name
     found = find(asked) if isinstance(asked, str) else None
     if found is not None:
         return canonical_name(found)
@@ -109,7 +137,7 @@ def schedule_label(schedule_type: str) -> str:
 
 def _all_names() -> list[str]:
     karras = [f"{row.label} Karras" for row in ROWS if takes_types(row)]
-    return [*SAMPLERS, *_BY_CLASS, *dict.fromkeys(row.label for row in ROWS), *karras]
+    return [*SAMPLERS, *_CLASSES, *dict.fromkeys(row.label for row in ROWS), *karras]
 
 
 def _nearest(asked: Any, names: Iterable[str], known: Iterable[str]) -> str:
@@ -189,8 +217,7 @@ def step_table(
     if row.eta is not None:
         arguments[row.eta] = eta
     arguments |= {option: value for option, value in given.items() if option in row.parameters}
-    solver = row.webui.solver if found.webui and row.webui is not None and row.webui.solver is not None else row.solver
-    return solver(grid.starting_at(start), **arguments)
+    return row.solver(grid.starting_at(start), **arguments)
 
 
 def _check_grid(name: str, found: Found, asked: Asked, most: int) -> None:

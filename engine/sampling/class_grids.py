@@ -73,6 +73,23 @@ def trajectory_grid(schedule: Schedule, steps: int, timesteps: Timesteps = None)
     return _successive(schedule, whole, levels, float(levels[0]))
 
 
+def sine_grid(schedule: Schedule, steps: int, timesteps: Timesteps = None) -> Grid:
+    """The grid of IPNDMScheduler, which has a noise schedule of its own: timesteps from 1 down to 1 / steps, sigma =
+    sin(t pi / 2)^2, and a model that predicts v. The first timestep has no signal. SchedulerConfigError for a model
+    that predicts something else."""
+    if schedule.prediction_type != "v_prediction":
+        raise SchedulerConfigError(
+            f"IPNDMScheduler has a noise schedule of its own, for models that predict v, and this one predicts "
+            f"{schedule.prediction_type}; take scheduler 'ipndm', which uses the model's"
+        )
+    sigma = np.sin(np.linspace(1, 0, steps + 1) * math.pi / 2) ** 2
+    with np.errstate(divide="ignore"):
+        sigmas = sigma / np.sqrt(1 - sigma**2)
+    told = 2 / math.pi * np.arcsin(sigma[:-1])
+    levels = np.sort(sigmas)
+    return checked(Grid(told, sigmas[:-1], sigmas[1:], "v_prediction", 1.0, levels=levels))
+
+
 def _successive(schedule: Schedule, timesteps: np.ndarray, levels: np.ndarray, final: float) -> Grid:
     sigmas = levels[timesteps]
     targets = np.append(sigmas[1:], final)

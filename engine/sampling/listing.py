@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from .catalog import (
     SAMPLERS,
-    Found,
     canonical_name,
     find,
+    found_row,
     sampler_name,
     sampler_parameters,
     schedule_types,
@@ -19,9 +19,14 @@ from .levels import RULES
 from .sampler import Sampler
 from .schedule import Schedule
 
-STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-STEPS = 12
-"""Divisible by 2 and 3, for samplers that group their steps."""
+STABLE_DIFFUSION = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "prediction_type": "v_prediction",  # which every sampler can do
+}
+STEPS = 60
+"""Enough for what is more at the start or the end not to count, and divisible by 2 and 3, for samplers with groups."""
 
 
 def evaluations(name: str) -> int:
@@ -41,9 +46,10 @@ def overview() -> Iterator[str]:
     yield f"{'name':<18} {'A1111':<20} {'diffusers':<34} {'evaluations':>11}  noise  schedule types"
     for name, row in SAMPLERS.items():
         label = row.label if row.webui is not None else "-"
+        scheduler_class = row.scheduler_class or "-"
         drawn = "yes" if draws_noise(name) else "no"
         types = _in_short(row)
-        yield f"{name:<18} {label:<20} {row.scheduler_class:<34} {evaluations(name):>11}  {drawn:<5}  {types}"
+        yield f"{name:<18} {label:<20} {scheduler_class:<34} {evaluations(name):>11}  {drawn:<5}  {types}"
     yield ""
     yield "evaluations: of the U-Net in each step; noise: whether more steps make another picture, as without an option"
     yield f"all: {', '.join(RULES)}"
@@ -52,9 +58,9 @@ def overview() -> Iterator[str]:
 
 
 def _in_short(row: Sampler) -> str:
-    own = [kind for kind in row.own_types if kind not in RULES or not row.levels]
-    types = ["all", *own] if row.levels and row.fixed_type is None else list(schedule_types(Found(row)))
-    return ", ".join(types) or "its own"
+    types = schedule_types(found_row(row))
+    own = [kind for kind in types if kind not in RULES]
+    return ", ".join(["all", *own] if set(RULES) <= set(types) else types) or "its own"
 
 
 def describe(names: Sequence[str]) -> Iterator[str]:
@@ -63,7 +69,7 @@ def describe(names: Sequence[str]) -> Iterator[str]:
         found = find(sampler_name(asked, Schedule.from_config({})))
         assert found is not None
         name, row = canonical_name(found), found.sampler
-        meaning = f"A1111's {name}" if found.webui else f"{row.scheduler_class} of diffusers"
+        meaning = f"A1111's {name}" if found.webui else f"diffusers' {row.scheduler_class}"
         yield f"{name}: {meaning}"
         yield f"  evaluations a step: {evaluations(name)}; noise: {'yes' if draws_noise(name) else 'no'}"
         yield f"  schedule types: {', '.join(schedule_types(found)) or 'its own'}"

@@ -40,6 +40,7 @@ class Asked:
 def diffusers_plan(row: Sampler, schedule: Schedule, asked: Asked) -> Plan:
     """diffusers' class with the model's options and those of the call. A schedule type that the class has no option
     for is A1111's, and a call's own noise levels are those of EulerDiscreteScheduler.set_timesteps(sigmas=...)."""
+    assert row.grid is not None
     configured = row.configured(schedule, _chosen_options(row, asked))
     arguments = row.arguments(configured.config, asked.count)
     kind = asked.schedule_type
@@ -70,11 +71,12 @@ def webui_plan(row: Sampler, schedule: Schedule, asked: Asked, default_type: str
     meant = row.webui
     assert meant is not None
     levels = schedule.sigmas(WEBUI_ZERO_SNR)
+    arguments = dict(meant.arguments) if meant.counts is None else {**meant.arguments, meant.counts: asked.steps}
     if meant.grid is not None:
-        return meant.grid(levels, asked.steps, schedule.prediction_type), dict(meant.arguments)
+        return meant.grid(levels, asked.steps, schedule.prediction_type), arguments
     if asked.schedule_type is None and asked.timesteps is None and asked.sigmas is None:
         asked = replace(asked, schedule_type=default_type)
-    return level_grid(_sigmas(levels, asked, meant.drops), levels, schedule.prediction_type), dict(meant.arguments)
+    return level_grid(_sigmas(levels, asked, meant.drops), levels, schedule.prediction_type), arguments
 
 
 def _sigmas(levels: np.ndarray, asked: Asked, drops: bool = False) -> np.ndarray:

@@ -67,14 +67,14 @@ class Webui:
 
     schedule_type: the one that "Automatic" chooses; grid: the sampler's own grid, which takes no schedule type;
     drops: whether the level before the last is left out (A1111's `discard_next_to_last_sigma`); arguments: the solver's
-    keyword arguments; solver: if it isn't the row's.
+    keyword arguments; counts: the one that is the number of steps.
     """
 
     schedule_type: str = "uniform"
     grid: WebuiGrid | None = None
     drops: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    solver: Callable[..., StepTable] | None = None
+    counts: str | None = None
 
 
 def no_arguments(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
@@ -85,35 +85,44 @@ def no_arguments(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
 class Sampler:
     """A row of the catalog.
 
-    name: what `scheduler=` takes; label: A1111's name, for pictures' metadata; scheduler_class: the class of diffusers
-    that it equals; grid: the rule of its grid; solver: makes the table of a Grid; options: what it honours beside the
-    schedule's own options, with the values that it does; preset: the options that make the class this sampler, whatever
-    scheduler_config.json says of them; arguments: the solver's keyword arguments, from the options and the number of
-    steps; parameters: the keyword arguments of the solver that a call may choose; webui: what the label means, None
-    where A1111 has no such sampler; levels: whether the solver can use any falling noise levels; own_timesteps:
-    whether the grid's rule takes a call's; eta: the solver's argument that a call's `eta` is, as in diffusers'
-    pipelines.
+    name: what `scheduler=` takes; label: A1111's name, or one like it, for pictures' metadata; solver: makes the table
+    of a Grid; parameters: its keyword arguments that a call may choose.
+
+    scheduler_class: the class of diffusers that it equals, None where there is none, so that the name means A1111's
+    sampler too; grid: the rule of its grid; options: what it honours beside the schedule's own options, with the values
+    that it does; ignores: options of the class that change nothing; preset: the options that make the class this
+    sampler, whatever scheduler_config.json says of them; arguments: the solver's keyword arguments, from the options
+    and the number of steps; levels: whether the solver can use any falling noise levels; own_timesteps: whether the
+    grid's rule takes a call's; eta: the solver's argument that a call's `eta` is, as in diffusers' pipelines.
+
+    webui: what the label means in A1111, None where it has no such sampler.
     """
 
     name: str
     label: str
-    scheduler_class: str
-    grid: Callable[..., Grid]
     solver: Callable[..., StepTable]
-    options: Options
+    scheduler_class: str | None = None
+    grid: Callable[..., Grid] | None = None
+    options: Options = field(default_factory=dict)
+    ignores: tuple[str, ...] = ()
     preset: Mapping[str, Any] = field(default_factory=dict)
     arguments: Callable[[Mapping[str, Any], int], dict[str, Any]] = no_arguments
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
-    webui: Webui | None = None
     levels: bool = True
     own_timesteps: bool = True
     eta: str | None = None
+    webui: Webui | None = None
+
+    @property
+    def class_options(self) -> Mapping[str, Any]:
+        """The options of diffusers' class with their defaults."""
+        return CLASSES[self.scheduler_class] if self.scheduler_class is not None else {}
 
     def configured(self, schedule: Schedule, chosen: Mapping[str, Any] | None = None) -> Schedule:
         """The schedule with a value for every option of this sampler's class: the preset's, else the call's, else the
         model's, else diffusers' default. SchedulerConfigError for an option that nothing here knows, or that this
         sampler would have to honour and does not."""
-        own = CLASSES[self.scheduler_class]
+        own = self.class_options
         for option, value in schedule.config.items():
             self._check(option, value)
         if schedule.zero_snr and "rescale_betas_zero_snr" not in own:
@@ -133,9 +142,9 @@ class Sampler:
     def _check(self, option: str, value: Any) -> None:
         """Names that begin with "_" are diffusers' bookkeeping. Options of other classes don't count, as in diffusers'
         `from_config`."""
-        if option.startswith("_") or option in FORWARD_OPTIONS:
+        if option.startswith("_") or option in FORWARD_OPTIONS or option in self.preset or option in self.ignores:
             return
-        own = CLASSES[self.scheduler_class]
+        own = self.class_options
         if option not in own:
             if not any(option in options for options in CLASSES.values()):
                 raise SchedulerConfigError(
@@ -152,7 +161,7 @@ class Sampler:
             )
 
     def _known(self) -> list[str]:
-        return sorted((FORWARD_OPTIONS | set(self.options)) & set(CLASSES[self.scheduler_class]))
+        return sorted((FORWARD_OPTIONS | set(self.options)) & set(self.class_options))
 
     @property
     def own_types(self) -> tuple[str, ...]:

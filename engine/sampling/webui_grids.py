@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .grids import Grid, StridedGrid, checked
+from .grids import Grid, StridedGrid, checked, level_grid
+from .levels import exponential_sigmas
 
 
 def ddim_timesteps_grid(levels: np.ndarray, steps: int, prediction_type: str) -> StridedGrid:
@@ -27,3 +28,9 @@ def unipc_grid(levels: np.ndarray, steps: int, prediction_type: str) -> Grid:
     log_alphas = np.interp(timesteps, np.arange(total), -np.log1p(levels**2) / 2)
     sigmas = np.sqrt(np.expm1(-2 * log_alphas))
     return checked(Grid(timesteps[:-1], sigmas[:-1], sigmas[1:], prediction_type, 1.0, levels=levels))
+
+
+def dpm_fast_grid(levels: np.ndarray, steps: int, prediction_type: str) -> Grid:
+    """DPM fast: steps // 3 + 1 steps evenly spaced in lambda, which take `steps` evaluations, to the lowest level."""
+    sigmas = exponential_sigmas(float(levels[0]), float(levels[-1]), steps // 3 + 2)
+    return level_grid(sigmas, levels, prediction_type)
