@@ -102,7 +102,7 @@ def _distilled(schedule: Schedule, steps: int) -> np.ndarray:
     if not steps <= original <= schedule.train_timesteps:
         raise StepsError(
             f"a model that was distilled on original_inference_steps={original} of {schedule.train_timesteps} "
-            f"timesteps has no {steps} steps; take from 1 to {min(original, schedule.train_timesteps)}"
+            f"timesteps has no {steps} steps; take fewer, from 1 to {min(original, schedule.train_timesteps)}"
         )
     stride = schedule.train_timesteps // original
     chosen = np.floor(np.linspace(0, original, steps, endpoint=False)).astype(int)

@@ -25,7 +25,7 @@ STABLE_DIFFUSION = {
     "beta_end": 0.012,
     "prediction_type": "v_prediction",  # which every sampler can do
 }
-STEPS = 60
+STEPS = 48
 """Enough for what is more at the start or the end not to count, and divisible by 2 and 3, for samplers with groups."""
 
 

@@ -42,13 +42,14 @@ def diffusers_plan(row: Sampler, schedule: Schedule, asked: Asked) -> Plan:
     for is A1111's, and a call's own noise levels are those of EulerDiscreteScheduler.set_timesteps(sigmas=...)."""
     assert row.grid is not None
     configured = row.configured(schedule, _chosen_options(row, asked))
-    arguments = row.arguments(configured.config, asked.count)
     kind = asked.schedule_type
     if asked.sigmas is None and (kind is None or kind in row.own_types):
-        return row.grid(configured, asked.count, asked.timesteps), arguments
-    levels = configured.sigmas()
-    unit = 1.0 if configured.config.get("timestep_spacing") == "leading" else None
-    return level_grid(_sigmas(levels, asked), levels, schedule.prediction_type, unit), arguments
+        grid = row.grid(configured, asked.count, asked.timesteps)
+    else:
+        levels = configured.sigmas()
+        unit = 1.0 if configured.config.get("timestep_spacing") == "leading" else None
+        grid = level_grid(_sigmas(levels, asked), levels, schedule.prediction_type, unit)
+    return grid, row.arguments(configured.config, len(grid))
 
 
 def _chosen_options(row: Sampler, asked: Asked) -> dict[str, Any]:
@@ -70,6 +71,7 @@ def webui_plan(row: Sampler, schedule: Schedule, asked: Asked, default_type: str
     default_type: the schedule type where the call says nothing."""
     meant = row.webui
     assert meant is not None
+    row.refuse_unknown(schedule.config)
     levels = schedule.sigmas(WEBUI_ZERO_SNR)
     arguments = dict(meant.arguments) if meant.counts is None else {**meant.arguments, meant.counts: asked.steps}
     if meant.grid is not None:

@@ -114,7 +114,7 @@ _DPM: Options = {**_SPACING, **_LEVELS, **_FINAL, **_MULTISTEP, "use_lu_lambdas"
 _DPM_OF_NOISE: Options = {**_DPM, "final_sigmas_type": ("sigma_min",)}
 _SINGLESTEP: Options = {**_LEVELS, **_FINAL, **_MULTISTEP}
 _DISTILLED: Options = {"original_inference_steps": ANY}
-_DISTILLED_IGNORE = ("timestep_spacing", "steps_offset", "set_alpha_to_one", "timestep_scaling")
+_DISTILLED_IGNORE = ("timestep_spacing", "steps_offset", "set_alpha_to_one")
 
 _CHURN: Parameters = {
     "s_churn": number(0),
@@ -428,7 +428,7 @@ ROWS = (
         "TCDScheduler",
         trajectory_grid,
         _DISTILLED,
-        ignores=_DISTILLED_IGNORE,
+        ignores=(*_DISTILLED_IGNORE, "timestep_scaling"),
         parameters={"gamma": number(0, 1)},
         levels=False,
         eta="gamma",

@@ -49,8 +49,8 @@ def sa_solver(
     SASolverScheduler with algorithm data_prediction, or noise_prediction without `predict_x0`.
 
     tau: how much noise a step from a timestep adds; 0 is the ODE and 1 the SDE of the paper. A step to no noise is of
-    first order. `lower_order_final`: the last steps have falling orders. SchedulerConfigError for noise in a step of
-    predicted noise to no noise.
+    first order, as is one without length. `lower_order_final`: the last steps have falling orders. SchedulerConfigError
+    for noise in a step of predicted noise to no noise.
     """
     refuse_infinite_noise(grid.sigmas[0], "SA-Solver")
     if not predict_x0 and grid.targets[-1] == 0 and tau(float(grid.timesteps[-1])) != 0:
@@ -65,7 +65,7 @@ def sa_solver(
         m0 = native(grid.prediction_type, s)
         x = X if i == 0 else _KNOWN + weight * m0
         interval = _Interval(s, s_next, tau(t), predict_x0)
-        if s_next == 0:
+        if s_next in (0, s):  # no integrals, or nothing to integrate
             builder.add(t, s, single(interval.start(x) + interval.first_order() * m0), draw=True)
             continue
         left = len(grid) - i if lower_order_final else len(grid)

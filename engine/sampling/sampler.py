@@ -123,6 +123,7 @@ class Sampler:
         model's, else diffusers' default. SchedulerConfigError for an option that nothing here knows, or that this
         sampler would have to honour and does not."""
         own = self.class_options
+        self.refuse_unknown(schedule.config)
         for option, value in schedule.config.items():
             self._check(option, value)
         if schedule.zero_snr and "rescale_betas_zero_snr" not in own:
@@ -139,18 +140,21 @@ class Sampler:
         given = {option: value for option, value in schedule.config.items() if option in kept}
         return replace(schedule, config={**own, **given, **(chosen or {}), **self.preset})
 
-    def _check(self, option: str, value: Any) -> None:
-        """Names that begin with "_" are diffusers' bookkeeping. Options of other classes don't count, as in diffusers'
-        `from_config`."""
-        if option.startswith("_") or option in FORWARD_OPTIONS or option in self.preset or option in self.ignores:
-            return
-        own = self.class_options
-        if option not in own:
-            if not any(option in options for options in CLASSES.values()):
+    def refuse_unknown(self, config: Mapping[str, Any]) -> None:
+        """SchedulerConfigError for an option that no class of diffusers has. Names that begin with "_" are diffusers'
+        bookkeeping."""
+        for option in config:
+            known = option.startswith("_") or any(option in options for options in CLASSES.values())
+            if not known and option not in FORWARD_OPTIONS:
                 raise SchedulerConfigError(
                     f"scheduler option {shown(option)} is not known to {self.name} or to any other sampler; remove it "
                     f"from scheduler_config.json, or correct its name; {self.name} knows: {', '.join(self._known())}"
                 )
+
+    def _check(self, option: str, value: Any) -> None:
+        """Options of other classes don't count, as in diffusers' `from_config`."""
+        own = self.class_options
+        if option not in own or option in FORWARD_OPTIONS or option in self.preset or option in self.ignores:
             return
         default = own[option]
         allowed = self.options.get(option, (default, None) if default is False else (default,))
@@ -161,7 +165,7 @@ class Sampler:
             )
 
     def _known(self) -> list[str]:
-        return sorted((FORWARD_OPTIONS | set(self.options)) & set(self.class_options))
+        return sorted(FORWARD_OPTIONS & set(self.class_options or FORWARD_OPTIONS) | set(self.options))
 
     @property
     def own_types(self) -> tuple[str, ...]:
