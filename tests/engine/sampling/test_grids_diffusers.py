@@ -58,6 +58,10 @@ def check(name, prediction_type, steps, schedule_type):
     assert ours.drawn == theirs.drawn
 
 
+FIRST = {row.scheduler_class: name for name, row in reversed(SAMPLERS.items())}
+"""The rows of a class have one grid rule, so the first of them tries every grid."""
+
+
 def steps_of(name, schedule_type):
     """PNDM takes 4 steps at least. diffusers' LMS integrates numerically, which takes seconds."""
     if name == "pndm_prk":
@@ -69,6 +73,6 @@ def steps_of(name, schedule_type):
 @pytest.mark.parametrize("name", ROWS)
 def test_every_grid_of_a_sampler_equals_diffusers(name, prediction_type):
     row = SAMPLERS[name]
-    for schedule_type in (None, *(row.own_types if row.fixed_type is None else ())):
+    for schedule_type in (None, *(row.own_types if FIRST[row.scheduler_class] == name else ())):
         for steps in steps_of(name, schedule_type):
             check(name, prediction_type, steps, schedule_type)
