@@ -58,10 +58,10 @@ class Restarts:
 def restart(grid: Grid, restarts: Sequence[Restarts] | None = None, s_noise: float = 1.0) -> StepTable:
     """Restart, arXiv 2306.14878, algorithm 1 with Heun's steps. Without `restarts` they and the levels are those of
     A1111's sampler "Restart": see `automatic_restarts`."""
+    refuse_infinite_noise(grid.sigmas[0], "Restart")
     levels = [*grid.sigmas.tolist(), float(grid.targets[-1])]
     if restarts is None:
         levels, restarts = automatic_restarts(levels)
-    refuse_infinite_noise(levels[0], "Restart")
     segments = list(_segments(levels, restarts))
     steps = []
     for i, (s, s_next) in enumerate(segments):

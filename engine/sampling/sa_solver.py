@@ -65,7 +65,7 @@ def sa_solver(
         m0 = native(grid.prediction_type, s)
         x = X if i == 0 else _KNOWN + weight * m0
         interval = _Interval(s, s_next, tau(t), predict_x0)
-        if s_next == 0:
+        if s_next in (0, s):  # the last step, to no noise or without length
             builder.add(t, s, single(interval.start(x) + interval.first_order() * m0), draw=True)
             continue
         left = len(grid) - i if lower_order_final else len(grid)

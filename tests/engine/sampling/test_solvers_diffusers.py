@@ -21,6 +21,7 @@ from engine.sampling.unipc import unipc
 
 from .references import SD1, Brownian, Noise, grid_of, latent, run_diffusers, run_table, set_steps
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
 STEPS = (1, 2, 5, 10, 20, 50)
 ALL, NO_SAMPLE = ("epsilon", "v_prediction", "sample"), ("epsilon", "v_prediction")
 
@@ -138,7 +139,9 @@ CASES = {
         lambda grid: unipc(grid, 3, lower_order_final=False),
         NO_SAMPLE,
     ),
+    "unipc karras to sigma_min": (UNIPC, {**KARRAS, **TO_MIN}, unipc, NO_SAMPLE),
     "sa": (SA, {}, sa_solver, ALL),
+    "sa karras": (SA, KARRAS, sa_solver, NO_SAMPLE),
     **{
         f"sa {p} {c}": (
             SA,
