@@ -108,8 +108,9 @@ _NOTHING: Linear = np.zeros_like(X)
 
 
 def _differences(m0: Linear, h: float, past: Sequence[float]) -> tuple[Linear, Linear]:
-    """D1 and D2 of DPM-Solver++'s third-order step: the first two derivatives of m, times h and h^2, from the values
-    before and the lengths of their steps, newest first."""
+    """D1 and D2 of the third-order step: h m' and, as the papers' code has it, half of h^2 m'', from the values before
+    and the lengths of their steps, newest first. Because of that half its error is smaller than that of second order,
+    but falls at that order too."""
     if not past:
         return _NOTHING, _NOTHING
     m1, m2 = PAST[:2]

@@ -27,10 +27,10 @@ def dpmpp_2s_ancestral(grid: Grid, eta: float = 1.0, s_noise: float = 1.0) -> St
             continue
         s_mid = math.sqrt(s * s_down)
         alpha_mid = vp(s_mid)[0]
-        y_mid = x0 + s_mid * as_epsilon(grid.prediction_type, s)  # line 4, which is a step of DDIM
+        y_mid = x0 + s_mid * as_epsilon(grid.prediction_type, s)  # u_i, which is a step of DDIM
         builder.add(t, s, keep(alpha_mid * y_mid, X), scale=1 / alpha_mid)
         x0_mid = as_x0(grid.prediction_type, s_mid)
-        y_next = s_down / s * _START / vp(s)[0] + (1 - s_down / s) * x0_mid  # line 6
+        y_next = s_down / s * _START / vp(s)[0] + (1 - s_down / s) * x0_mid
         builder.add(grid.timestep(s_mid), s_mid, single(alpha * (y_next + noise)), draw=draw, scale=1 / alpha)
     return builder.table(grid.initial_scale)
 

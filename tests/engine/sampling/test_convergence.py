@@ -70,12 +70,13 @@ def test_the_third_order_of_diffusers_sde_solver_is_a_first_order():
     assert convergence.slope(errors) == pytest.approx(1, abs=0.3)
 
 
-def test_the_command_draws_the_errors(tmp_path, capsys):
+def test_the_command_draws_the_errors(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(convergence, "STEPS", (16, 32, 64))  # a fifth of the time
     picture = tmp_path / "convergence.png"
     assert main(["convergence", "--output", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size < 150_000
-    assert "UniPC 3                order 4.0" in capsys.readouterr().out
+    assert "  UniPC 3                order" in capsys.readouterr().out
 
 
 def test_a_picture_of_another_kind_is_refused(tmp_path, capsys):

