@@ -47,9 +47,9 @@ def ipndm(grid: Grid, order: int = 4) -> StepTable:
 
 
 def deis(grid: Grid, order: int = 2, final_first_order: bool = False, final_second_order: bool = False) -> StepTable:
-    """DEIS, arXiv 2204.13902 equation 15 (tAB-DEIS) with polynomials in log s, orders 1 to 3. Equals
+    """DEIS, arXiv 2204.13902 equations 14 and 15, with polynomials in log s, orders 1 to 3. Equals
     DEISMultistepScheduler. The last step is of first order with `final_first_order`, the one before it of second order
-    at most with `final_second_order`, and one to no noise of first order always."""
+    at most with `final_second_order`, and one to no noise of first order always, where diffusers' is not a number."""
     refuse_infinite_noise(grid.sigmas[0], "DEIS")
     builder = TableBuilder()
     orders = multistep_orders(grid, order, final_first_order, final_second_order)

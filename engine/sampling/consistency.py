@@ -28,8 +28,9 @@ def lcm(grid: Grid, timestep_scaling: float = 10.0) -> StepTable:
 
 
 def tcd(grid: Grid, gamma: float = 0.3) -> StepTable:
-    """Trajectory consistency distillation, arXiv 2402.19159, algorithm 4: down to timestep (1 - gamma) t_next, then up
-    to t_next with noise. Equals TCDScheduler with eta = gamma, whose last step goes to timestep 0 and draws nothing."""
+    """Trajectory consistency distillation, arXiv 2402.19159, strategic stochastic sampling: down to timestep
+    (1 - gamma) t_next, then up to t_next with noise. Equals TCDScheduler with eta = gamma, whose last step goes to
+    timestep 0 and draws nothing."""
     builder = TableBuilder()
     below = [*grid.timesteps[1:].tolist(), 0.0]
     for i, ((t, s, s_next), t_next) in enumerate(zip(grid.steps(), below)):

@@ -15,6 +15,7 @@ _START = PAST[0]
 def dpmpp_2s_ancestral(grid: Grid, eta: float = 1.0, s_noise: float = 1.0) -> StepTable:
     """DPM++ 2S a (k-diffusion, sample_dpmpp_2s_ancestral): arXiv 2211.01095, algorithm 1 with its point halfway in
     lambda, and ancestral noise."""
+    refuse_infinite_noise(grid.sigmas[0], "DPM++ 2S a")
     builder = TableBuilder()
     for i, (t, s, s_next) in enumerate(grid.steps()):
         s_down, s_up = ancestral(s, s_next, eta)
@@ -24,13 +25,12 @@ def dpmpp_2s_ancestral(grid: Grid, eta: float = 1.0, s_noise: float = 1.0) -> St
         if s_down == 0:
             builder.add(t, s, single(alpha * (x0 + noise)), draw=draw, scale=1 / alpha)
             continue
-        refuse_infinite_noise(s, "DPM++ 2S a")
         s_mid = math.sqrt(s * s_down)
         alpha_mid = vp(s_mid)[0]
-        y_mid = x0 + s_mid * as_epsilon(grid.prediction_type, s)  # line 4, which is a step of DDIM
+        y_mid = x0 + s_mid * as_epsilon(grid.prediction_type, s)  # u_i, which is a step of DDIM
         builder.add(t, s, keep(alpha_mid * y_mid, X), scale=1 / alpha_mid)
         x0_mid = as_x0(grid.prediction_type, s_mid)
-        y_next = s_down / s * _START / vp(s)[0] + (1 - s_down / s) * x0_mid  # line 6
+        y_next = s_down / s * _START / vp(s)[0] + (1 - s_down / s) * x0_mid
         builder.add(grid.timestep(s_mid), s_mid, single(alpha * (y_next + noise)), draw=draw, scale=1 / alpha)
     return builder.table(grid.initial_scale)
 
@@ -41,14 +41,14 @@ def dpmpp_sde(grid: Grid, eta: float = 1.0, s_noise: float = 1.0, r: float = 0.5
     Both noises of a step are increments of one Brownian motion over s, from the step's start to the point between and
     to its end, as those of the references, which have a Brownian tree for it.
     """
+    refuse_infinite_noise(grid.sigmas[0], "DPM++ SDE")
     builder = TableBuilder()
     for i, (t, s, s_next) in enumerate(grid.steps()):
-        alpha, start = scale_after(grid, i, s_next), X / vp(s)[0] if s < math.inf else X
+        alpha, start = scale_after(grid, i, s_next), X / vp(s)[0]
         x0 = as_x0(grid.prediction_type, s)
         if s_next == 0:
             builder.add(t, s, single(x0))
             continue
-        refuse_infinite_noise(s, "DPM++ SDE")
         s_mid = s ** (1 - r) * s_next**r
         alpha_mid, weight = vp(s_mid)[0], 1 / (2 * r)
         s_down, s_up = ancestral(s, s_mid, eta)

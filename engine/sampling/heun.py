@@ -57,12 +57,12 @@ class Restarts:
 
 
 def restart(grid: Grid, restarts: Sequence[Restarts] | None = None, s_noise: float = 1.0) -> StepTable:
-    """Restart, arXiv 2306.14878, algorithm 1 with Heun's steps. Without `restarts` they and the levels are those of
+    """Restart, arXiv 2306.14878, with Heun's steps. Without `restarts` they and the levels are those of
     A1111's sampler "Restart": see `automatic_restarts`."""
+    refuse_infinite_noise(grid.sigmas[0], "Restart")
     levels = [*grid.sigmas.tolist(), float(grid.targets[-1])]
     if restarts is None:
         levels, restarts = automatic_restarts(levels)
-    refuse_infinite_noise(levels[0], "Restart")
     segments = list(_segments(levels, restarts))
     steps = []
     for i, (s, s_next) in enumerate(segments):
@@ -70,7 +70,7 @@ def restart(grid: Grid, restarts: Sequence[Restarts] | None = None, s_noise: flo
         s_after = s_next if last else segments[i + 1][0]
         up = s_noise * math.sqrt(s_after**2 - s_next**2)
         alpha = 1.0 if last else vp(s_after)[0]
-        steps.append(Step(timestep_of(grid, s), s, timestep_of(grid, s_next), s_next, s_after, up, alpha))
+        steps.append(Step(timestep_of(grid, s), s, timestep_of(grid, s_next), s_next, up, alpha))
     return _heun(steps, grid.prediction_type, grid.initial_scale)
 
 

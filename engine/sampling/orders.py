@@ -40,7 +40,7 @@ def singlestep_orders(steps: int, order: int, lower_order_final: bool, to_zero: 
 
 
 def fast_orders(evaluations: int) -> list[int]:
-    """The order of each step of DPM-Solver-fast, arXiv 2206.00927, appendix D: as many evaluations as asked for, by
+    """The order of each step of DPM-Solver-fast (arXiv 2206.00927): as many evaluations as asked for, by
     threes, and what is left at the end."""
     steps = evaluations // 3 + 1
     if evaluations % 3 == 0:

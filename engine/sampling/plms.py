@@ -42,7 +42,7 @@ def plms(grid: StridedGrid) -> StepTable:
 
 
 def pndm(grid: StridedGrid) -> StepTable:
-    """PNDM, arXiv 2202.09778 algorithm 2: three steps of the pseudo Runge-Kutta method, of four evaluations each, then
+    """PNDM, arXiv 2202.09778: three steps of the pseudo Runge-Kutta method, of four evaluations each, then
     the multistep method. Equals PNDMScheduler without skip_prk_steps. StepsError for fewer than 4 steps."""
     if len(grid) < 4:
         raise StepsError(
@@ -59,8 +59,9 @@ def pndm(grid: StridedGrid) -> StepTable:
 
 
 def _runge_kutta(builder: TableBuilder, grid: StridedGrid, i: int) -> None:
-    """Step i from one timestep of the grid to the next, equation 13. While it is taken, slot 1 has the latent at its
-    start, then what is known of the one at its end, and after it come the outputs at the starts of the steps.
+    """Step i from one timestep of the grid to the next, of whose four outputs the weights are 1, 2, 2 and 1 of 6. While
+    it is taken, slot 1 has the latent at its start, then what is known of the one at its end, and after it come the
+    outputs at the starts of the steps.
 
     diffusers puts the point between half a stride above the end, and calls the first latent there half a stride below
     the start, which is another timestep if the stride is odd.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -49,8 +50,8 @@ def sa_solver(
     SASolverScheduler with algorithm data_prediction, or noise_prediction without `predict_x0`.
 
     tau: how much noise a step from a timestep adds; 0 is the ODE and 1 the SDE of the paper. A step to no noise is of
-    first order, as is one without length. `lower_order_final`: the last steps have falling orders. SchedulerConfigError
-    for noise in a step of predicted noise to no noise.
+    first order. `lower_order_final`: the last steps have falling orders. SchedulerConfigError for noise in a step of
+    predicted noise to no noise.
     """
     refuse_infinite_noise(grid.sigmas[0], "SA-Solver")
     if not predict_x0 and grid.targets[-1] == 0 and tau(float(grid.timesteps[-1])) != 0:
@@ -65,7 +66,7 @@ def sa_solver(
         m0 = native(grid.prediction_type, s)
         x = X if i == 0 else _KNOWN + weight * m0
         interval = _Interval(s, s_next, tau(t), predict_x0)
-        if s_next in (0, s):  # no integrals, or nothing to integrate
+        if s_next in (0, s):  # the last step, to no noise or without length
             builder.add(t, s, single(interval.start(x) + interval.first_order() * m0), draw=True)
             continue
         left = len(grid) - i if lower_order_final else len(grid)
@@ -80,45 +81,62 @@ def sa_solver(
     return builder.table(grid.initial_scale)
 
 
+@dataclass(frozen=True)
 class _Interval:
-    """The integrals of one step, equations 11 and 14 of the paper."""
+    """The integrals of one step: exp(lambda) drift x0, or noise, over lambda."""
 
-    def __init__(self, s: float, s_next: float, tau: float, predict_x0: bool) -> None:
-        (self._alpha, self._sigma), (self._alpha_next, self._sigma_next) = vp(s), vp(s_next)
-        self._s, self._s_next, self._tau, self._predict_x0 = s, s_next, tau, predict_x0
-        self._h = math.log(s / s_next) if s_next > 0 else math.inf
-        self._drift = 1 + tau**2
-        self._z = -self._drift * self._h if predict_x0 else self._h
-        self._gain = self._drift * (self._alpha_next if predict_x0 else -self._sigma_next)
+    s: float
+    s_next: float
+    tau: float
+    predict_x0: bool
+
+    @property
+    def drift(self) -> float:
+        return 1 + self.tau**2
+
+    @property
+    def h(self) -> float:
+        return math.log(self.s / self.s_next)
+
+    @property
+    def z(self) -> float:
+        """The exponent of what the integral's start weighs more than its end."""
+        return -self.drift * self.h if self.predict_x0 else self.h
+
+    @property
+    def gain(self) -> float:
+        alpha_next, sigma_next = vp(self.s_next)
+        return self.drift * (alpha_next if self.predict_x0 else -sigma_next)
 
     def start(self, x: Linear) -> Linear:
         """The part of the latent at the start, and the noise."""
-        if self._predict_x0:
-            kept = (self._s_next / self._s) ** self._tau**2
-            noise = self._sigma_next * math.sqrt(1 - kept**2) * NOISE
-            return self._sigma_next / self._sigma * kept * x + noise
-        noise = self._tau * self._alpha_next * math.sqrt(self._s**2 - self._s_next**2) * NOISE
-        return self._alpha_next / self._alpha * x + noise
+        (alpha, sigma), (alpha_next, sigma_next) = vp(self.s), vp(self.s_next)
+        if self.predict_x0:
+            kept = (self.s_next / self.s) ** self.tau**2  # exp(-tau^2 h)
+            return sigma_next / sigma * kept * x + sigma_next * math.sqrt(1 - kept**2) * NOISE
+        deviation = self.tau * math.sqrt(self.s**2 - self.s_next**2)
+        return alpha_next / alpha * x + alpha_next * deviation * NOISE
 
     def first_order(self) -> float:
         """The weight of a constant value, also over a step to no noise."""
-        if self._predict_x0:
-            return self._alpha_next * (1 - (self._s_next / self._s) ** self._drift)
-        return -self._drift * self._alpha_next * (self._s - self._s_next)
+        alpha_next = vp(self.s_next)[0]
+        if self.predict_x0:
+            return alpha_next * (1 - (self.s_next / self.s) ** self.drift)
+        return -self.drift * alpha_next * (self.s - self.s_next)
 
     def predictor(self, nodes: Sequence[float]) -> np.ndarray:
         """The weights of the values at these nodes, of which the first is 0, the start. Those of order 2 for x0 have
-        h^2 / 2 as the integral of the slope, as the reference has."""
-        weights = self._gain * exponential_weights(nodes, self._h, self._z)
-        if len(nodes) == 2 and self._predict_x0:
-            change = self._gain * self._h**2 * (0.5 - phi(2, self._z)) / (nodes[0] - nodes[1])
+        h^2 / 2 as the integral of the slope, as the authors' code has."""
+        weights = self.gain * exponential_weights(nodes, self.h, self.z)
+        if len(nodes) == 2 and self.predict_x0:
+            change = self.gain * self.h**2 * (0.5 - phi(2, self.z)) / (nodes[0] - nodes[1])
             weights = weights + np.array([change, -change])
         return weights
 
     def corrector(self, nodes: Sequence[float]) -> np.ndarray:
         """The weights of the value at the end and of those at these nodes, with the same change of order 2."""
-        weights = self._gain * exponential_weights([self._h, *nodes], self._h, self._z)
-        if len(nodes) == 1 and self._predict_x0:
-            change = self._gain * self._h * (0.5 - phi(2, self._z))
+        weights = self.gain * exponential_weights([self.h, *nodes], self.h, self.z)
+        if len(nodes) == 1 and self.predict_x0:
+            change = self.gain * self.h * (0.5 - phi(2, self.z))
             weights = weights + np.array([change, -change])
         return weights

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from .grids import Grid
 from .integrals import phi
@@ -25,7 +25,6 @@ from .table import (
 from .ve import ancestral, scale_after
 
 _START, _M1, _M2 = PAST[:3]
-Native = Callable[[str, float], Linear]
 
 
 def dpmpp_singlestep(
@@ -43,7 +42,7 @@ def dpmpp_singlestep(
         gains = [alpha_next * h * phi(n, -h) for n in (1, 2, 3)]
         return sigma_next / sigma, gains[0], gains[1], gains[2]
 
-    return _singlestep(grid, as_x0, weights, (order, heun, lower_order_final, steps))
+    return _singlestep(grid, as_x0, weights, _orders(grid, order, lower_order_final, steps), heun)
 
 
 def dpm_singlestep(
@@ -57,24 +56,30 @@ def dpm_singlestep(
         gains = [-sigma_next * h * phi(n, h) for n in (1, 2, 3)]
         return alpha_next / alpha, gains[0], gains[1], gains[2]
 
-    return _singlestep(grid, as_epsilon, weights, (order, heun, lower_order_final, steps))
+    return _singlestep(grid, as_epsilon, weights, _orders(grid, order, lower_order_final, steps), heun)
+
+
+def _orders(grid: Grid, order: int, lower_order_final: bool, steps: int | None) -> list[int]:
+    """The order of each step, and where the grid starts late those of its steps in the whole loop, as far as there are
+    values for them."""
+    whole = len(grid) if steps is None else steps
+    orders = singlestep_orders(whole, order, lower_order_final, bool(grid.targets[-1] == 0))[-len(grid) :]
+    return [min(k, i + 1) for i, k in enumerate(orders)]
 
 
 def _singlestep(
     grid: Grid,
-    native: Native,
+    native: Callable[[str, float], Linear],
     weights: Callable[[float, float], tuple[float, float, float, float]],
-    options: tuple[int, bool, bool, int | None],
+    orders: Sequence[int],
+    heun: bool,
 ) -> StepTable:
     """x' = A start + B0 D0 + B1 D1 + B2 D2 from the group's start, whose derivatives D1 and D2 come from the values
     since."""
-    order, heun, lower_order_final, steps = options
     refuse_infinite_noise(grid.sigmas[0], "singlestep DPM-Solver")
-    whole = len(grid) if steps is None else steps
-    orders = singlestep_orders(whole, order, lower_order_final, bool(grid.targets[-1] == 0))[-len(grid) :]
     builder, sigmas = TableBuilder(), grid.sigmas.tolist()
     for i, (t, s, s_next) in enumerate(grid.steps()):
-        m0, k = native(grid.prediction_type, s), min(orders[i], i + 1)
+        m0, k = native(grid.prediction_type, s), orders[i]
         if k == 1:
             x0, epsilon = as_x0(grid.prediction_type, s), as_epsilon(grid.prediction_type, s)
             alpha_next, sigma_next = vp(s_next)

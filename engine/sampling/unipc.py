@@ -49,7 +49,7 @@ def unipc(
         corrects = i > 0 and i - 1 not in disable_corrector
         x = _KNOWN + weight * m0 if corrects else X  # UniC, with the value at its own end
         x_next, gain = _first_order(x, m0, s, s_next, predict_x0)
-        if s_next in (0, s):
+        if s_next in (0, s):  # the last step, to no noise or without length
             builder.add(t, s, single(x_next))
             continue
         h = math.log(s / s_next)

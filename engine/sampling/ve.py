@@ -17,14 +17,13 @@ from .table import refuse_infinite_noise, vp
 
 @dataclass(frozen=True)
 class Step:
-    """A step from the noise level s, at timestep t, down to s_next, at t_next, and from there up to s_after, at which
-    the next evaluation is, by `up` times standard normal noise. alpha: the scale in which it leaves y."""
+    """A step from the noise level s, at timestep t, down to s_next, at t_next, and up to the level of the next
+    evaluation by `up` times standard normal noise. alpha: the scale in which it leaves y."""
 
     t: float
     s: float
     t_next: float
     s_next: float
-    s_after: float
     up: float
     alpha: float
 
@@ -32,7 +31,7 @@ class Step:
 def ve_steps(grid: Grid) -> Iterator[Step]:
     """The steps of a grid, without noise."""
     for i, (t, s, s_next) in enumerate(grid.steps()):
-        yield Step(t, s, timestep_of(grid, s_next), s_next, s_next, 0.0, scale_after(grid, i, s_next))
+        yield Step(t, s, timestep_of(grid, s_next), s_next, 0.0, scale_after(grid, i, s_next))
 
 
 def scale_after(grid: Grid, i: int, s: float) -> float:
@@ -60,7 +59,7 @@ def churned(grid: Grid, s_churn: float, s_tmin: float, s_tmax: float, s_noise: f
         t = step.t if gammas[i] == 0 else grid.timestep(hats[i])
         s_after = step.s_next if i == len(grid) - 1 else hats[i + 1]
         up = s_noise * math.sqrt(s_after**2 - step.s_next**2)  # line 6
-        steps.append(Step(t, hats[i], step.t_next, step.s_next, s_after, up, scale_after(grid, i, s_after)))
+        steps.append(Step(t, hats[i], step.t_next, step.s_next, up, scale_after(grid, i, s_after)))
     s, s_hat = float(grid.sigmas[0]), hats[0]
     first = math.hypot(grid.initial_scale / vp(s)[0], s_noise * math.sqrt(s_hat**2 - s**2))
     return steps, vp(s_hat)[0] * first

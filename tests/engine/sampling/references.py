@@ -106,7 +106,8 @@ def run_diffusers(scheduler, x, noise=None, start=0, **options):
 
 def grid_of(scheduler, evaluations=1):
     """The grid of a scheduler's own timesteps and noise levels, of which a step of `evaluations` has that many."""
-    levels = np.sqrt(1 / scheduler.alphas_cumprod.double().numpy() - 1)
+    with np.errstate(divide="ignore"):  # no signal at all
+        levels = np.sqrt(1 / scheduler.alphas_cumprod.double().numpy() - 1)
     timesteps = scheduler.timesteps.double().numpy()[::evaluations]
     if hasattr(scheduler, "sigmas"):
         sigmas = scheduler.sigmas.double().numpy()
