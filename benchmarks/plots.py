@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from PIL import Image
 
 from benchmarks.errors import BenchmarkUsageError
 from engine.libraries import install_command
@@ -129,3 +132,31 @@ def scaling(content: dict[str, Any], file: Path) -> None:
             title="" if exponent is None else f"exponent {exponent:.2f}",
         )
     _save(figure, file)
+
+
+def convergence(found: Mapping[str, Sequence[tuple[Any, Sequence[float]]]], steps: Sequence[int], file: Path) -> None:
+    """The errors of solvers over their steps, a panel a family, with the orders that they fall at."""
+    figure, _ = _figure(15, 6)
+    figure.clear()
+    panels = figure.subplots(1, len(found), sharey=True)
+    for axes, (family, curves) in zip(panels, found.items()):
+        for number, (solver, errors) in enumerate(curves):
+            axes.plot(
+                steps, errors, "os^D"[number % 4] + ("-" if number < 10 else "--"), label=solver.name, markersize=4
+            )
+        for order in sorted({solver.order for solver, _ in curves}):
+            highest = max(errors[0] for solver, errors in curves if solver.order == order)
+            guide = [2 * highest * (count / steps[0]) ** -order for count in steps]
+            axes.plot(steps, guide, ":", color="gray")
+            axes.annotate(f"order {order}", (steps[1], guide[1]), fontsize=7, color="gray", va="bottom")
+        axes.set(xscale="log", yscale="log", xlabel="steps", title=family)
+        axes.title.set_fontsize(10)
+        axes.minorticks_off()
+        axes.set_xticks(steps, [str(count) for count in steps])
+        axes.legend(fontsize=7, loc="lower left")
+    panels[0].set(ylabel="error", ylim=(1e-12, 1))
+    _save(figure, file)
+    if file.suffix.lower() == ".png":  # a third of the bytes
+        with Image.open(file) as picture:
+            few = picture.convert("RGB").quantize(64)
+        few.save(file, optimize=True)

@@ -1,6 +1,7 @@
 """The runtime from a shell.
 
 python -m engine picture "a large red circle on a blue background" --bundle engines/demo
+python -m engine samplers
 python -m engine doctor
 """
 
@@ -105,6 +106,11 @@ def make(pipeline: Pipeline, wanted: Sequence[tuple[str, int, Path]], options: a
                 progress=told,
                 guidance_rescale=options.guidance_rescale,
                 guidance_interval=options.guidance_interval,
+                schedule_type=options.schedule_type,
+                timesteps=options.timesteps,
+                sigmas=options.sigmas,
+                timestep_respacing=options.timestep_respacing,
+                sampler_options=dict(options.sampler_option),
             )
         for text, seed, file, image in zip(texts, seeds, files, result.images):
             write_picture(image, file)
@@ -133,15 +139,27 @@ def check_call(options: argparse.Namespace, texts: list[str]) -> Bundle:
     from .bundle import Bundle
     from .checks import check_prompts
     from .guidance import check_guidance
-    from .sampling.catalog import sampler_name, step_table
+    from .request import Sampling
     from .sampling.schedule import Schedule
 
     check_prompts(texts, options.negative_prompt)
     bundle = Bundle.open(options.bundle, verify=False)
     schedule = Schedule.from_config(bundle.scheduler)
-    steps = min(options.steps, schedule.train_timesteps)
-    table = step_table(sampler_name(options.scheduler, schedule), schedule, steps, options.eta)
-    check_guidance(options.guidance_scale, options.guidance_rescale, options.guidance_interval, steps, table.timesteps)
+    sampling = Sampling.check(
+        schedule,
+        options.scheduler,
+        options.steps,
+        options.eta,
+        options.schedule_type,
+        options.timesteps,
+        options.sigmas,
+        options.timestep_respacing,
+        dict(options.sampler_option),
+    )
+    table = sampling.table(schedule)
+    check_guidance(
+        options.guidance_scale, options.guidance_rescale, options.guidance_interval, sampling.count, table.timesteps
+    )
     return bundle
 
 
@@ -195,6 +213,15 @@ def split(total: int, sizes: Sequence[int]) -> list[int]:
     small, larger = divmod(total, len(best))
     equal = [small + 1] * larger + [small] * (len(best) - larger)
     return equal if set(equal) <= set(sizes) else best
+
+
+def samplers(options: argparse.Namespace) -> int:
+    """Prints the samplers, or what the named ones take."""
+    from .sampling.listing import describe, overview
+
+    for line in describe(options.names) if options.names else overview():
+        say(line)
+    return 0
 
 
 def doctor(options: argparse.Namespace) -> int:
@@ -279,7 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise
     failure: Exception
     try:
-        return {"picture": picture, "doctor": doctor}[options.command](options)
+        return {"picture": picture, "samplers": samplers, "doctor": doctor}[options.command](options)
     except KeyboardInterrupt:
         message, code = "stopped", 130
     except EngineError as error:

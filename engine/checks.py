@@ -16,10 +16,12 @@ from .errors import (
     LatentsError,
     OutputTypeError,
     PromptError,
+    SamplerOptionError,
     SeedError,
     SizeError,
     StepsError,
     ThreadsError,
+    TimestepsError,
     shown,
 )
 from .manifest import LARGEST_BATCH, LARGEST_SIDE, SMALLEST_SIDE
@@ -183,6 +185,37 @@ def check_steps(value: Any, train_timesteps: int) -> int:
             f"num_inference_steps is {shown(value)}; it must be an integer from 1 to {highest}. 20 to 50 are usual"
         )
     return int(value)
+
+
+def check_falling(value: Any, what: str, least: int) -> tuple[float, ...] | None:
+    """`timesteps` or `sigmas` of a call: from `least` to 1001 finite numbers. Whether they fall, and are the model's,
+    the sampler's grid finds out."""
+    if value is None:
+        return None
+    listed = isinstance(value, (list, tuple, range)) or (isinstance(value, np.ndarray) and value.ndim == 1)
+    numbers = list(value) if listed else []
+    if not least <= len(numbers) <= MAX_STEPS + 1 or not all(map(_is_finite, numbers)):
+        raise TimestepsError(
+            f"{what} are {shown(value)}; pass a list of {least} to {MAX_STEPS + 1} finite numbers that fall"
+        )
+    return tuple(float(number) for number in numbers)
+
+
+def _is_finite(value: Any) -> bool:
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    return number and abs(value) <= MAX_LATENT
+
+
+def check_sampler_options(value: Any) -> dict[str, Any]:
+    """Options by name. Which there are, and their values, the sampler knows."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise SamplerOptionError(
+            f"sampler_options are {shown(value)}; pass a dictionary such as {{'s_churn': 10}}; "
+            f"`python -m engine samplers NAME` lists a sampler's"
+        )
+    return dict(value)
 
 
 def check_number(value: Any, name: str, low: float, high: float, usual: str) -> float:

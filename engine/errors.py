@@ -77,6 +77,19 @@ class UnknownSchedulerError(InputError):
     """There is no sampler of that name."""
 
 
+class ScheduleTypeError(InputError):
+    """There is no schedule type of that name, or the sampler cannot use it."""
+
+
+class TimestepsError(InputError):
+    """`timesteps`, `sigmas` or `timestep_respacing` are not numbers that fall, are not the model's, or the sampler
+    cannot use them."""
+
+
+class SamplerOptionError(InputError):
+    """An option in `sampler_options` is not one of the sampler's, or its value is wrong."""
+
+
 class OutputPathError(InputError):
     """The name of a picture's file is not allowed, or it is the name of something that is never replaced, such as a
     folder or a device."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -171,6 +171,11 @@ class Pipeline:
         progress: bool = True,
         guidance_rescale: float = 0.0,
         guidance_interval: Sequence[float] | None = None,
+        schedule_type: str | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        timestep_respacing: str | None = None,
+        sampler_options: Mapping[str, Any] | None = None,
     ) -> Result:
         """Makes the picture that diffusers' StableDiffusionPipeline makes from the same arguments.
 
@@ -179,17 +184,20 @@ class Pipeline:
         called before the loop; eta: DDIM's; seed: where diffusers takes a generator on the CPU, one for all pictures or
         one for each, or None for a random one; latents: [B, 4, height/8, width/8] standard normal float32 instead of
         noise; callback_on_step_end(pipeline, evaluation, timestep, {"latents": [B, 4, h, w]}) sees diffusers' latents,
-        and may write to them or return others so; scheduler: a sampler's name (None: the model's own); progress: show a
-        bar; guidance_rescale: phi of arXiv 2305.08891; guidance_interval: (start, end), evaluation i of E has guidance
-        if start <= i / E <= end, the others run without the negative prompt. Raises the InputErrors of engine/errors.py
-        before any work, NumericalError and not a black picture, BundleChangedError where the bundle's files were
-        written to, ClosedPipelineError, and BusyPipelineError in a callback.
+        and may write to them or return others so; scheduler: a sampler's name, a class of diffusers or A1111's label
+        (None: the model's own); progress: show a bar; guidance_rescale: phi of arXiv 2305.08891; guidance_interval:
+        (start, end), evaluation i of E has guidance if start <= i / E <= end, the others run without the negative
+        prompt; schedule_type, timesteps, sigmas, timestep_respacing: the sampler's grid; sampler_options: its options
+        by name (docs/samplers.md). Raises the InputErrors of engine/errors.py before any work, NumericalError and not
+        a black picture, BundleChangedError where the bundle's files were written to, ClosedPipelineError, and
+        BusyPipelineError in a callback.
         """
         started = perf_counter()
         request = Request.check(self.limits, prompt, height, width, num_inference_steps, guidance_scale,
                                 negative_prompt, num_images_per_prompt, eta, seed, latents, output_type,
                                 callback_on_step_end, scheduler, progress, guidance_rescale,
-                                guidance_interval)  # fmt: skip
+                                guidance_interval, schedule_type, timesteps, sigmas,
+                                timestep_respacing, sampler_options)  # fmt: skip
         with self._turn():
             self.bundle.recheck_in_place()
             result = self._run(request, started)

@@ -1,35 +1,39 @@
-"""Euler's method in k-diffusion's scale y = x / alpha. The last state is left in that scale, as diffusers does."""
+"""Euler's method in k-diffusion's scale y = x / alpha."""
 
 from __future__ import annotations
 
 import math
 
 from .grids import Grid
-from .table import NOISE, StepTable, TableBuilder, X, as_epsilon, single, vp
+from .table import NOISE, StepTable, TableBuilder, as_epsilon, as_x0, single
+from .ve import ancestral, churned, scale_after
 
 
-def euler(grid: Grid) -> StepTable:
-    """Euler, algorithm 2 of arXiv 2206.00364 without churn. Equals EulerDiscreteScheduler."""
-    return _euler(grid, ancestral=False)
+def euler(
+    grid: Grid, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
+) -> StepTable:
+    """Euler, algorithm 2 of arXiv 2206.00364 without its lines 9 to 11. Equals EulerDiscreteScheduler, and
+    with churn too k-diffusion's sample_euler.
+
+    diffusers' own churn adds its noise after the evaluation, at the level without it; no pipeline asks for it.
+    """
+    builder = TableBuilder()
+    steps, initial_scale = churned(grid, s_churn, s_tmin, s_tmax, s_noise)
+    for step in steps:
+        x0, epsilon = as_x0(grid.prediction_type, step.s), as_epsilon(grid.prediction_type, step.s)
+        y_next = x0 + step.s_next * epsilon + step.up * NOISE  # line 8
+        builder.add(step.t, step.s, single(step.alpha * y_next), draw=step.up > 0, scale=1 / step.alpha)
+    return builder.table(initial_scale)
 
 
-def euler_ancestral(grid: Grid) -> StepTable:
-    """Euler with ancestral noise (k-diffusion, sample_euler_ancestral). Equals EulerAncestralDiscreteScheduler."""
-    return _euler(grid, ancestral=True)
-
-
-def _euler(grid: Grid, ancestral: bool) -> StepTable:
-    """y' = y + (s_down - s) epsilon + s_up noise."""
-    builder, last = TableBuilder(), len(grid) - 1
+def euler_ancestral(grid: Grid, eta: float = 1.0, s_noise: float = 1.0) -> StepTable:
+    """Euler with ancestral noise (k-diffusion, sample_euler_ancestral). Equals EulerAncestralDiscreteScheduler with eta
+    and s_noise 1."""
+    builder = TableBuilder()
     for i, (t, s, s_next) in enumerate(grid.steps()):
-        alpha_next = 1.0 if i == last else vp(s_next)[0]
-        down, up = _ancestral(s, s_next) if ancestral else (s_next, 0.0)
-        y = X / vp(s)[0]
-        y_next = y + (down - s) * as_epsilon(grid.prediction_type, s) + up * NOISE
-        builder.add(t, s, single(alpha_next * y_next), draw=ancestral, scale=1 / alpha_next)
+        x0, epsilon = as_x0(grid.prediction_type, s), as_epsilon(grid.prediction_type, s)
+        s_down, s_up = ancestral(s, s_next, eta)
+        y_next = x0 + s_down * epsilon + s_noise * s_up * NOISE
+        alpha = scale_after(grid, i, s_next)
+        builder.add(t, s, single(alpha * y_next), draw=eta > 0, scale=1 / alpha)
     return builder.table(grid.initial_scale)
-
-
-def _ancestral(s: float, s_next: float) -> tuple[float, float]:
-    """s_down and s_up, with s_down^2 + s_up^2 = s_next^2 (k-diffusion, get_ancestral_step with eta = 1)."""
-    return s_next**2 / s, s_next * math.sqrt(1 - (s_next / s) ** 2)

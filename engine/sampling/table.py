@@ -1,25 +1,26 @@
 """Samplers as step tables: for every U-Net evaluation a timestep and a K x (K+2) matrix, computed in float64.
 
-The state has K = 5 slots. Slot 0 is the latent x that the U-Net sees, VP-scaled: x = alpha x0 + sigma noise. One
+The state has K = SLOTS slots. Slot 0 is the latent x that the U-Net sees, VP-scaled: x = alpha x0 + sigma noise. One
 evaluation does
 
     state' = update @ [state; output; noise]
 
 with `output` the guided output of the U-Net and `noise` standard normal. A row of an update is a `Linear`, so a solver
-writes its paper's equations with `X`, `OUTPUT`, `NOISE` and `PAST`, and makes updates of them with `single` or
-`multistep`.
+writes its paper's equations with `X`, `OUTPUT`, `NOISE` and `PAST`, and makes updates of them with `single`,
+`multistep` or `keep`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 
 from ..contract import SLOTS
+from ..errors import SchedulerConfigError
 
 Linear: TypeAlias = np.ndarray
 """[K+2] float64: a quantity as a linear combination of the state's slots, the output and the noise. Sums of these and
@@ -29,7 +30,7 @@ _BASIS = np.eye(SLOTS + 2)
 _BASIS.flags.writeable = False
 X: Linear = _BASIS[0]
 PAST: Sequence[Linear] = tuple(_BASIS[1:SLOTS])
-"""What slots 1 to 4 remember; after `multistep`, the values that it pushed, newest first."""
+"""What the slots from 1 on remember; after `multistep`, the values that it pushed, newest first."""
 OUTPUT: Linear = _BASIS[SLOTS]
 NOISE: Linear = _BASIS[SLOTS + 1]
 
@@ -116,6 +117,21 @@ def multistep(x_next: Linear, newest: Linear) -> np.ndarray:
     return update
 
 
+def weighted(weights: Iterable[float], values: Iterable[Linear]) -> Linear:
+    """The sum of the values with these weights, of which there may be fewer."""
+    total = np.zeros_like(X)
+    for weight, value in zip(weights, values):
+        total = total + weight * value
+    return total
+
+
+def keep(x_next: Linear, *past: Linear) -> np.ndarray:
+    """The update of a solver that says what each slot of PAST remembers, in their order; the rest forget."""
+    update = single(x_next)
+    update[1 : 1 + len(past)] = past
+    return update
+
+
 def vp(s: float) -> tuple[float, float]:
     """alpha and sigma of a k-diffusion noise level s = sigma / alpha, which may be infinite."""
     if math.isinf(s):
@@ -138,3 +154,12 @@ def as_epsilon(prediction_type: str, s: float) -> Linear:
     if prediction_type == "epsilon":
         return OUTPUT
     return sigma * X + alpha * OUTPUT if prediction_type == "v_prediction" else (X - alpha * OUTPUT) / sigma
+
+
+def refuse_infinite_noise(s: float, solver: str) -> None:
+    """SchedulerConfigError for a first evaluation without signal, which the solver's equations don't allow."""
+    if math.isinf(s):
+        raise SchedulerConfigError(
+            f"{solver} cannot start at a timestep that has no signal (rescale_betas_zero_snr=true); take another "
+            f"scheduler, for example ddim, or timestep_spacing 'leading'"
+        )
