@@ -162,15 +162,6 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def every_random_number_is_put_back(monkeypatch):
-    """`run_diffusers` replaces randn_tensor in the scheduler's module."""
-    for cls in {case[0] for case in CASES.values()}:
-        module = __import__(cls.__module__, fromlist=["_"])
-        if hasattr(module, "randn_tensor"):
-            monkeypatch.setattr(module, "randn_tensor", module.randn_tensor)
-
-
 def check(scheduler, grid, solver, **options):
     ours, theirs = (Brownian(), Brownian()) if hasattr(scheduler, "noise_sampler") else (Noise(), Noise())
     x = latent()
