@@ -33,6 +33,14 @@ class PromptError(InputError):
     """A prompt is not a string, not valid Unicode, too long, or does not match the number of negative prompts."""
 
 
+class PromptWeightError(PromptError):
+    """A prompt gives a text a weight above 1000."""
+
+
+class AdapterTagError(PromptError):
+    """A tag in a prompt, such as `<lora:name:0.8>`, can't be read."""
+
+
 class SizeError(InputError):
     """Height or width is not a multiple of 8, or the bundle was not built for it."""
 
