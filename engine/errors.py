@@ -94,6 +94,24 @@ class PromptsFileError(InputError):
     """A file of prompts is not readable, not UTF-8, or empty."""
 
 
+class TensorFileError(EngineError):
+    """A file of tensors is missing, damaged or too large, or holds tensors of a type that is not read."""
+
+    exit_code = 2
+
+
+class UnsafePickleError(TensorFileError):
+    """A .pt or .bin asks for something else than tensors. Nothing of it was run."""
+
+
+class InversionError(InputError):
+    """A file holds no vectors of a textual inversion, or too many, or its word can't stand in a prompt."""
+
+
+class InversionWidthError(InversionError):
+    """The vectors of a textual inversion are for other text encoders than the model's."""
+
+
 class SchedulerConfigError(EngineError):
     """The model's scheduler_config.json asks for something that the samplers do not support."""
 
