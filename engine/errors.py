@@ -104,8 +104,10 @@ class UnsafePickleError(TensorFileError):
     """A .pt or .bin asks for something else than tensors. Nothing of it was run."""
 
 
-class InversionError(InputError):
+class InversionError(EngineError):
     """A file holds no vectors of a textual inversion, or too many, or its word can't stand in a prompt."""
+
+    exit_code = 2
 
 
 class InversionWidthError(InversionError):
@@ -215,3 +217,9 @@ class DeviceLostError(CudaError):
 
 class OutputFileError(EngineError):
     """A picture could not be written."""
+
+
+class MetadataError(EngineError):
+    """A picture's settings can't be read, or are too long for its format."""
+
+    exit_code = 2

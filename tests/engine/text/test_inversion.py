@@ -346,7 +346,7 @@ def good_files():
 GOOD = good_files()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.sampled_from(GOOD), st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 255)), max_size=4), st.data())
 def test_damaged_files_are_errors_by_name(tmp_path_factory, data, changes, draw):
     changed = bytearray(data[: draw.draw(st.integers(1, len(data)))] if draw.draw(st.booleans()) else data)
