@@ -112,7 +112,7 @@ def _read_legacy(data: memoryview) -> Any:
     magic, version, _, content, keys = (machine.run(stream) for _ in range(5))
     if (magic, version) != (LEGACY_MAGIC, LEGACY_VERSION):
         raise TensorFileError("this is a pickle, and not one of torch.save")
-    for key in keys:
+    for key in map(_text, keys):
         count = int.from_bytes(stream.read(8), "little")
         start = stream.tell()
         end = start + count * BYTES[storages[key].dtype]
@@ -121,6 +121,12 @@ def _read_legacy(data: memoryview) -> Any:
         storages[key].data = data[start:end]
         stream.seek(end)
     return content
+
+
+def _text(key: Any) -> str:
+    if type(key) is not str:
+        raise TensorFileError("the file has a storage whose key is no text: it is damaged")
+    return key
 
 
 @dataclass

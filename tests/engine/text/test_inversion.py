@@ -187,11 +187,15 @@ def test_pickles_that_torch_does_not_write(tmp_path, data, words):
 
 
 def test_nested_tuples_that_would_take_forever_to_print_or_compare(tmp_path):
-    nest = b"0" + b"".join(b"q\x01h\x01\x86" for _ in range(100))
+    nest = b"q\x01h\x01\x86" * 100
     for end in (b".", b"Q.", b"}(" + b"h\x01K\x01u.", b")R."):
-        data = b"\x80\x02)" + nest[1:] + end
+        data = b"\x80\x02)" + nest + end
         with pytest.raises((TensorFileError, InversionError)):
             load_inversion(with_pickle(tmp_path / "a.pt", data))
+    numbers = [pickle.dumps(value, 2) for value in (torch_file.LEGACY_MAGIC, torch_file.LEGACY_VERSION, {}, {})]
+    (tmp_path / "old.pt").write_bytes(b"".join(numbers) + b"\x80\x02])" + nest + b"a.")
+    with pytest.raises(TensorFileError, match="a storage whose key is no text"):
+        load_inversion(tmp_path / "old.pt")
 
 
 def test_archives_that_torch_does_not_write(tmp_path):
