@@ -27,6 +27,7 @@ RECORD = "latentrt"
 FORMAT = 1
 """The version of the record."""
 
+READ = ("PNG", "JPEG", "WEBP", "GIF")
 UNICODE = b"UNICODE\0"
 ASCII = b"ASCII\0\0\0"
 MAKER = b"LatentRT\0"
@@ -79,9 +80,10 @@ def save_options(info: Info, format: str) -> dict[str, Any]:
 
 def read(path: str | os.PathLike[str]) -> Metadata:
     """What a picture file says: ours, A1111's, and others' that write A1111's text. The pixels are not read.
-    MetadataError if the file can't be read or is no picture."""
+    MetadataError if the file can't be read or is no PNG, JPEG, WebP or
+    GIF."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=READ) as image:
             info, exif = image.info, image.getexif().get_ifd(ExifTags.IFD.Exif)
             comment, note = exif.get(ExifTags.Base.UserComment), exif.get(ExifTags.Base.MakerNote)
     except Exception as error:  # Pillow raises errors of many kinds for damaged files

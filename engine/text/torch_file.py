@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import pickletools
+import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -52,6 +53,20 @@ CONSTANTS: dict[str, Callable[[], Any]] = {
 }
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
+DAMAGE = (
+    zipfile.BadZipFile,
+    struct.error,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OSError,
+    EOFError,
+    RuntimeError,
+)
+"""What zipfile, pickletools and the machine raise for damaged files."""
+
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_VERSION = 1001
 ZIP = b"PK\x03\x04"
@@ -71,10 +86,8 @@ def read_torch(data: memoryview) -> Any:
         return _read_zip(data) if bytes(data[:4]) == ZIP else _read_legacy(data)
     except TensorFileError:
         raise
-    except (ValueError, LookupError, TypeError, AttributeError, OSError, EOFError, RuntimeError) as error:
+    except DAMAGE as error:
         raise TensorFileError(f"this is no file of torch.save, or it is damaged ({shown(error)})") from error
-    except zipfile.BadZipFile as error:
-        raise TensorFileError(f"the archive is damaged ({error}); get the file again") from error
 
 
 def _read_zip(data: memoryview) -> Any:

@@ -215,6 +215,21 @@ def test_archives_that_torch_does_not_write(tmp_path):
         load_inversion(file)
 
 
+def test_an_archive_whose_entry_is_nowhere(tmp_path):
+    """The central directory says that data.pkl begins at 2**63 - 1."""
+    file = tmp_path / "a.pt"
+    entry = zipfile.ZipInfo("a/data.pkl")
+    entry.extra = struct.pack("<HHQ", 1, 8, 2**63 - 1)
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(entry, pickle.dumps({}, 2))
+    data = bytearray(file.read_bytes())
+    place = data.index(b"PK\x01\x02") + 42
+    data[place : place + 4] = b"\xff" * 4
+    file.write_bytes(data)
+    with pytest.raises(TensorFileError, match=r"no file of torch\.save, or it is damaged"):
+        load_inversion(file)
+
+
 @pytest.mark.parametrize(
     ("shape", "strides", "words"),
     [
