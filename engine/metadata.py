@@ -80,11 +80,11 @@ def save_options(info: Info, format: str) -> dict[str, Any]:
 
 def read(path: str | os.PathLike[str]) -> Metadata:
     """What a picture file says: ours, A1111's, and others' that write A1111's text. The pixels are not read.
-    MetadataError if the file can't be read or is no PNG, JPEG, WebP or
-    GIF."""
+    MetadataError if the file can't be read or is no PNG, JPEG, WebP or GIF."""
     try:
         with Image.open(path, formats=READ) as image:
-            info, exif = image.info, image.getexif().get_ifd(ExifTags.IFD.Exif)
+            info = image.info
+            exif = image.getexif().get_ifd(ExifTags.IFD.Exif) if "exif" in info else {}
             comment, note = exif.get(ExifTags.Base.UserComment), exif.get(ExifTags.Base.MakerNote)
     except Exception as error:  # Pillow raises errors of many kinds for damaged files
         raise MetadataError(f"{shown(str(path))} can't be read as a picture ({shown(error)})") from error

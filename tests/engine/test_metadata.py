@@ -135,6 +135,13 @@ def test_a_record_that_inflates_without_end_is_refused():
         Metadata(None, b"no deflated data").record()
 
 
+def test_the_pixels_are_not_needed(tmp_path):
+    picture().save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(data[: data.index(b"IDAT") + 10])
+    assert read(tmp_path / "a.png").record() == RECORD
+
+
 def test_what_is_no_picture_is_an_error(tmp_path):
     (tmp_path / "a.png").write_text("no picture")
     for file in (tmp_path / "a.png", tmp_path / "none.png", tmp_path, "a\0.png"):
