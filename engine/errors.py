@@ -33,6 +33,14 @@ class PromptError(InputError):
     """A prompt is not a string, not valid Unicode, too long, or does not match the number of negative prompts."""
 
 
+class PromptWeightError(PromptError):
+    """A prompt gives a text a weight above 1000."""
+
+
+class AdapterTagError(PromptError):
+    """A tag in a prompt, such as `<lora:name:0.8>`, can't be read."""
+
+
 class SizeError(InputError):
     """Height or width is not a multiple of 8, or the bundle was not built for it."""
 
@@ -97,6 +105,26 @@ class OutputPathError(InputError):
 
 class PromptsFileError(InputError):
     """A file of prompts is not readable, not UTF-8, or empty."""
+
+
+class TensorFileError(EngineError):
+    """A file of tensors is missing, damaged or too large, or holds tensors of a type that is not read."""
+
+    exit_code = 2
+
+
+class UnsafePickleError(TensorFileError):
+    """A .pt or .bin asks for something else than tensors. Nothing of it was run."""
+
+
+class InversionError(EngineError):
+    """A file holds no vectors of a textual inversion, or too many, or its word can't stand in a prompt."""
+
+    exit_code = 2
+
+
+class InversionWidthError(InversionError):
+    """The vectors of a textual inversion are for other text encoders than the model's."""
 
 
 class SchedulerConfigError(EngineError):
@@ -202,3 +230,9 @@ class DeviceLostError(CudaError):
 
 class OutputFileError(EngineError):
     """A picture could not be written."""
+
+
+class MetadataError(EngineError):
+    """A picture's settings can't be read, or are too long for its format."""
+
+    exit_code = 2

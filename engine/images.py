@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from .bundle import Bundle
-from .picture import Picture, format_parameters
+from .infotext import Settings, parameters_text
+from .picture import Picture
 from .request import Request
 from .sampling.catalog import label_of, schedule_label
 from .version import __version__
@@ -31,7 +32,8 @@ def parameters(request: Request, bundle: Bundle, index: int) -> str:
         "Sampler": label_of(request.sampling.sampler),
         **request.guidance.parameters(),
         "Seed": seeds[index if len(seeds) > 1 else 0],
-        "Size": f"{request.width}x{request.height}",
+        "Size": (request.width, request.height),
+        "RNG": "CPU",
         "Model": bundle.name,
         "Precision": bundle.precision,
     }
@@ -40,4 +42,4 @@ def parameters(request: Request, bundle: Bundle, index: int) -> str:
     if len(seeds) == 1 and index > 0:
         fields["Batch index"] = index
     fields["Version"] = f"LatentRT {__version__}"
-    return format_parameters(request.prompts[text], request.negative_prompts[text], fields)
+    return parameters_text(Settings(request.prompts[text], request.negative_prompts[text], fields))

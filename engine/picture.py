@@ -1,22 +1,20 @@
-"""PIL images that write their parameters into PNG files."""
+"""PIL images that write their parameters into files."""
 
 from __future__ import annotations
 
 import math
-import re
+import os
 from os import PathLike
 from typing import IO, Any
 
 import numpy as np
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
-PARAMETERS = "parameters"
-"""The PNG text chunk that the Stable Diffusion web UIs read."""
+from .metadata import embed, save_options
 
 
 class Picture(Image.Image):
-    """A PIL image that writes its `info["parameters"]` whenever it is saved as PNG; otherwise a plain `Image.Image`."""
+    """A PIL image that writes its settings whenever it is saved; otherwise a plain `Image.Image`."""
 
     @classmethod
     def from_pixels(cls, pixels: np.ndarray, parameters: str) -> Picture:
@@ -24,34 +22,25 @@ class Picture(Image.Image):
         plain = Image.fromarray(pixels)
         picture = cls()
         picture.__setstate__(plain.__getstate__())
-        picture.info[PARAMETERS] = parameters
+        embed(picture, parameters)
         return picture
 
     def save(
         self, fp: str | bytes | PathLike[str] | PathLike[bytes] | IO[bytes], format: str | None = None, **params: Any
     ) -> None:
-        """As `Image.save`. A PNG gets the parameters, unless `pnginfo` is given. Other formats have no place for
-        them."""
-        if "pnginfo" not in params and PARAMETERS in self.info:
-            text = PngInfo()
-            text.add_text(PARAMETERS, self.info[PARAMETERS])
-            params["pnginfo"] = text
-        super().save(fp, format, **params)
+        """As `Image.save`. A PNG, JPEG or WebP gets the parameters, unless `pnginfo` or `exif` is given. Other formats
+        have no place for them."""
+        super().save(fp, format, **{**save_options(self.info, (format or _format(fp)).upper()), **params})
 
 
-def format_parameters(prompt: str, negative_prompt: str, fields: dict[str, str | int | float]) -> str:
-    """The text that web UIs write: prompt, negative prompt, then `Key: value` pairs; values with , : or a line break
-    are quoted."""
-    lines = [prompt]
-    if negative_prompt:
-        lines.append(f"Negative prompt: {negative_prompt}")
-    pairs = []
-    for key, value in fields.items():
-        text = f"{value:g}" if isinstance(value, float) else str(value)
-        if re.search(r"[,:\n]", text):
-            text = '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-        pairs.append(f"{key}: {text}")
-    return "\n".join([*lines, ", ".join(pairs)]).strip()
+def _format(fp: Any) -> str:
+    """Pillow's name for the format of a file's name. "" if there is none."""
+    name = fp if isinstance(fp, (str, bytes, PathLike)) else getattr(fp, "name", "")
+    try:
+        extension = os.path.splitext(os.fsdecode(name))[1]
+    except TypeError:  # a file that is opened by number
+        return ""
+    return Image.registered_extensions().get(extension.lower(), "")
 
 
 def psnr(actual: np.ndarray, expected: np.ndarray) -> float:

@@ -33,14 +33,14 @@ class ClipTokenizer:
         self._check_marks(special, file)
         self._encoder.no_padding()
         self._encoder.no_truncation()
-        self._special = special
+        self.special = special
 
     def __call__(self, texts: list[str]) -> np.ndarray:
         """Token ids, [len(texts), 77] int32: start, text, end, padding. Text beyond 75 tokens is cut off, with
         diffusers' warning."""
-        ids = np.full((len(texts), PROMPT_TOKENS), self._special.pad, np.int32)
+        ids = np.full((len(texts), PROMPT_TOKENS), self.special.pad, np.int32)
         for row, text in zip(ids, texts):
-            tokens = self._encoder.encode(text, add_special_tokens=False).ids
+            tokens = self.ids(text)
             kept, removed = tokens[: PROMPT_TOKENS - 2], tokens[PROMPT_TOKENS - 2 :]
             if removed:
                 cut = self._text(removed)
@@ -50,10 +50,14 @@ class ClipTokenizer:
                     PROMPT_TOKENS,
                     [cut if len(cut) <= SHOWN_CHARACTERS else f"{cut[:SHOWN_CHARACTERS]}..."],
                 )
-            row[0] = self._special.start
+            row[0] = self.special.start
             row[1 : len(kept) + 1] = kept
-            row[len(kept) + 1] = self._special.end
+            row[len(kept) + 1] = self.special.end
         return ids
+
+    def ids(self, text: str) -> list[int]:
+        """The ids of a text of any length, without marks and padding."""
+        return self._encoder.encode(text, add_special_tokens=False).ids
 
     def _check_marks(self, special: SpecialTokens, file: Path) -> None:
         """ManifestError unless start and end are two different marks of the vocabulary, and the padding is a token of
