@@ -103,7 +103,7 @@ DETERMINISTIC: dict[str, tuple[Solver, ...]] = {
         Solver("Euler", euler, 1),
         Solver("PLMS", plms, 2, scaled=True),
         Solver("PNDM", pndm, 2, scaled=True),
-        Solver("iPNDM", ipndm, 2),
+        Solver("iPNDM", ipndm, 2, scaled=True),
         Solver("LMS 2", partial(lms, order=2), 2),
         Solver("LMS 3", partial(lms, order=3), 3),
         Solver("LMS 4", lms, 4),
