@@ -68,10 +68,10 @@ def run_table(table, x, noise=None, model=toy_model):
 def table_latents(table, x, noise=None, model=toy_model):
     """The latents in diffusers' scale after every evaluation of a table."""
     latents = []
-    state = np.zeros((SLOTS, *x.shape))
+    state = np.zeros((SLOTS, *x.shape), x.dtype)
     state[0] = x
     for t, update, draw, scale in zip(table.timesteps, table.updates, table.draws, table.scales):
-        drawn = noise.draw() if draw else np.zeros_like(x)
+        drawn = noise.draw().astype(x.dtype) if draw else np.zeros_like(x)
         columns = np.concatenate([state, model(state[0], t)[None], drawn[None]])
         state = np.einsum("ij,j...->i...", update, columns)
         latents.append(state[0] * scale)

@@ -103,6 +103,17 @@ CASES = {
         )
         for order, hn in ((2, False), (3, False), (3, True))
     },
+    **{
+        f"singlestep dpm++ {order} sde{' heun' if hn else ''}": (
+            SINGLE,
+            {"solver_order": order, "solver_type": "heun" if hn else "midpoint", **SDE},
+            lambda grid, order=order, hn=hn: dpmpp_singlestep(
+                grid, order, heun=hn, eta=1.0, diffusers_third_order=order == 3
+            ),
+            V,
+        )
+        for order, hn in ((2, False), (3, False), (2, True), (3, True))
+    },
     "deis 1": (diffusers.DEISMultistepScheduler, {"solver_order": 1}, lambda grid: deis(grid, 1), ALL),
     "deis 2": (diffusers.DEISMultistepScheduler, {}, lambda grid: deis(grid, 2, **few(len(grid))), ALL),
     "deis 3": (
