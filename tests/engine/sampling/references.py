@@ -61,14 +61,21 @@ class Brownian(Noise):
 
 
 def run_table(table, x, noise=None, model=toy_model):
-    """The latents in diffusers' scale that a table ends with."""
-    state = np.zeros((SLOTS, *x.shape))
+    """The latents that a table ends with."""
+    return table_latents(table, x, noise, model)[-1]
+
+
+def table_latents(table, x, noise=None, model=toy_model):
+    """The latents in diffusers' scale after every evaluation of a table."""
+    latents = []
+    state = np.zeros((SLOTS, *x.shape), x.dtype)
     state[0] = x
-    for t, update, draw in zip(table.timesteps, table.updates, table.draws):
-        drawn = noise.draw() if draw else np.zeros_like(x)
+    for t, update, draw, scale in zip(table.timesteps, table.updates, table.draws, table.scales):
+        drawn = noise.draw().astype(x.dtype) if draw else np.zeros_like(x)
         columns = np.concatenate([state, model(state[0], t)[None], drawn[None]])
         state = np.einsum("ij,j...->i...", update, columns)
-    return state[0] * table.scales[-1]
+        latents.append(state[0] * scale)
+    return np.stack(latents)
 
 
 def set_steps(scheduler, steps):
@@ -87,7 +94,8 @@ def set_steps(scheduler, steps):
 
 
 def run_diffusers(scheduler, x, noise=None, start=0, **options):
-    """The latents that a scheduler ends with, from a VP-scaled latent at evaluation `start`."""
+    """The latents after every evaluation of a scheduler, from a VP-scaled latent at evaluation `start`."""
+    latents = []
     if noise is not None:
         sys.modules[type(scheduler).__module__].randn_tensor = noise.torch  # monkeypatch puts it back
         if hasattr(scheduler, "noise_sampler"):
@@ -101,7 +109,8 @@ def run_diffusers(scheduler, x, noise=None, start=0, **options):
         seen = scheduler.scale_model_input(sample, t).double().numpy()
         output = torch.from_numpy(toy_model(seen, float(t)))
         sample = scheduler.step(output, t, sample, **options).prev_sample.double()
-    return sample.numpy()
+        latents.append(sample.numpy())
+    return np.stack(latents)
 
 
 def grid_of(scheduler, evaluations=1):
