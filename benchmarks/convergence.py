@@ -14,7 +14,7 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +103,7 @@ DETERMINISTIC: dict[str, tuple[Solver, ...]] = {
         Solver("Euler", euler, 1),
         Solver("PLMS", plms, 2, scaled=True),
         Solver("PNDM", pndm, 2, scaled=True),
-        Solver("iPNDM", ipndm, 2),
+        Solver("iPNDM", ipndm, 2, scaled=True),
         Solver("LMS 2", partial(lms, order=2), 2),
         Solver("LMS 3", partial(lms, order=3), 3),
         Solver("LMS 4", lms, 4),
@@ -172,16 +172,23 @@ def grid(steps: int) -> StridedGrid:
     )
 
 
+@cache
+def ends() -> tuple[np.ndarray, np.ndarray]:
+    """The same quantiles at HIGH and at LOW: starts of the flow and its exact ends."""
+    return MIXTURE.quantiles(PROBABILITIES, HIGH), MIXTURE.quantiles(PROBABILITIES, LOW)
+
+
 def error(solver: Solver, steps: int) -> float:
     """The root mean square error of a deterministic solver at LOW, over the quantiles of the mixture."""
     table = solver.table(grid(steps))
     state = np.zeros((SLOTS, len(PROBABILITIES)))
-    state[0] = MIXTURE.quantiles(PROBABILITIES, HIGH) / math.hypot(1, HIGH)
+    start, end = ends()
+    state[0] = start / math.hypot(1, HIGH)
     for alpha, sigma, update in zip(table.alphas, table.sigmas, table.updates):
         output = (state[0] - alpha * MIXTURE.clean(state[0] / alpha, sigma / alpha)) / sigma
         state = update[:, :SLOTS] @ state + np.outer(update[:, SLOTS], output)
     y = state[0] * (math.hypot(1, LOW) if solver.scaled else 1)
-    return float(np.sqrt(np.mean((y - MIXTURE.quantiles(PROBABILITIES, LOW)) ** 2)))
+    return float(np.sqrt(np.mean((y - end) ** 2)))
 
 
 def moments(table: StepTable, mean: float, deviation: float) -> tuple[float, float]:

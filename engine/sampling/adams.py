@@ -32,8 +32,8 @@ def lms(grid: Grid, order: int = 4) -> StepTable:
 
 
 def ipndm(grid: Grid, order: int = 4) -> StepTable:
-    """iPNDM (arXiv 2204.13902): `lms` with the weights of steps of one size. Equals IPNDMScheduler, apart from
-    its first step, which takes x0 = 0 because it has no signal, and which is exact here."""
+    """iPNDM (arXiv 2204.13902): `lms` with the weights of steps of one size. Equals IPNDMScheduler, but for the first
+    step, which has no signal there: diffusers takes x0 = 0, and here it is exact."""
     builder = TableBuilder()
     for i, (t, s, s_next) in enumerate(grid.steps()):
         x0, epsilon = as_x0(grid.prediction_type, s), as_epsilon(grid.prediction_type, s)
@@ -41,8 +41,7 @@ def ipndm(grid: Grid, order: int = 4) -> StepTable:
             y_next = x0 + s_next * epsilon
         else:
             y_next = X / vp(s)[0] + (s_next - s) * weighted(ADAMS_BASHFORTH[min(i, order - 1)], (epsilon, *PAST))
-        alpha = scale_after(grid, i, s_next)
-        builder.add(t, s, multistep(alpha * y_next, epsilon), scale=1 / alpha)
+        builder.add(t, s, multistep(vp(s_next)[0] * y_next, epsilon))
     return builder.table(grid.initial_scale)
 
 

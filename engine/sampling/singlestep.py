@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from .grids import Grid
 from .integrals import phi
@@ -27,22 +29,43 @@ from .ve import ancestral, scale_after
 _START, _M1, _M2 = PAST[:3]
 
 
+@dataclass(frozen=True)
+class _Weights:
+    """What a step makes of the latent at its group's start, of the values there, of their first two derivatives, and of
+    the noise."""
+
+    start: float
+    d0: float
+    d1: float
+    d2: float
+    noise: float = 0.0
+
+
 def dpmpp_singlestep(
-    grid: Grid, order: int = 2, heun: bool = False, lower_order_final: bool = True, steps: int | None = None
+    grid: Grid,
+    order: int = 2,
+    heun: bool = False,
+    eta: float = 0.0,
+    lower_order_final: bool = True,
+    steps: int | None = None,
+    diffusers_third_order: bool = False,
 ) -> StepTable:
-    """DPM-Solver++ (arXiv 2211.01095), singlestep, orders 1 to 3, between the grid's points. Equals
-    DPMSolverSinglestepScheduler with algorithm dpmsolver++.
+    """DPM-Solver++ (arXiv 2211.01095), singlestep, orders 1 to 3, between the grid's points. With eta 0 it equals
+    DPMSolverSinglestepScheduler with algorithm dpmsolver++, and with eta 1 with sde-dpmsolver++.
 
     `heun`: solver_type heun and not midpoint; `lower_order_final` as in `singlestep_orders`; `steps`: those of the
-    whole loop, if the grid starts late.
+    whole loop, if the grid starts late; `diffusers_third_order` as in `dpmpp_multistep`, with `heun`.
     """
 
-    def weights(s: float, s_next: float) -> tuple[float, float, float, float]:
-        (alpha_next, sigma_next), sigma, h = vp(s_next), vp(s)[1], math.log(s / s_next)
-        gains = [alpha_next * h * phi(n, -h) for n in (1, 2, 3)]
-        return sigma_next / sigma, gains[0], gains[1], gains[2]
+    def weights(s: float, s_next: float) -> _Weights:
+        (alpha_next, sigma_next), sigma = vp(s_next), vp(s)[1]
+        z, kept = (1 + eta) * math.log(s / s_next), (s_next / s) ** eta
+        d0, d1, d2 = (alpha_next * z * phi(n, -z) for n in (1, 2, 3))
+        if diffusers_third_order:
+            d2 -= alpha_next
+        return _Weights(sigma_next / sigma * kept, d0, d1, d2, sigma_next * math.sqrt(1 - kept**2))
 
-    return _singlestep(grid, as_x0, weights, _orders(grid, order, lower_order_final, steps), heun)
+    return _singlestep(grid, as_x0, weights, _orders(grid, order, lower_order_final, steps), heun, draw=eta > 0)
 
 
 def dpm_singlestep(
@@ -51,12 +74,12 @@ def dpm_singlestep(
     """DPM-Solver (arXiv 2206.00927), of the predicted noise, singlestep, orders 1 to 3. Equals
     DPMSolverSinglestepScheduler with algorithm dpmsolver. The options are those of `dpmpp_singlestep`."""
 
-    def weights(s: float, s_next: float) -> tuple[float, float, float, float]:
+    def weights(s: float, s_next: float) -> _Weights:
         (alpha_next, sigma_next), alpha, h = vp(s_next), vp(s)[0], math.log(s / s_next)
-        gains = [-sigma_next * h * phi(n, h) for n in (1, 2, 3)]
-        return alpha_next / alpha, gains[0], gains[1], gains[2]
+        d0, d1, d2 = (-sigma_next * h * phi(n, h) for n in (1, 2, 3))
+        return _Weights(alpha_next / alpha, d0, d1, d2)
 
-    return _singlestep(grid, as_epsilon, weights, _orders(grid, order, lower_order_final, steps), heun)
+    return _singlestep(grid, as_epsilon, weights, _orders(grid, order, lower_order_final, steps), heun, draw=False)
 
 
 def _orders(grid: Grid, order: int, lower_order_final: bool, steps: int | None) -> list[int]:
@@ -70,36 +93,43 @@ def _orders(grid: Grid, order: int, lower_order_final: bool, steps: int | None) 
 def _singlestep(
     grid: Grid,
     native: Callable[[str, float], Linear],
-    weights: Callable[[float, float], tuple[float, float, float, float]],
+    weights: Callable[[float, float], _Weights],
     orders: Sequence[int],
     heun: bool,
+    draw: bool,
 ) -> StepTable:
-    """x' = A start + B0 D0 + B1 D1 + B2 D2 from the group's start, whose derivatives D1 and D2 come from the values
-    since."""
+    """Every step from its group's start, with the derivatives there from the values since. PAST has the latent at the
+    start and the last values."""
     refuse_infinite_noise(grid.sigmas[0], "singlestep DPM-Solver")
     builder, sigmas = TableBuilder(), grid.sigmas.tolist()
-    for i, (t, s, s_next) in enumerate(grid.steps()):
-        m0, k = native(grid.prediction_type, s), orders[i]
-        if k == 1:
-            x0, epsilon = as_x0(grid.prediction_type, s), as_epsilon(grid.prediction_type, s)
-            alpha_next, sigma_next = vp(s_next)
-            builder.add(t, s, keep(alpha_next * x0 + sigma_next * epsilon, X, m0))
+    for i, ((t, s, s_next), k) in enumerate(zip(grid.steps(), orders)):
+        m0 = native(grid.prediction_type, s)
+        if s_next == 0:
+            builder.add(t, s, single(as_x0(grid.prediction_type, s)), draw=draw)
             continue
-        first = sigmas[i - k + 1]
-        ratio, b0, b1, b2 = weights(first, s_next)
-        h = math.log(first / s_next)
-        r0 = math.log(first / s) / h
-        if k == 2:
-            x_next = ratio * _START + b0 * _M1 + (b1 if heun else b0 / 2) * (m0 - _M1) / r0
-        else:
-            r1 = math.log(first / sigmas[i - 1]) / h
-            d1_0, d1_1 = (_M1 - _M2) / r1, (m0 - _M2) / r0
-            x_next = ratio * _START + b0 * _M2 + b1 * d1_1
-            if heun:
-                d1, d2 = (r0 * d1_0 - r1 * d1_1) / (r0 - r1), 2 * (d1_1 - d1_0) / (r0 - r1)
-                x_next = ratio * _START + b0 * _M2 + b1 * d1 + b2 * d2
-        builder.add(t, s, keep(x_next, _START, m0, _M1))
+        start = X if k == 1 else _START
+        d0, d1, d2 = _derivatives(m0, sigmas[i - k + 1 : i + 1], s_next, heun)
+        w = weights(sigmas[i - k + 1], s_next)
+        if k == 2 and not heun:
+            w = dataclasses.replace(w, d1=w.d0 / 2)
+        x_next = w.start * start + w.d0 * d0 + w.d1 * d1 + w.d2 * d2 + w.noise * NOISE
+        builder.add(t, s, keep(x_next, start, m0, _M1), draw=draw)
     return builder.table(grid.initial_scale)
+
+
+def _derivatives(m0: Linear, levels: Sequence[float], s_next: float, heun: bool) -> tuple[Linear, Linear, Linear]:
+    """The value at a group's start, and its derivatives in lambda times the step's length and its square, from the
+    values at these one to three levels, of which m0 is the newest. Midpoint takes one derivative from the ends."""
+    if len(levels) == 1:
+        return m0, 0 * m0, 0 * m0
+    h = math.log(levels[0] / s_next)
+    r = [math.log(levels[0] / level) / h for level in levels[1:]]
+    if len(levels) == 2:
+        return _M1, (m0 - _M1) / r[0], 0 * m0
+    near, far = (_M1 - _M2) / r[0], (m0 - _M2) / r[1]
+    if not heun:
+        return _M2, far, 0 * m0
+    return _M2, (r[1] * near - r[0] * far) / (r[1] - r[0]), 2 * (far - near) / (r[1] - r[0])
 
 
 def dpm_fast(grid: Grid, evaluations: int, eta: float = 0.0, s_noise: float = 1.0) -> StepTable:

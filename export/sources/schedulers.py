@@ -23,6 +23,15 @@ NOISE_OPTIONS = (
 )
 """The options that describe the model's noise and its timesteps. Another scheduler keeps them."""
 
+SHIPPED = tuple(
+    name
+    for name, row in SAMPLERS.items()
+    if row.scheduler_class is not None and name not in ("pndm_prk", "ipndm_sine", "dpmpp_sde")
+)
+"""The samplers that a bundle may ship. PNDM's Runge-Kutta steps need more steps than the verification takes;
+IPNDMScheduler starts differently and DPMSolverSDEScheduler draws its noise from another library, so neither gives
+diffusers' picture."""
+
 STEPS = (2, 20, 50)
 """Numbers of steps that must work: the verification's, and what a call without num_inference_steps takes."""
 
@@ -30,11 +39,17 @@ LEAST_TIMESTEPS = STEPS[-1]
 
 
 def asked_sampler(name: str) -> str:
-    """The name in SAMPLERS that `--scheduler` means by it or by a diffusers class name; UsageError for others."""
+    """The name in SHIPPED that `--scheduler` means by it or by a diffusers class name; UsageError for others."""
     try:
-        return sampler_name(name, Schedule.from_config({}))
+        found = sampler_name(name, Schedule.from_config({}))
     except EngineError as error:
-        raise UsageError(f"--scheduler {name!r} is not known; known: {', '.join(SAMPLERS)}") from error
+        raise UsageError(f"--scheduler {name!r} is not known; known: {', '.join(SHIPPED)}") from error
+    if found not in SHIPPED:
+        raise UsageError(
+            f"--scheduler {name!r} is {found}, which a bundle cannot ship (calls can take it); known: "
+            f"{', '.join(SHIPPED)}"
+        )
+    return found
 
 
 def shipped(config: Mapping[str, Any], where: str, sampler: str | None = None) -> dict[str, Any]:
@@ -58,19 +73,19 @@ def shipped(config: Mapping[str, Any], where: str, sampler: str | None = None) -
 
 def _check_class(config: Mapping[str, Any], where: str) -> None:
     found = config.get("_class_name")
-    if not isinstance(found, str) or found not in {row.scheduler_class for row in SAMPLERS.values()}:
+    if not isinstance(found, str) or found not in {SAMPLERS[name].scheduler_class for name in SHIPPED}:
         raise UnsupportedModelError(
-            f"{where} has the scheduler {shown(found)} (_class_name), which the runtime does not have; {_remedy()}"
+            f"{where} has the scheduler {shown(found)} (_class_name), which a bundle cannot ship; {_remedy()}"
         )
     if found == "PNDMScheduler" and config.get("skip_prk_steps") is not True:
         raise UnsupportedModelError(
-            f"{where} is a PNDMScheduler without skip_prk_steps=true, whose Runge-Kutta steps the runtime does not "
-            f"have; {_remedy()}"
+            f"{where} is a PNDMScheduler without skip_prk_steps=true, whose Runge-Kutta steps need more steps than the "
+            f"verification takes; {_remedy()}"
         )
 
 
 def _remedy() -> str:
-    return f"ship another with --scheduler NAME: {', '.join(SAMPLERS)}"
+    return f"ship another with --scheduler NAME: {', '.join(SHIPPED)}"
 
 
 def _check_values(config: Mapping[str, Any], where: str) -> None:

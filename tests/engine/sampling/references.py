@@ -62,14 +62,21 @@ class Brownian(Noise):
 
 
 def run_table(table, x, noise=None, model=toy_model):
-    """The latents in diffusers' scale that a table ends with."""
-    state = np.zeros((SLOTS, *x.shape))
+    """The latents that a table ends with."""
+    return table_latents(table, x, noise, model)[-1]
+
+
+def table_latents(table, x, noise=None, model=toy_model):
+    """The latents in diffusers' scale after every evaluation of a table."""
+    latents = []
+    state = np.zeros((SLOTS, *x.shape), x.dtype)
     state[0] = x
-    for t, update, draw in zip(table.timesteps, table.updates, table.draws):
-        drawn = noise.draw() if draw else np.zeros_like(x)
+    for t, update, draw, scale in zip(table.timesteps, table.updates, table.draws, table.scales):
+        drawn = noise.draw().astype(x.dtype) if draw else np.zeros_like(x)
         columns = np.concatenate([state, model(state[0], t)[None], drawn[None]])
         state = np.einsum("ij,j...->i...", update, columns)
-    return state[0] * table.scales[-1]
+        latents.append(state[0] * scale)
+    return np.stack(latents)
 
 
 def set_steps(scheduler, steps):
@@ -88,7 +95,7 @@ def set_steps(scheduler, steps):
 
 
 def run_diffusers(scheduler, x, noise=None, start=0, **options):
-    """The latents that a scheduler ends with, from a VP-scaled latent at evaluation `start`."""
+    """The latents after every evaluation of a scheduler, from a VP-scaled latent at evaluation `start`."""
     if noise is None:
         return _run_diffusers(scheduler, x, start, **options)
     if hasattr(scheduler, "noise_sampler"):
@@ -99,6 +106,7 @@ def run_diffusers(scheduler, x, noise=None, start=0, **options):
 
 
 def _run_diffusers(scheduler, x, start, **options):
+    latents = []
     sample = torch.from_numpy(x)
     if getattr(scheduler, "init_noise_sigma", 1.0) != 1.0:
         sample = sample * (1 + scheduler.sigmas[start] ** 2) ** 0.5
@@ -108,7 +116,8 @@ def _run_diffusers(scheduler, x, start, **options):
         seen = scheduler.scale_model_input(sample, t).double().numpy()
         output = torch.from_numpy(toy_model(seen, float(t)))
         sample = scheduler.step(output, t, sample, **options).prev_sample.double()
-    return sample.numpy()
+        latents.append(sample.numpy())
+    return np.stack(latents)
 
 
 def grid_of(scheduler, evaluations=1):

@@ -1,6 +1,7 @@
 """What every solver guarantees: finite updates at both ends of the noise, named errors where there are none, and a
 table in no time."""
 
+import dataclasses
 import itertools
 import time
 
@@ -22,7 +23,7 @@ from engine.sampling.sa_solver import MOST_CORRECTOR, MOST_PREDICTOR, sa_solver
 from engine.sampling.singlestep import dpm_fast, dpm_singlestep, dpmpp_singlestep
 from engine.sampling.unipc import unipc
 
-from .references import LEVELS, Noise, latent, run_table
+from .references import LEVELS, Noise, latent, run_table, toy_model
 
 WITHOUT_SIGNAL = {
     "euler": euler,
@@ -101,6 +102,18 @@ def test_a_model_that_sees_the_picture_gets_it(name):
         table = ALL[name](grid_to(4096.0, 0.0, steps, "sample"))
         x = run_table(table, latent(), Noise(), model=lambda x, t: 0.5 * np.ones_like(x))
         np.testing.assert_allclose(x, 0.5, rtol=1e-7)
+
+
+@pytest.mark.parametrize("name", [*ALL, *SDE_OF_NOISE])
+def test_float32_is_enough_for_a_loop(name):
+    """The runtime computes in float32 what the table has in float64."""
+    solver = {**ALL, **SDE_OF_NOISE}[name]
+    table = solver(grid_to(14.6, 0.02, 50, "v_prediction"))
+    single = dataclasses.replace(table, updates=table.updates.astype(np.float32), scales=table.scales.astype("f"))
+    expected = run_table(table, latent(), Noise())
+    actual = run_table(single, latent().astype(np.float32), Noise(), model=lambda x, t: toy_model(x, np.float32(t)))
+    assert actual.dtype == np.float32
+    np.testing.assert_allclose(actual, expected, atol=1e-5 * max(1, np.abs(expected).max()))
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
