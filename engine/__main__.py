@@ -1,6 +1,7 @@
 """The runtime from a shell.
 
 python -m engine picture "a large red circle on a blue background" --bundle engines/demo
+python -m engine samplers
 python -m engine doctor
 """
 
@@ -103,6 +104,13 @@ def make(pipeline: Pipeline, wanted: Sequence[tuple[str, int, Path]], options: a
                 seed=seeds,
                 scheduler=options.scheduler,
                 progress=told,
+                guidance_rescale=options.guidance_rescale,
+                guidance_interval=options.guidance_interval,
+                schedule_type=options.schedule_type,
+                timesteps=options.timesteps,
+                sigmas=options.sigmas,
+                timestep_respacing=options.timestep_respacing,
+                sampler_options=dict(options.sampler_option),
             )
         for text, seed, file, image in zip(texts, seeds, files, result.images):
             write_picture(image, file)
@@ -130,14 +138,27 @@ def check_call(options: argparse.Namespace, texts: list[str]) -> Bundle:
     """The bundle, after all checks that need no graph to be loaded. The pipeline checks the rest."""
     from .bundle import Bundle
     from .checks import check_prompts
-    from .sampling.catalog import sampler_name, step_table
+    from .guidance import check_guidance
+    from .request import Sampling
     from .sampling.schedule import Schedule
 
     check_prompts(texts, options.negative_prompt)
     bundle = Bundle.open(options.bundle, verify=False)
     schedule = Schedule.from_config(bundle.scheduler)
-    step_table(
-        sampler_name(options.scheduler, schedule), schedule, min(options.steps, schedule.train_timesteps), options.eta
+    sampling = Sampling.check(
+        schedule,
+        options.scheduler,
+        options.steps,
+        options.eta,
+        options.schedule_type,
+        options.timesteps,
+        options.sigmas,
+        options.timestep_respacing,
+        dict(options.sampler_option),
+    )
+    table = sampling.table(schedule)
+    check_guidance(
+        options.guidance_scale, options.guidance_rescale, options.guidance_interval, sampling.count, table.timesteps
     )
     return bundle
 
@@ -162,7 +183,8 @@ def quickest_backend(bundle: Bundle, device: str | None) -> str | None:
 
 def call_sizes(pipeline: Pipeline, options: argparse.Namespace, total: int) -> list[int]:
     """How many pictures, up to `total`, one call may make with these options."""
-    rows = 2 if options.guidance_scale > 1 else 1
+    scale = options.guidance_scale
+    rows = 2 if (max(scale) if isinstance(scale, list) else scale) > 1 else 1
 
     def serves(profile: Shapes, batch: int) -> bool:
         sides = (options.height is None or options.height in profile.height) and (
@@ -191,6 +213,15 @@ def split(total: int, sizes: Sequence[int]) -> list[int]:
     small, larger = divmod(total, len(best))
     equal = [small + 1] * larger + [small] * (len(best) - larger)
     return equal if set(equal) <= set(sizes) else best
+
+
+def samplers(options: argparse.Namespace) -> int:
+    """Prints the samplers, or what the named ones take."""
+    from .sampling.listing import describe, overview
+
+    for line in describe(options.names) if options.names else overview():
+        say(line)
+    return 0
 
 
 def doctor(options: argparse.Namespace) -> int:
@@ -275,7 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise
     failure: Exception
     try:
-        return {"picture": picture, "doctor": doctor}[options.command](options)
+        return {"picture": picture, "samplers": samplers, "doctor": doctor}[options.command](options)
     except KeyboardInterrupt:
         message, code = "stopped", 130
     except EngineError as error:

@@ -18,8 +18,7 @@ from .errors import PromptError, PromptsFileError
 from .version import __version__
 
 BACKENDS = ("tensorrt", "openvino", "onnxruntime")
-SCHEDULERS = ("ddim", "ddpm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "pndm")
-"""Copies of the names in engine.backends and engine.sampling.catalog, which need NumPy."""
+"""A copy of the names in engine.backends, which need NumPy."""
 
 MAX_PICTURES = 10_000
 MAX_PROMPTS_BYTES = 16 << 20
@@ -66,6 +65,9 @@ def parser() -> argparse.ArgumentParser:
     _add_picture(
         commands.add_parser("picture", help="make pictures from texts", epilog=PICTURE_NOTES, formatter_class=layout)
     )
+    c = commands.add_parser("samplers", help="list the samplers with their schedule types and options")
+    c.add_argument("names", nargs="*", metavar="NAME", help="show the options of these samplers")
+    c.add_argument("--debug", action="store_true", help="print the traceback of an error")
     c = commands.add_parser(
         "doctor",
         help="report what this machine has and which bundles it can use",
@@ -98,10 +100,23 @@ def _add_picture(c: argparse.ArgumentParser) -> None:
     c.add_argument("--steps", type=whole_number(1, 1000), default=20, metavar="N", help="default: 20")
     c.add_argument(
         "--guidance-scale",
-        type=number(),
+        type=scales,
         default=7.5,
         metavar="G",
-        help="how closely pictures follow the text; 1 is without guidance (default: 7.5)",
+        help="how closely pictures follow the text; 1 is without guidance; G,G,... for each step (default: 7.5)",
+    )
+    c.add_argument(
+        "--guidance-rescale",
+        type=number(low=0.0),
+        default=0.0,
+        metavar="PHI",
+        help="0 to 1: how far the contrast that guidance adds is taken back (default: 0)",
+    )
+    c.add_argument(
+        "--guidance-interval",
+        type=interval,
+        metavar="START:END",
+        help="the part of the steps with guidance, such as 0.2:0.8; the others are faster (default: 0:1)",
     )
     c.add_argument(
         "--seed",
@@ -109,10 +124,7 @@ def _add_picture(c: argparse.ArgumentParser) -> None:
         metavar="N",
         help="the seed of the first picture of each text (default: a random one)",
     )
-    c.add_argument("--scheduler", metavar="NAME", help=f"{', '.join(SCHEDULERS)} (default: the model's own)")
-    c.add_argument(
-        "--eta", type=number(low=0.0), default=0.0, metavar="E", help="DDIM's share of new noise, 0 to 1 (default: 0)"
-    )
+    _add_sampling(c)
     c.add_argument(
         "--height", type=whole_number(1, 1 << 16), metavar="PIXELS", help="default: what the bundle is best at"
     )
@@ -126,6 +138,31 @@ def _add_picture(c: argparse.ArgumentParser) -> None:
     c.add_argument("--threads", type=whole_number(1, 1024), metavar="N", help="default: every core")
     c.add_argument("--quiet", action="store_true", help="print errors only")
     c.add_argument("--debug", action="store_true", help="print the traceback of an error")
+
+
+def _add_sampling(c: argparse.ArgumentParser) -> None:
+    c.add_argument(
+        "--scheduler",
+        metavar="NAME",
+        help="a sampler: our name, diffusers' class or A1111's label; `samplers` lists them (default: the model's own)",
+    )
+    c.add_argument(
+        "--schedule-type", metavar="NAME", help="the sampler's noise levels, such as karras (default: its own)"
+    )
+    c.add_argument("--timesteps", type=numbers, metavar="T,T,...", help="the timesteps themselves, from high to low")
+    c.add_argument("--sigmas", type=numbers, metavar="S,S,...", help="the noise levels themselves, and where to end")
+    c.add_argument("--timestep-respacing", metavar="TEXT", help="timesteps in Improved DDPM's way, such as ddim50")
+    c.add_argument(
+        "--sampler-option",
+        type=option,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the sampler, such as s_churn=10; may be repeated",
+    )
+    c.add_argument(
+        "--eta", type=number(low=0.0), default=0.0, metavar="E", help="DDIM's share of new noise, 0 to 1 (default: 0)"
+    )
 
 
 def shorten(text: str, characters: int = 60) -> str:
@@ -159,6 +196,38 @@ def number(low: float = -math.inf) -> Callable[[str], float]:
         return value
 
     return parse
+
+
+def scales(text: str) -> float | list[float]:
+    """An argument's type: a finite number, or several with commas between them."""
+    values = numbers(text)
+    return values[0] if len(values) == 1 else values
+
+
+def interval(text: str) -> tuple[float, float]:
+    """An argument's type: two finite numbers with a colon between them."""
+    parts = text.split(":")
+    if len(parts) != 2:
+        raise argparse.ArgumentTypeError(f"{shorten(text)} is not START:END, such as 0.2:0.8")
+    return number()(parts[0]), number()(parts[1])
+
+
+def numbers(text: str) -> list[float]:
+    """An argument's type: finite numbers with commas between them."""
+    return [number()(part) for part in text.split(",")]
+
+
+def option(text: str) -> tuple[str, bool | int | float | str]:
+    """An argument's type: a name and its value, which is true, false, a number or a word."""
+    name, equals, written = (part.strip() for part in text.partition("="))
+    if not (name and equals and written):
+        raise argparse.ArgumentTypeError(f"{shorten(text)} is not like NAME=VALUE")
+    if written.lower() in ("true", "false"):
+        return name, written.lower() == "true"
+    for kind in (int, float):
+        with suppress(ValueError):
+            return name, kind(written)
+    return name, written
 
 
 def device(text: str) -> str:

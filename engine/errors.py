@@ -46,7 +46,7 @@ class StepsError(InputError):
 
 
 class GuidanceError(InputError):
-    """`guidance_scale` or `eta` is not a number in its range."""
+    """A number of guidance, or `eta`, is not in its range, or a schedule of guidance does not fit the steps."""
 
 
 class SeedError(InputError):
@@ -75,6 +75,19 @@ class DeviceError(InputError):
 
 class UnknownSchedulerError(InputError):
     """There is no sampler of that name."""
+
+
+class ScheduleTypeError(InputError):
+    """There is no schedule type of that name, or the sampler cannot use it."""
+
+
+class TimestepsError(InputError):
+    """`timesteps`, `sigmas` or `timestep_respacing` are not numbers that fall, are not the model's, or the sampler
+    cannot use them."""
+
+
+class SamplerOptionError(InputError):
+    """An option in `sampler_options` is not one of the sampler's, or its value is wrong."""
 
 
 class OutputPathError(InputError):

@@ -9,7 +9,7 @@ import numpy as np
 from .bundle import Bundle
 from .picture import Picture, format_parameters
 from .request import Request
-from .sampling.catalog import SAMPLERS
+from .sampling.catalog import label_of, schedule_label
 from .version import __version__
 
 
@@ -28,13 +28,15 @@ def parameters(request: Request, bundle: Bundle, index: int) -> str:
     seeds, text = request.seeds, index // request.images_per_prompt
     fields: dict[str, Any] = {
         "Steps": request.steps,
-        "Sampler": SAMPLERS[request.sampler].label,
-        "CFG scale": request.guidance_scale,
+        "Sampler": label_of(request.sampling.sampler),
+        **request.guidance.parameters(),
         "Seed": seeds[index if len(seeds) > 1 else 0],
         "Size": f"{request.width}x{request.height}",
         "Model": bundle.name,
         "Precision": bundle.precision,
     }
+    if request.sampling.schedule_type is not None:
+        fields["Schedule type"] = schedule_label(request.sampling.schedule_type)
     if len(seeds) == 1 and index > 0:
         fields["Batch index"] = index
     fields["Version"] = f"LatentRT {__version__}"

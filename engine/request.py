@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import Any
@@ -12,12 +12,77 @@ import numpy as np
 
 from . import checks
 from .contract import Family, Shapes
-from .sampling.catalog import sampler_name, step_table
+from .errors import TimestepsError
+from .guidance import Guidance, Scale, check_guidance
+from .sampling.catalog import checked_options, sampler_name, schedule_type_name, step_table
+from .sampling.respacing import space_timesteps
 from .sampling.schedule import Schedule
 from .sampling.table import StepTable
 
 TABLES_KEPT = 32
 """Step tables of one model that are kept; one of 50 steps takes 10 kB."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a call asks of a sampler: the arguments of `step_table`."""
+
+    sampler: str
+    steps: int
+    eta: float
+    schedule_type: str | None
+    timesteps: tuple[float, ...] | None
+    sigmas: tuple[float, ...] | None
+    options: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def check(
+        cls,
+        schedule: Schedule,
+        scheduler: str | None,
+        num_inference_steps: Any,
+        eta: Any,
+        schedule_type: str | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        timestep_respacing: str | None = None,
+        sampler_options: Mapping[str, Any] | None = None,
+    ) -> Sampling:
+        """Those arguments of `Pipeline.__call__`, checked as far as it goes without the table."""
+        steps = checks.check_steps(num_inference_steps, schedule.train_timesteps)
+        eta = checks.check_eta(eta)
+        name = sampler_name(scheduler, schedule)
+        kind = None if schedule_type is None else schedule_type_name(schedule_type)
+        own = checks.check_falling(timesteps, "timesteps", 1)
+        if timestep_respacing is not None:
+            if own is not None:
+                raise TimestepsError("timesteps and timestep_respacing both say the timesteps; pass one of them")
+            own = space_timesteps(timestep_respacing, schedule.train_timesteps)
+        options = checked_options(name, kind, checks.check_sampler_options(sampler_options))
+        return cls(name, steps, eta, kind, own, checks.check_falling(sigmas, "sigmas", 2), options)
+
+    @property
+    def count(self) -> int:
+        """The number of steps. As in diffusers, a call's own timesteps or noise levels say it."""
+        if self.timesteps is not None:
+            return len(self.timesteps)
+        return self.steps if self.sigmas is None else len(self.sigmas) - 1
+
+    def table(self, schedule: Schedule) -> StepTable:
+        """The step table on a model's noise schedule, which nobody can change: calls share it."""
+        table = step_table(
+            self.sampler,
+            schedule,
+            self.steps,
+            self.eta,
+            schedule_type=self.schedule_type,
+            timesteps=self.timesteps,
+            sigmas=self.sigmas,
+            options=self.options,
+        )
+        for array in (table.timesteps, table.updates, table.draws, table.scales, table.alphas, table.sigmas):
+            array.flags.writeable = False
+        return table
 
 
 @dataclass(frozen=True)
@@ -31,10 +96,10 @@ class Limits:
     build_command: checks.BuildCommand
 
     @cached_property
-    def table(self) -> Callable[[str, int, float], StepTable]:
-        """table(sampler, steps, eta): the step table. Recent ones are kept: one takes 10 microseconds a step to make,
+    def table(self) -> Callable[[Sampling], StepTable]:
+        """table(sampling): the step table. Recent ones are kept: one takes 10 microseconds a step to make,
         more than anything else that the host does for a step. Threads may call it at the same time."""
-        return lru_cache(TABLES_KEPT)(partial(_table, self.schedule))
+        return lru_cache(TABLES_KEPT)(partial(Sampling.table, schedule=self.schedule))
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +108,7 @@ class Request:
 
     prompts, negative_prompts: one of each for every text, for `images_per_prompt` pictures; guided: whether the
     negative prompts take part; height, width: pixels; seeds: one for all pictures, or one for each; latents: [B, C, h,
-    w] standard normal float32, or None for noise; sampler: a name of the catalog, with its `table`.
+    w] standard normal float32, or None for noise; sampling: the sampler and its grid, with the `table`.
     """
 
     prompts: tuple[str, ...]
@@ -52,10 +117,10 @@ class Request:
     height: int
     width: int
     steps: int
-    guidance_scale: float
+    guidance: Guidance
     seeds: tuple[int, ...]
     latents: np.ndarray | None
-    sampler: str
+    sampling: Sampling
     table: StepTable
     output_type: str
     callback: Any
@@ -68,8 +133,8 @@ class Request:
 
     @property
     def guided(self) -> bool:
-        """Whether guidance takes part: arXiv 2207.12598's w + 1 is more than 1."""
-        return self.guidance_scale > 1
+        """Whether guidance takes part in any evaluation: arXiv 2207.12598's w + 1 is more than 1."""
+        return self.guidance.used
 
     @classmethod
     def check(
@@ -79,7 +144,7 @@ class Request:
         height: int | None,
         width: int | None,
         num_inference_steps: int,
-        guidance_scale: float,
+        guidance_scale: Scale,
         negative_prompt: str | Sequence[str] | None,
         num_images_per_prompt: int,
         eta: float,
@@ -89,44 +154,52 @@ class Request:
         callback: Any,
         scheduler: str | None,
         progress: bool,
+        guidance_rescale: float = 0.0,
+        guidance_interval: Sequence[float] | None = None,
+        schedule_type: str | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        timestep_respacing: str | None = None,
+        sampler_options: Mapping[str, Any] | None = None,
     ) -> Request:
         """The arguments of `Pipeline.__call__`, checked. Raises the InputErrors of engine/errors.py."""
         prompts, negatives = checks.check_prompts(prompt, negative_prompt)
-        scale = checks.check_guidance_scale(guidance_scale)
         batch = checks.check_batch(len(prompts), num_images_per_prompt)
-        rows = 2 * batch if scale > 1 else batch
+        sampling = Sampling.check(
+            limits.schedule,
+            scheduler,
+            num_inference_steps,
+            eta,
+            schedule_type,
+            timesteps,
+            sigmas,
+            timestep_respacing,
+            sampler_options,
+        )
+        table = limits.table(sampling)
+        guidance = check_guidance(guidance_scale, guidance_rescale, guidance_interval, sampling.count, table.timesteps)
+        rows = 2 * batch if guidance.used else batch
         height, width = checks.check_shapes(
             height, width, batch, rows, limits.profiles, limits.build_command, limits.family.factor
         )
-        steps = checks.check_steps(num_inference_steps, limits.schedule.train_timesteps)
-        eta = checks.check_eta(eta)
         seeds = checks.check_seeds(secrets.randbits(32) if seed is None else seed, batch)
         checks.check_output_type(output_type)
         checks.check_callback(callback)
         if latents is not None:
             latents = checks.check_latents(latents, (batch, *limits.family.plane(height, width)))
-        sampler = sampler_name(scheduler, limits.schedule)
         return cls(
             prompts=tuple(prompts),
             negative_prompts=tuple(negatives),
             images_per_prompt=int(num_images_per_prompt),
             height=height,
             width=width,
-            steps=steps,
-            guidance_scale=scale,
+            steps=sampling.count,
+            guidance=guidance,
             seeds=tuple(seeds),
             latents=latents,
-            sampler=sampler,
-            table=limits.table(sampler, steps, eta),
+            sampling=sampling,
+            table=table,
             output_type=output_type,
             callback=callback,
             progress=progress,
         )
-
-
-def _table(schedule: Schedule, sampler: str, steps: int, eta: float) -> StepTable:
-    """A step table that nobody can change: calls share it."""
-    table = step_table(sampler, schedule, steps, eta)
-    for array in (table.timesteps, table.updates, table.draws, table.scales, table.alphas, table.sigmas):
-        array.flags.writeable = False
-    return table

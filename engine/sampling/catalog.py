@@ -1,196 +1,267 @@
-"""The samplers, one row each: name, grid, solver and options."""
+"""The catalog: which sampler a name means, and its step table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from ..errors import SchedulerConfigError, StepsError, UnknownSchedulerError, shown
-from .ddpm import ddim, ddpm
-from .dpm_solver import dpmpp_multistep
-from .euler import euler, euler_ancestral
-from .grids import Grid, euler_grid, fractional_grid, one_more_grid, plms_grid, strided_grid, successive_grid
-from .plms import plms
-from .schedule import FORWARD_OPTIONS, Schedule
-from .scheduler_classes import CLASSES
+from ..errors import (
+    SamplerOptionError,
+    SchedulerConfigError,
+    ScheduleTypeError,
+    StepsError,
+    TimestepsError,
+    UnknownSchedulerError,
+    shown,
+)
+from .class_grids import FLAGS
+from .levels import RULES
+from .meaning import Asked, diffusers_plan, webui_plan
+from .rows import ROWS
+from .sampler import ANY, Parameter, Sampler, number
+from .schedule import OPTIONS, SPACINGS, Schedule
 from .table import StepTable
 
-Options = Mapping[str, tuple[Any, ...]]
-ANY: tuple[Any, ...] = ()
-"""Every value that schedule.OPTIONS allows."""
+SAMPLERS: Mapping[str, Sampler] = {row.name: row for row in ROWS}
+"""The catalog, by name."""
 
+_CLASSES = tuple(dict.fromkeys(row.scheduler_class for row in ROWS if row.scheduler_class is not None))
 
-def _no_arguments(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    return {}
+_BY_LABEL = {row.label.casefold(): row for row in reversed(ROWS)}
+
+_TYPE_LABELS = {rule.label: name for name, rule in RULES.items()}
+
+SCHEDULE_TYPES = tuple(dict.fromkeys((*SPACINGS, *RULES, *FLAGS)))
+"""The schedule types that some sampler has, by our names."""
+
+_SPELLINGS: Mapping[str, str | None] = {
+    **{name: name for name in SCHEDULE_TYPES},
+    **{label.casefold().replace(" ", "_"): name for label, name in _TYPE_LABELS.items()},
+    "automatic": None,
+}
 
 
 @dataclass(frozen=True)
-class Sampler:
-    """A row of the catalog.
+class Found:
+    """A row, whether it is meant as in A1111, and the schedule type that its name says."""
 
-    name: what `scheduler=` takes; label: A1111's name, for pictures' metadata; scheduler_class: the class of diffusers
-    that it equals; grid: the rule of its grid; solver: makes the table of a Grid; options: what it honours beside the
-    schedule's own options, with the values that it does ("eta" is an argument of the call); preset: the options that
-    make the class this sampler, whatever scheduler_config.json says of them; arguments: the solver's keyword arguments,
-    from the options and the number of steps.
-    """
+    sampler: Sampler
+    webui: bool = False
+    schedule_type: str | None = None
 
-    name: str
-    label: str
-    scheduler_class: str
-    grid: Callable[[Schedule, int], Grid]
-    solver: Callable[..., StepTable]
-    options: Options
-    preset: Mapping[str, Any] = field(default_factory=dict)
-    arguments: Callable[[Mapping[str, Any], int], dict[str, Any]] = _no_arguments
+    @property
+    def said_type(self) -> str | None:
+        """The schedule type that comes with the name, so that a call cannot choose another."""
+        return self.schedule_type if self.webui else self.sampler.fixed_type
 
-    def configured(self, schedule: Schedule) -> Schedule:
-        """The schedule with a value for every option of this sampler's class: the preset's, else the given one, else
-        diffusers' default. SchedulerConfigError for an option that nothing here knows, or that this sampler would have
-        to honour and does not."""
-        for option, value in schedule.config.items():
-            self._check(option, value)
-        return replace(schedule, config={**CLASSES[self.scheduler_class], **schedule.config, **self.preset})
-
-    def _check(self, option: str, value: Any) -> None:
-        """Names that begin with "_" are diffusers' bookkeeping. Options of other classes don't count, as in diffusers'
-        `from_config`."""
-        if option.startswith("_") or option in FORWARD_OPTIONS:
-            return
-        own = CLASSES[self.scheduler_class]
-        if option not in own:
-            if not any(option in options for options in CLASSES.values()):
-                raise SchedulerConfigError(
-                    f"scheduler option {shown(option)} is not known to {self.name} or to any other sampler; remove it "
-                    f"from scheduler_config.json, or correct its name; {self.name} knows: {', '.join(self._known())}"
-                )
-            return
-        default = own[option]
-        allowed = self.options.get(option, (default, None) if default is False else (default,))
-        if allowed != ANY and value not in allowed:
-            raise SchedulerConfigError(
-                f"scheduler option {option}={shown(value)} is not supported by {self.name}; supported: "
-                f"{', '.join(repr(value) for value in allowed)} (scheduler_config.json), or another scheduler"
-            )
-
-    def _known(self) -> list[str]:
-        return sorted((FORWARD_OPTIONS | set(self.options)) & set(CLASSES[self.scheduler_class]))
+    @property
+    def default_type(self) -> str | None:
+        """The schedule type where a call says none; None where scheduler_config.json says it."""
+        if self.webui and self.schedule_type is None and self.sampler.webui is not None:
+            return self.sampler.webui.schedule_type
+        return self.said_type
 
 
-def _ddpm_arguments(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    return {"large_variance": config["variance_type"] == "fixed_large"}
+def find(name: str) -> Found | None:
+    """What one of our short names means, which is diffusers' sampler where it has one; or one of A1111's labels, in any
+    case and perhaps followed by a schedule type ("DPM++ 2M Karras"), which is A1111's. None for others."""
+    if name in SAMPLERS:
+        return found_row(SAMPLERS[name])
+    label = " ".join(name.split()).casefold()
+    if label in _BY_LABEL and _BY_LABEL[label].fixed_type is None:
+        row = _BY_LABEL[label]
+        return Found(row, webui=row.webui is not None)
+    for suffix, kind in _TYPE_LABELS.items():
+        stem = label.removesuffix(f" {suffix.casefold()}")
+        if stem != label and stem in _BY_LABEL and takes_types(_BY_LABEL[stem]):
+            return Found(_BY_LABEL[stem], webui=True, schedule_type=kind)
+    return None
 
 
-def _dpm_arguments(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """diffusers counts all steps of the grid, also where a loop starts late."""
-    return {
-        "order": config["solver_order"],
-        "heun": config["solver_type"] == "heun",
-        "final_first_order": bool(config["euler_at_final"] or (config["lower_order_final"] and steps < 15)),
-    }
+def found_row(row: Sampler) -> Found:
+    """What a row's short name means."""
+    return Found(row, webui=row.scheduler_class is None)
 
 
-_SPACING: Options = {"timestep_spacing": ANY, "steps_offset": ANY}
-_SIGMAS: Options = {"use_karras_sigmas": ANY, "final_sigmas_type": ("zero", "sigma_min")}
-_FIXED_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
-_DPM: Options = {
-    **_SPACING,
-    **_SIGMAS,
-    "algorithm_type": ("dpmsolver++",),
-    "solver_order": (1, 2),
-    "solver_type": ("midpoint", "heun"),
-    "lower_order_final": ANY,
-    "euler_at_final": ANY,
-    "lambda_min_clipped": ANY,
-    "variance_type": (None, *_FIXED_VARIANCES),  # a variance that isn't learned changes nothing
-}
+def row_of_class(scheduler_class: str, config: Mapping[str, Any]) -> Sampler:
+    """What a class of diffusers means with a model's options: the row of it whose preset agrees most with them.
+    SchedulerConfigError where the options ask for something that no row is."""
+    rows = [row for row in ROWS if row.scheduler_class == scheduler_class and row.fixed_type is None]
+    agreeing = [row for row in rows if all(config.get(option, value) == value for option, value in row.preset.items())]
+    if not agreeing:
+        options = dict.fromkeys(option for row in rows for option in row.preset if option in config)
+        raise SchedulerConfigError(
+            f"{scheduler_class} with {', '.join(f'{option}={shown(config[option])}' for option in options)} is not "
+            f"supported; take another scheduler by name, for example {rows[0].name}"
+        )
+    return max(agreeing, key=lambda row: sum(option in config for option in row.preset))
 
-_ROWS = (
-    Sampler("ddim", "DDIM", "DDIMScheduler", strided_grid, ddim, {**_SPACING, "set_alpha_to_one": ANY, "eta": ANY}),
-    Sampler(
-        "ddpm",
-        "DDPM",
-        "DDPMScheduler",
-        successive_grid,
-        ddpm,
-        {**_SPACING, "variance_type": _FIXED_VARIANCES},
-        arguments=_ddpm_arguments,
-    ),
-    Sampler(
-        "euler",
-        "Euler",
-        "EulerDiscreteScheduler",
-        euler_grid,
-        euler,
-        {
-            **_SPACING,
-            **_SIGMAS,
-            "sigma_min": ANY,
-            "sigma_max": ANY,
-            "interpolation_type": ("linear",),
-            "timestep_type": ("discrete",),
-        },
-    ),
-    Sampler("euler_a", "Euler a", "EulerAncestralDiscreteScheduler", fractional_grid, euler_ancestral, _SPACING),
-    Sampler(
-        "dpmpp_2m",
-        "DPM++ 2M",
-        "DPMSolverMultistepScheduler",
-        one_more_grid,
-        dpmpp_multistep,
-        _DPM,
-        arguments=_dpm_arguments,
-    ),
-    Sampler(
-        "dpmpp_2m_karras",
-        "DPM++ 2M Karras",
-        "DPMSolverMultistepScheduler",
-        one_more_grid,
-        dpmpp_multistep,
-        _DPM,
-        preset={"use_karras_sigmas": True},
-        arguments=_dpm_arguments,
-    ),
-    # Every Stable Diffusion model ships skip_prk_steps=true; a file that lacks it means the same.
-    Sampler(
-        "pndm",
-        "PLMS",
-        "PNDMScheduler",
-        plms_grid,
-        plms,
-        {**_SPACING, "set_alpha_to_one": ANY, "skip_prk_steps": (True,)},
-        preset={"skip_prk_steps": True},
-    ),
-)
 
-SAMPLERS: Mapping[str, Sampler] = {row.name: row for row in _ROWS}
-"""The catalog, by name."""
-
-_BY_CLASS = {row.scheduler_class: row.name for row in reversed(_ROWS)}
-"""What a class of diffusers means: the first row of it, which reads the rest from the options."""
+def takes_types(row: Sampler) -> bool:
+    """Whether A1111's sampler of this label can use any schedule type."""
+    return row.webui is not None and row.webui.grid is None
 
 
 def sampler_name(name: str | None, schedule: Schedule) -> str:
-    """The name in SAMPLERS that is meant by a name, a diffusers class name, or None (what the model was shipped
-    with)."""
+    """The name for `find` of the sampler that is meant by such a name, by a class of diffusers with the model's
+    options, or by None, which is what the model was shipped with. UnknownSchedulerError names the nearest ones."""
     asked = schedule.config.get("_class_name") if name is None else name
-    known = _BY_CLASS.get(asked, asked) if isinstance(asked, str) else None
-    if known is None or known not in SAMPLERS:
-        whose = "the model's own scheduler" if name is None else "scheduler"
-        raise UnknownSchedulerError(f"{whose} {shown(asked)} is not known; known: {', '.join(SAMPLERS)}")
+    if isinstance(asked, str) and asked in _CLASSES:
+        return row_of_class(asked, schedule.config).name
+    found = find(asked) if isinstance(asked, str) else None
+    if found is not None:
+        return canonical_name(found)
+    whose = "the model's own scheduler" if name is None else "scheduler"
+    near = _nearest(asked, _all_names(), SAMPLERS)
+    raise UnknownSchedulerError(f"{whose} {shown(asked)} is not known; {near}; `python -m engine samplers` lists all")
+
+
+def canonical_name(found: Found) -> str:
+    if not found.webui:
+        return found.sampler.name
+    kind = found.schedule_type
+    return found.sampler.label if kind is None else f"{found.sampler.label} {RULES[kind].label}"
+
+
+def label_of(name: str) -> str:
+    """A1111's label of a sampler by its canonical name, for pictures' metadata."""
+    return SAMPLERS[name].label if name in SAMPLERS else name
+
+
+def schedule_label(schedule_type: str) -> str:
+    """A1111's label of a schedule type."""
+    return RULES[schedule_type].label if schedule_type in RULES else schedule_type.capitalize()
+
+
+def _all_names() -> list[str]:
+    karras = [f"{row.label} Karras" for row in ROWS if takes_types(row)]
+    return [*SAMPLERS, *_CLASSES, *dict.fromkeys(row.label for row in ROWS), *karras]
+
+
+def _nearest(asked: Any, names: Iterable[str], known: Iterable[str]) -> str:
+    """The names that are spelled most like it, or where there are none the known ones."""
+    spelled = {name.casefold(): name for name in reversed(list(names))}
+    text = asked.casefold() if isinstance(asked, str) else ""
+    near = difflib.get_close_matches(text[:100], spelled, n=3, cutoff=0.5)
+    return f"the nearest: {', '.join(spelled[name] for name in near)}" if near else f"known: {', '.join(known)}"
+
+
+def schedule_type_name(asked: Any) -> str | None:
+    """A schedule type by our name or A1111's, in any case; None for "Automatic". ScheduleTypeError for others."""
+    spelled = "_".join(asked.casefold().replace("-", " ").split()) if isinstance(asked, str) else ""
+    if spelled not in _SPELLINGS:
+        near = _nearest(asked, SCHEDULE_TYPES, SCHEDULE_TYPES)
+        raise ScheduleTypeError(f"schedule_type {shown(asked)} is not known; {near}")
+    return _SPELLINGS[spelled]
+
+
+def schedule_types(found: Found) -> tuple[str, ...]:
+    """The schedule types that a sampler can use."""
+    row = found.sampler
+    if found.said_type is not None:
+        return (found.said_type,)
+    if found.webui:
+        return tuple(RULES) if takes_types(row) else ()
+    return tuple(dict.fromkeys((*row.own_types, *(RULES if row.levels else ()))))
+
+
+def sampler_parameters(found: Found, schedule_type: str | None) -> dict[str, Parameter]:
+    """The options that a call may choose: those of the solver, those of the schedule type, and in diffusers' meaning
+    those of scheduler_config.json."""
+    row, kind = found.sampler, schedule_type or found.default_type
+    known = dict(row.parameters)
+    if not found.webui:
+        known |= {option: _config_parameter(option, row.options[option]) for option in row.config_parameters}
+    ours = takes_types(row) if found.webui else kind not in row.own_types
+    if kind is not None and kind in RULES and ours and RULES[kind].bends:
+        known["rho"] = number(0.01, 100)
     return known
 
 
-def step_table(name: str, schedule: Schedule, steps: int, eta: float = 0.0, start: int = 0) -> StepTable:
-    """The table of a sampler in SAMPLERS, or the part from step `start` on, in which multistep solvers warm up there.
-    `eta` counts where the row says so, as in diffusers for DDIM only. StepsError where there are no such steps,
-    SchedulerConfigError where the options don't go with the sampler."""
-    sampler, most = SAMPLERS[name], schedule.train_timesteps
-    schedule = sampler.configured(schedule)
-    if not 1 <= steps <= most:
-        raise StepsError(f"{name} has no {steps} steps on a schedule of {most} timesteps; take fewer, from 1 to {most}")
-    arguments = sampler.arguments(schedule.config, steps)
-    if "eta" in sampler.options:
-        arguments["eta"] = eta
-    return sampler.solver(sampler.grid(schedule, steps).starting_at(start), **arguments)
+def _config_parameter(option: str, allowed: tuple[Any, ...]) -> Parameter:
+    if allowed == ANY:
+        return Parameter(*OPTIONS[option])
+    return Parameter(f"one of {', '.join(map(repr, allowed))}", lambda value: value in allowed)
+
+
+def step_table(
+    name: str,
+    schedule: Schedule,
+    steps: int,
+    eta: float = 0.0,
+    start: int = 0,
+    schedule_type: str | None = None,
+    timesteps: tuple[float, ...] | None = None,
+    sigmas: tuple[float, ...] | None = None,
+    options: tuple[tuple[str, Any], ...] = (),
+) -> StepTable:
+    """The table of a sampler by its name, or the part from step `start` on, in which multistep solvers warm up there.
+
+    `eta` counts where the row says so, as in diffusers. schedule_type: one of `schedule_types`, None for the sampler's
+    own; timesteps, or noise levels (`sigmas`, with the one where the last step goes): a call's own, from high to low,
+    whose number counts instead of `steps`; options: of `sampler_parameters`. Raises StepsError where there are no such
+    steps, ScheduleTypeError, TimestepsError and SamplerOptionError where the sampler cannot do what the call asks for,
+    SchedulerConfigError where the model's options don't go with it.
+    """
+    found = _found(name)
+    row, given = found.sampler, dict(options)
+    asked = Asked(steps, schedule_type, timesteps, sigmas, given)
+    _check_grid(name, found, asked, schedule.train_timesteps)
+    checked_options(name, asked.schedule_type, given)
+    if found.webui:
+        grid, arguments = webui_plan(row, schedule, asked, found.default_type)
+    else:
+        grid, arguments = diffusers_plan(row, schedule, asked)
+    if row.eta is not None:
+        arguments[row.eta] = eta
+    arguments |= {option: value for option, value in given.items() if option in row.parameters}
+    return row.solver(grid.starting_at(start), **arguments)
+
+
+def _check_grid(name: str, found: Found, asked: Asked, most: int) -> None:
+    """StepsError, ScheduleTypeError or TimestepsError where the sampler has no such grid."""
+    kind, known = asked.schedule_type, schedule_types(found)
+    said = [what for what in ("schedule_type", "timesteps", "sigmas") if getattr(asked, what) is not None]
+    if len(said) > 1:
+        raise TimestepsError(f"{' and '.join(said)} all say which grid is taken ({name}); pass one of them")
+    if not 1 <= asked.count <= most:
+        raise StepsError(
+            f"{name} has no {asked.count} steps on a schedule of {most} timesteps; take fewer, from 1 to {most}"
+        )
+    if kind is not None and kind not in known:
+        listed = ", ".join(known) or "none, its grid is its own"
+        raise ScheduleTypeError(f"{name} cannot use schedule_type {kind!r}; it can use: {listed}")
+    takes_own = {
+        "timesteps": found.sampler.own_timesteps and bool(known) and found.said_type is None,
+        "sigmas": found.sampler.levels and bool(known) and found.said_type is None,
+    }
+    for what, takes in takes_own.items():
+        if what in said and not takes:
+            raise TimestepsError(
+                f"{name} cannot use {what} of a call: its steps depend on a grid of its own; leave {what} out, or take "
+                f"another sampler, for example euler"
+            )
+
+
+def checked_options(name: str, schedule_type: str | None, given: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """The options of a call, of which lists are tuples now. SamplerOptionError for one that the sampler of this
+    canonical name doesn't have on that schedule type, or whose value is wrong."""
+    found = _found(name)
+    known = sampler_parameters(found, schedule_type)
+    for option, value in given.items():
+        if option not in known:
+            raise SamplerOptionError(
+                f"{name} has no option {shown(option)}; it has: {', '.join(known) or 'none'} (sampler_options)"
+            )
+        if not known[option].right(value):
+            raise SamplerOptionError(f"option {option} of {name} is {shown(value)}; it must be {known[option].rule}")
+    return tuple(given.items())
+
+
+def _found(name: str) -> Found:
+    found = find(name)
+    if found is None:
+        raise UnknownSchedulerError(f"scheduler {shown(name)} is not known; {_nearest(name, _all_names(), SAMPLERS)}")
+    return found

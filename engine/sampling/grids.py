@@ -1,8 +1,7 @@
 """Grids: at which timesteps and noise levels a sampler evaluates the U-Net, and where its steps go.
 
-A rule is a function `(schedule, steps) -> Grid`. It reads the options of scheduler_config.json, of which
-`Sampler.configured` has filled in the defaults. Steps that don't fit are a StepsError, and options that contradict each
-other a SchedulerConfigError, before any solver runs.
+Their rules are in class_grids.py (those of diffusers' classes), levels.py (those of A1111's schedule types) and
+webui_grids.py.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from ..errors import SchedulerConfigError, StepsError
-from .schedule import Schedule
+from ..errors import SchedulerConfigError, StepsError, TimestepsError
+from .levels import sigma_to_timestep
 from .table import vp
 
 GridType = TypeVar("GridType", bound="Grid")
@@ -81,172 +80,20 @@ class StridedGrid(Grid):
     sources: np.ndarray
 
 
-def strided_grid(schedule: Schedule, steps: int) -> StridedGrid:
-    """The grid of DDIMScheduler and PNDMScheduler, which step to t - T // steps whatever the next timestep is.
-    set_alpha_to_one says where a step below timestep 0 goes: to no noise, or to that of timestep 0."""
-    timesteps = _whole_timesteps(schedule, steps)
-    stride = schedule.train_timesteps // steps
-    levels = schedule.exact_sigmas()
-    final = 0.0 if schedule.config["set_alpha_to_one"] else levels[0]
-    targets = np.where(timesteps >= stride, levels[timesteps - stride], final)
-    sources = levels[np.minimum(timesteps + stride, len(levels) - 1)]
-    grid = StridedGrid(
-        timesteps.astype(np.float64),
-        levels[timesteps],
-        targets,
-        schedule.prediction_type,
-        1.0,
-        sources,
-        levels=levels,
-    )
-    return _checked(grid, schedule, steps)
+def level_grid(
+    sigmas: np.ndarray, levels: np.ndarray, prediction_type: str, initial_scale: float | None = None
+) -> Grid:
+    """The grid of any falling noise levels [N+1], of which the last is where the last step goes. The U-Net is told the
+    timesteps of k-diffusion, which need not be whole. Unless initial_scale says something else, a loop starts from
+    noise of the first level."""
+    first = vp(float(sigmas[0]))[1] if initial_scale is None else initial_scale
+    timesteps = sigma_to_timestep(sigmas[:-1], levels)
+    return checked(Grid(timesteps, sigmas[:-1], sigmas[1:], prediction_type, first, levels=levels))
 
 
-def plms_grid(schedule: Schedule, steps: int) -> StridedGrid:
-    """`strided_grid` for PNDMScheduler, which divides by alpha and so cannot start at a zero terminal SNR."""
-    grid = strided_grid(schedule, steps)
-    if math.isinf(grid.sigmas[0]):
-        raise SchedulerConfigError(
-            f"PNDMScheduler cannot start at timestep {grid.timesteps[0]:g}, which has no signal "
-            f"(rescale_betas_zero_snr=true); take another scheduler, for example ddim, or timestep_spacing 'leading'"
-        )
-    return grid
-
-
-def successive_grid(schedule: Schedule, steps: int) -> Grid:
-    """The grid of DDPMScheduler: the timesteps of `strided_grid`, and every step goes to the next one."""
-    timesteps = _whole_timesteps(schedule, steps)
-    levels = schedule.exact_sigmas()
-    sigmas = levels[timesteps]
-    targets = np.append(sigmas[1:], 0.0)
-    grid = Grid(timesteps.astype(np.float64), sigmas, targets, schedule.prediction_type, 1.0, levels=levels)
-    return _checked(grid, schedule, steps)
-
-
-def fractional_grid(schedule: Schedule, steps: int) -> Grid:
-    """The grid of EulerAncestralDiscreteScheduler: timesteps that need not be whole, and noise levels linear between
-    them. The last step goes to no noise."""
-    timesteps = _checked_timesteps(spaced_timesteps(schedule, steps), schedule, steps)
-    sigmas = np.interp(timesteps, np.arange(schedule.train_timesteps), schedule.sigmas())
-    return _ve_grid(schedule, steps, timesteps, sigmas, 0.0)
-
-
-def euler_grid(schedule: Schedule, steps: int) -> Grid:
-    """The grid of EulerDiscreteScheduler: `fractional_grid`, or Karras's noise levels over the same range or from
-    sigma_max to sigma_min; final_sigmas_type says where the last step goes."""
-    grid = fractional_grid(schedule, steps)
-    timesteps, sigmas = grid.timesteps, grid.sigmas
-    if schedule.config["use_karras_sigmas"]:
-        low, high = schedule.config.get("sigma_min"), schedule.config.get("sigma_max")
-        sigmas = karras_sigmas(sigmas[-1] if low is None else low, sigmas[0] if high is None else high, len(sigmas))
-        timesteps = sigma_to_timestep(sigmas, schedule.sigmas())
-    return _ve_grid(schedule, steps, timesteps, sigmas, _final_sigma(schedule))
-
-
-def _ve_grid(schedule: Schedule, steps: int, timesteps: np.ndarray, sigmas: np.ndarray, final: float) -> Grid:
-    """diffusers starts from s noise or sqrt(s^2 + 1) noise, in its own (VE) scale."""
-    leading = schedule.config["timestep_spacing"] == "leading"
-    initial_scale = 1.0 if leading else vp(float(sigmas[0]))[1]
-    targets = np.append(sigmas[1:], final)
-    grid = Grid(timesteps, sigmas, targets, schedule.prediction_type, initial_scale, levels=schedule.sigmas())
-    return _checked(grid, schedule, steps)
-
-
-def one_more_grid(schedule: Schedule, steps: int) -> Grid:
-    """The grid of DPMSolverMultistepScheduler: whole timesteps, spaced as for one step more, of which the last is
-    dropped, or Karras's noise levels."""
-    levels = schedule.sigmas()
-    if schedule.config["use_karras_sigmas"]:
-        sigmas = karras_sigmas(levels[0], levels[-1], steps)
-        timesteps = sigma_to_timestep(sigmas, levels)
-        if schedule.config.get("beta_schedule") != "squaredcos_cap_v2":
-            timesteps = np.round(timesteps)
-        timesteps = np.floor(timesteps)
-    else:
-        timesteps = _checked_timesteps(_one_more_timesteps(schedule, steps, levels), schedule, steps)
-        sigmas = levels[timesteps.astype(int)]
-    targets = np.append(sigmas[1:], _final_sigma(schedule))
-    grid = Grid(timesteps, sigmas, targets, schedule.prediction_type, 1.0, levels=levels)
-    return _checked(grid, schedule, steps)
-
-
-def _one_more_timesteps(schedule: Schedule, steps: int, levels: np.ndarray) -> np.ndarray:
-    config, spacing = schedule.config, schedule.config["timestep_spacing"]
-    total = int(np.sum(-np.log(levels) >= config["lambda_min_clipped"]))
-    if total == 0:
-        raise SchedulerConfigError(
-            f"lambda_min_clipped={config['lambda_min_clipped']:g} leaves no timestep: the largest lambda of this "
-            f"schedule is {-math.log(levels[0]):g}; take a smaller one in scheduler_config.json"
-        )
-    if spacing == "linspace":
-        return np.round(np.linspace(0, total - 1, steps + 1))[:0:-1]
-    if spacing == "leading":
-        return np.arange(steps, 0, -1) * float(total // (steps + 1)) + config["steps_offset"]
-    return _trailing_timesteps(total, schedule.train_timesteps / steps)
-
-
-def spaced_timesteps(schedule: Schedule, steps: int) -> np.ndarray:
-    """Timesteps from high to low as DDIM, DDPM, PNDM and Euler of diffusers space them; not rounded where "linspace"
-    is not (arXiv 2305.08891, table 2)."""
-    total, spacing = schedule.train_timesteps, schedule.config["timestep_spacing"]
-    if spacing == "linspace":
-        return np.linspace(0, total - 1, steps)[::-1]
-    if spacing == "leading":
-        return np.arange(steps)[::-1] * float(total // steps) + schedule.config["steps_offset"]
-    return _trailing_timesteps(total, total / steps)
-
-
-def _trailing_timesteps(total: int, stride: float) -> np.ndarray:
-    """diffusers' timesteps, without the -1 that its rounding adds for some numbers of steps, such as 61 of 1000."""
-    timesteps = np.round(np.arange(total, 0, -stride)) - 1
-    return timesteps[timesteps >= 0]
-
-
-def karras_sigmas(sigma_min: float, sigma_max: float, steps: int) -> np.ndarray:
-    """arXiv 2206.00364, equation 5, with rho = 7."""
-    ramp = np.linspace(0, 1, steps)
-    return (sigma_max ** (1 / 7) + ramp * (sigma_min ** (1 / 7) - sigma_max ** (1 / 7))) ** 7
-
-
-def sigma_to_timestep(sigma: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
-    """The fractional timesteps of noise levels, linear in log s between training timesteps. Only infinite noise is at
-    an infinite last one."""
-    finite = sigmas[:-1] if np.isinf(sigmas[-1]) else sigmas
-    timesteps = np.interp(np.log(np.maximum(sigma, 1e-10)), np.log(finite), np.arange(len(finite)))
-    return np.where(np.isinf(sigma), len(sigmas) - 1, timesteps)
-
-
-def _final_sigma(schedule: Schedule) -> float:
-    return 0.0 if schedule.config["final_sigmas_type"] == "zero" else float(schedule.sigmas()[0])
-
-
-def _whole_timesteps(schedule: Schedule, steps: int) -> np.ndarray:
-    return np.round(_checked_timesteps(spaced_timesteps(schedule, steps), schedule, steps)).astype(int)
-
-
-def _checked_timesteps(timesteps: np.ndarray, schedule: Schedule, steps: int) -> np.ndarray:
-    """The timesteps; StepsError for some that the model doesn't have or that are there twice."""
-    last = schedule.train_timesteps - 1
-    if timesteps.max() > last:
-        raise _no_such_steps(
-            schedule, steps, f"timestep {timesteps.max():g} would be the first and {last} is the highest"
-        )
-    if (np.diff(timesteps) >= 0).any():
-        raise _no_such_steps(schedule, steps, "some timesteps would be there twice")
-    return timesteps
-
-
-def _no_such_steps(schedule: Schedule, steps: int, reason: str) -> StepsError:
-    return StepsError(
-        f"the model's scheduler has no {steps} steps on a schedule of {schedule.train_timesteps} timesteps with "
-        f"timestep_spacing={schedule.config['timestep_spacing']} and steps_offset={schedule.config['steps_offset']} "
-        f"({reason}); take fewer"
-    )
-
-
-def _checked(grid: GridType, schedule: Schedule, steps: int) -> GridType:
+def checked(grid: GridType) -> GridType:
     """The grid, if a solver can do it: the noise falls from evaluation to evaluation, no step adds some, and float32
-    holds its levels."""
+    holds its levels. Else a StepsError or a SchedulerConfigError."""
     sigmas = grid.sigmas
     if not (sigmas[1:] < sigmas[:-1]).all():
         if sigmas[-1] > sigmas[0]:
@@ -254,12 +101,11 @@ def _checked(grid: GridType, schedule: Schedule, steps: int) -> GridType:
                 f"sigma_min is above sigma_max (the noise levels would go from {sigmas[0]:g} to {sigmas[-1]:g}); "
                 f"correct them in scheduler_config.json"
             )
-        raise _no_such_steps(schedule, steps, "some noise levels would coincide")
+        raise StepsError(f"some noise levels of {len(grid)} steps would coincide; take fewer steps")
     if not (grid.targets <= sigmas).all():
         raise SchedulerConfigError(
-            f"final_sigmas_type={schedule.config['final_sigmas_type']!r} would end at the noise level "
-            f"{grid.targets[-1]:g}, above the last step's {sigmas[-1]:g}; take a larger sigma_min "
-            f"(scheduler_config.json)"
+            f"the last step would end at the noise level {grid.targets[-1]:g}, above its start at {sigmas[-1]:g}; take "
+            f"a larger sigma_min, or final_sigmas_type 'zero' (scheduler_config.json)"
         )
     if math.isinf(sigmas[0]) and grid.prediction_type == "epsilon":
         raise SchedulerConfigError(
@@ -274,3 +120,23 @@ def _checked(grid: GridType, schedule: Schedule, steps: int) -> GridType:
             f"{MOST_SIGMA:g}, as float32 needs them; correct the betas, sigma_min or sigma_max in scheduler_config.json"
         )
     return grid
+
+
+def falling(given: tuple[float, ...], highest: float, whole: bool) -> np.ndarray:
+    """A call's own timesteps. TimestepsError where they don't fall, the model doesn't have them, or the sampler needs
+    whole ones."""
+    timesteps = np.array(given, np.float64)
+    if not ((timesteps >= 0) & (timesteps <= highest)).all():
+        worst = timesteps[np.argmax(np.maximum(-timesteps, timesteps - highest))]
+        raise TimestepsError(f"timestep {worst:g} is not one of the model's, which go from {highest:g} to 0")
+    rises = np.diff(timesteps) >= 0
+    if rises.any():
+        i = int(np.argmax(rises))
+        raise TimestepsError(
+            f"timesteps must fall: number {i + 1} is {timesteps[i]:g} and the next is {timesteps[i + 1]:g}; pass them "
+            f"from high to low, each once"
+        )
+    if whole and (timesteps != np.round(timesteps)).any():
+        odd = timesteps[timesteps != np.round(timesteps)][0]
+        raise TimestepsError(f"timestep {odd:g} is not a whole number, which this sampler needs; round it")
+    return timesteps

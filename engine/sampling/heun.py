@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .grids import Grid, karras_sigmas
+from .grids import Grid
+from .levels import karras_sigmas
 from .table import NOISE, PAST, StepTable, TableBuilder, X, as_epsilon, as_x0, keep, refuse_infinite_noise, single, vp
 from .ve import Step, churned, timestep_of
 

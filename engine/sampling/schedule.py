@@ -18,6 +18,8 @@ from ..errors import SchedulerConfigError, shown
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "linspace", "trailing")
 MAX_TRAIN_TIMESTEPS = 100_000
+ZERO_SNR, WEBUI_ZERO_SNR = 2.0**-24, 4.8973451890853435e-08
+"""What diffusers and A1111 take a zero terminal SNR for, as ab; samplers after k-diffusion divide by its root."""
 
 
 def _is_integer(low: int, high: int) -> Callable[[Any], bool]:
@@ -32,6 +34,10 @@ def _are_betas(value: Any) -> bool:
     return isinstance(value, list) and 2 <= len(value) <= MAX_TRAIN_TIMESTEPS and all(map(_is_number(0, 1), value))
 
 
+def _are_indices(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_integer(0, MAX_TRAIN_TIMESTEPS), value))
+
+
 OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "num_train_timesteps": (f"an integer from 2 to {MAX_TRAIN_TIMESTEPS}", _is_integer(2, MAX_TRAIN_TIMESTEPS)),
     "beta_start": ("a number between 0 and 1", _is_number(0, 1)),
@@ -40,6 +46,11 @@ OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "timestep_spacing": (f"one of {', '.join(SPACINGS)}", lambda value: isinstance(value, str) and value in SPACINGS),
     "steps_offset": ("an integer from 0 to 1000", _is_integer(0, 1000)),
     "solver_order": ("an integer from 1 to 3", _is_integer(1, 3)),
+    "predictor_order": ("an integer from 1 to 4", _is_integer(1, 4)),
+    "corrector_order": ("an integer from 1 to 4", _is_integer(1, 4)),
+    "original_inference_steps": ("an integer from 1 to 1000", _is_integer(1, 1000)),
+    "timestep_scaling": ("a number above 0", _is_number(0, math.inf)),
+    "disable_corrector": ("a list of integers from 0 up", _are_indices),
     "sigma_min": ("a number above 0", _is_number(0, math.inf)),
     "sigma_max": ("a number above 0", _is_number(0, math.inf)),
     "lambda_min_clipped": (
@@ -75,6 +86,7 @@ OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
             "use_flow_sigmas",
             "euler_at_final",
             "lower_order_final",
+            "predict_x0",
         )
     },
 }
@@ -82,6 +94,9 @@ OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 NULLABLE = frozenset({"trained_betas", "sigma_min", "sigma_max", "variance_type"})
 """Options of which null says that there is none."""
+
+BETAS: Mapping[str, Any] = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
+"""diffusers' defaults, but for classes that have others."""
 
 FORWARD_OPTIONS = frozenset(
     {
@@ -134,11 +149,17 @@ class Schedule:
         with np.errstate(divide="ignore"):
             return np.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod)
 
-    def sigmas(self) -> np.ndarray:
-        """s of every training timestep. A zero terminal SNR is taken as ab = 2**-24 (s = 4096), as diffusers does."""
+    @property
+    def zero_snr(self) -> bool:
+        """Whether the last timestep has no signal."""
+        return bool(self.config.get("rescale_betas_zero_snr"))
+
+    def sigmas(self, last: float = ZERO_SNR) -> np.ndarray:
+        """s of every training timestep. A zero terminal SNR is taken as ab = 2**-24 (s = 4096), as diffusers does, or
+        as another ab."""
         sigmas = self.exact_sigmas()
-        if self.config.get("rescale_betas_zero_snr"):
-            sigmas[-1] = np.sqrt((1 - 2.0**-24) / 2.0**-24)
+        if self.zero_snr:
+            sigmas[-1] = math.sqrt((1 - last) / last)
         return sigmas
 
 
@@ -186,16 +207,43 @@ def _alphas_cumprod(config: Mapping[str, Any]) -> np.ndarray:
 def _betas(config: Mapping[str, Any]) -> np.ndarray:
     if "trained_betas" in config:
         return np.asarray(config["trained_betas"], np.float64)
-    name, count = config.get("beta_schedule", "linear"), int(config.get("num_train_timesteps", 1000))
-    start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
+    chosen = {**BETAS, **config}
+    name, count = chosen["beta_schedule"], int(config.get("num_train_timesteps", 1000))
+    start, end = float(chosen["beta_start"]), float(chosen["beta_end"])
     if name == "linear":
         return np.linspace(start, end, count)
     if name == "scaled_linear":
         return np.linspace(math.sqrt(start), math.sqrt(end), count) ** 2
-    if name == "squaredcos_cap_v2":
-        edges = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * math.pi / 2) ** 2
+    if name == "sigmoid":
+        return (end - start) / (1 + np.exp(-np.linspace(-6, 6, count))) + start
+    if name in CUMULATIVE:
+        edges = CUMULATIVE[name](np.arange(count + 1) / count)
         return np.minimum(1 - edges[1:] / edges[:-1], 0.999)
-    raise SchedulerConfigError(f"beta_schedule {name!r} is not known; known: linear, scaled_linear, squaredcos_cap_v2")
+    known = ", ".join(("linear", "scaled_linear", "sigmoid", *CUMULATIVE))
+    raise SchedulerConfigError(f"beta_schedule {name!r} is not known; known: {known}")
+
+
+def _cosine(u: np.ndarray) -> np.ndarray:
+    """arXiv 2102.09672, equation 17."""
+    return np.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
+def _exponential(u: np.ndarray) -> np.ndarray:
+    return np.exp(-12 * u)
+
+
+def _laplace(u: np.ndarray) -> np.ndarray:
+    """arXiv 2407.03297 with mu = 0 and b = 1/2; its alpha is what diffusers takes for ab."""
+    log_snr = -0.5 * np.copysign(1, 0.5 - u) * np.log(1 - 2 * np.abs(0.5 - u) + 1e-6)
+    return 1 / np.sqrt(1 + np.exp(-log_snr))
+
+
+CUMULATIVE: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+    "squaredcos_cap_v2": _cosine,
+    "exp": _exponential,
+    "laplace": _laplace,
+}
+"""Schedules that are given as ab of the time from 0 to 1."""
 
 
 def _rescale_zero_terminal_snr(alphas_cumprod: np.ndarray) -> np.ndarray:

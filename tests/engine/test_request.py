@@ -76,7 +76,52 @@ def message(demo, error, **arguments):
         ),
         ({"latents": np.full((1, 4, 8, 8), np.nan, np.float32)}, e.LatentsError, "256 values that are NaN or infinite"),
         ({"output_type": "pt"}, e.OutputTypeError, "'pt'; it must be one of 'pil', 'np', 'latent'"),
-        ({"scheduler": "plms"}, e.UnknownSchedulerError, "'plms' is not known; known: ddim, ddpm, euler"),
+        ({"scheduler": "euler_b"}, e.UnknownSchedulerError, "'euler_b' is not known; the nearest: euler_a, euler"),
+        ({"scheduler": "DPM++ 2N Karras"}, e.UnknownSchedulerError, "the nearest: DPM++ 2M Karras"),
+        ({"schedule_type": "caras"}, e.ScheduleTypeError, "schedule_type 'caras' is not known; the nearest: karras"),
+        ({"schedule_type": 7}, e.ScheduleTypeError, "schedule_type 7 is not known; known: leading, linspace"),
+        (
+            {"schedule_type": "karras", "scheduler": "pndm"},
+            e.ScheduleTypeError,
+            "pndm cannot use schedule_type 'karras'; it can use: leading, linspace, trailing",
+        ),
+        (
+            {"schedule_type": "beta", "scheduler": "DPM++ 2M Karras"},
+            e.ScheduleTypeError,
+            "DPM++ 2M Karras cannot use schedule_type 'beta'; it can use: karras",
+        ),
+        (
+            {"schedule_type": "Karras", "scheduler": "PLMS"},
+            e.ScheduleTypeError,
+            "it can use: none, its grid is its own",
+        ),
+        ({"timesteps": [1, 2]}, e.TimestepsError, "timesteps must fall: number 1 is 1 and the next is 2"),
+        ({"timesteps": [1000]}, e.TimestepsError, "timestep 1000 is not one of the model's, which go from 999 to 0"),
+        ({"timesteps": []}, e.TimestepsError, "timesteps are []; pass a list of 1 to 1001 finite numbers that fall"),
+        ({"timesteps": 7}, e.TimestepsError, "timesteps are 7"),
+        ({"timesteps": ["7"]}, e.TimestepsError, "timesteps are ['7']"),
+        ({"timesteps": [float("nan")]}, e.TimestepsError, "timesteps are [nan]"),
+        ({"timesteps": [10**400]}, e.TimestepsError, "timesteps are [1000"),
+        ({"timesteps": [7], "scheduler": "pndm"}, e.TimestepsError, "pndm cannot use timesteps of a call"),
+        ({"timesteps": [7], "schedule_type": "karras"}, e.TimestepsError, "schedule_type and timesteps all say which"),
+        ({"timesteps": [7], "timestep_respacing": "5"}, e.TimestepsError, "timesteps and timestep_respacing both say"),
+        ({"timestep_respacing": "ddim7,7"}, e.TimestepsError, "no whole stride leaves so many of 1000 timesteps"),
+        ({"sigmas": [1.0]}, e.TimestepsError, "sigmas are [1.0]; pass a list of 2 to 1001 finite numbers that fall"),
+        (
+            {"sigmas": [1.0, 2.0]},
+            e.TimestepsError,
+            "sigmas must fall, to 0 at the lowest: number 1 is 1 and the next is 2",
+        ),
+        ({"sigmas": [1.0, -1.0]}, e.TimestepsError, "sigmas must fall, to 0 at the lowest"),
+        ({"sigmas": [1.0, 0.0], "scheduler": "pndm"}, e.TimestepsError, "pndm cannot use sigmas of a call"),
+        ({"sampler_options": {"churn": 1}}, e.SamplerOptionError, "ddim has no option 'churn'; it has: "),
+        (
+            {"sampler_options": {"steps_offset": 1.5}},
+            e.SamplerOptionError,
+            "steps_offset of ddim is 1.5; it must be an",
+        ),
+        ({"sampler_options": [("a", 1)]}, e.SamplerOptionError, "sampler_options are [('a', 1)]; pass a dictionary"),
+        ({"sampler_options": {1: 2}}, e.SamplerOptionError, "sampler_options are {1: 2}; pass a dictionary"),
         ({"scheduler": 3}, e.UnknownSchedulerError, "3 is not known"),
         ({"callback_on_step_end": 5}, e.CallbackError, "callback_on_step_end is 5, which cannot be called"),
         (
@@ -121,6 +166,24 @@ def test_every_input_error_was_produced_here():
     }
     elsewhere = {e.ThreadsError, e.UnknownBackendError, e.DeviceError, e.OutputPathError, e.PromptsFileError}
     assert produced | elsewhere == set(InputError.__subclasses__())
+
+
+def test_a_calls_own_timesteps_say_how_many_steps_there_are(demo):
+    for grid in ({"timesteps": [900, 500, 100]}, {"sigmas": [10.0, 1.0, 0.1, 0.0]}, {"timestep_respacing": "3"}):
+        assert demo("a ring", num_inference_steps=20, seed=0, scheduler="euler", **grid).evaluations == 3
+
+
+def test_a_picture_says_which_sampler_and_schedule_type_made_it(demo):
+    picture = demo("a ring", num_inference_steps=1, seed=0, scheduler="dpm++ 2m", schedule_type="SGM Uniform").images[0]
+    assert "Sampler: DPM++ 2M, " in picture.info["parameters"]
+    assert "Schedule type: SGM Uniform, " in picture.info["parameters"]
+
+
+def test_automatic_is_the_samplers_own_schedule_type(demo):
+    """A1111's word for it."""
+    calls = [demo("a ring", num_inference_steps=2, seed=0, output_type="latent", schedule_type=kind).images
+             for kind in (None, "Automatic")]  # fmt: skip
+    np.testing.assert_array_equal(*calls)
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, True, 2**31, pytest.param(10**5000, id="huge")])

@@ -1,4 +1,5 @@
-"""Step tables against diffusers' schedulers, driving the same non-linear toy model."""
+"""Step tables against diffusers' schedulers as pipelines use them: float32, a seed's random numbers in their order, and
+late starts. test_grids_diffusers.py has every sampler on every grid, in float64."""
 
 import inspect
 
@@ -22,7 +23,8 @@ SD1 = {
     "set_alpha_to_one": False,
     "skip_prk_steps": True,
 }
-CLASSES = {name: (getattr(diffusers, row.scheduler_class), dict(row.preset)) for name, row in SAMPLERS.items()}
+FEW = ("ddim", "ddpm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "pndm")
+CLASSES = {name: (getattr(diffusers, SAMPLERS[name].scheduler_class), dict(SAMPLERS[name].preset)) for name in FEW}
 """diffusers' class of each sampler, and the options that make it that sampler."""
 
 
@@ -159,7 +161,7 @@ IMAGE = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
 
 @pytest.mark.parametrize("start", [0, 1, 7, 19])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "pndm"])
+@pytest.mark.parametrize("name", [name for name in FEW if name != "pndm"])
 def test_a_table_that_starts_late_equals_image_to_image_of_diffusers(name, prediction_type, start):
     check(name, {**SD1, "prediction_type": prediction_type}, 20, start=start, image=IMAGE)
 
