@@ -95,6 +95,11 @@ def set_steps(scheduler, steps):
 
 
 def run_diffusers(scheduler, x, noise=None, start=0, **options):
+    """The latents that a scheduler ends with, from a VP-scaled latent at evaluation `start`."""
+    return diffusers_latents(scheduler, x, noise, start, **options)[-1]
+
+
+def diffusers_latents(scheduler, x, noise=None, start=0, **options):
     """The latents after every evaluation of a scheduler, from a VP-scaled latent at evaluation `start`."""
     if noise is None:
         return _run_diffusers(scheduler, x, start, **options)

@@ -19,7 +19,7 @@ from engine.sampling.sa_solver import sa_solver
 from engine.sampling.singlestep import dpm_singlestep, dpmpp_singlestep
 from engine.sampling.unipc import unipc
 
-from .references import SD1, Brownian, Noise, grid_of, latent, run_diffusers, set_steps, table_latents
+from .references import SD1, Brownian, Noise, diffusers_latents, grid_of, latent, set_steps, table_latents
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
 STEPS = (1, 2, 5, 10, 20, 50)
@@ -175,7 +175,7 @@ CASES = {
 
 def check(scheduler, grid, solver, **options):
     ours, theirs = (Brownian(), Brownian()) if hasattr(scheduler, "noise_sampler") else (Noise(), Noise())
-    expected = run_diffusers(scheduler, latent(), theirs, **options)
+    expected = diffusers_latents(scheduler, latent(), theirs, **options)
     actual = table_latents(solver(grid), latent(), ours)
     scale = max(1.0, np.abs(expected[-1]).max())
     np.testing.assert_allclose(actual, expected, atol=1e-5 * scale, rtol=0, err_msg=f"{len(grid)} steps")
