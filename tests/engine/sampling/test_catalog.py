@@ -20,6 +20,7 @@ from engine.sampling.scheduler_classes import CLASSES
 
 from .test_samplers import SD1
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:numpy")
 DIFFUSERS = sorted({row.scheduler_class for row in SAMPLERS.values() if row.scheduler_class is not None})
 ROWS = {name: row for name, row in SAMPLERS.items() if row.scheduler_class is not None}
 """The rows that are samplers of diffusers."""
