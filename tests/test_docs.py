@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.sampling.catalog import SAMPLERS
+from engine.sampling.catalog import SAMPLERS, SCHEDULE_TYPES
+from engine.sampling.listing import facts
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
@@ -47,6 +48,13 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(file), target
 
 
+def test_a_diff_shows_what_the_files_have(page):
+    for block in re.findall(r"^```diff\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+        for part in re.split(r"^\+\+\+ ", block, flags=re.MULTILINE)[1:]:
+            file, _, lines = part.partition("\n")
+            assert re.sub(r"^\+", "", lines, flags=re.MULTILINE) in (ROOT / file).read_text(encoding="utf-8"), file
+
+
 def test_make_targets_in_backticks_exist(page):
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert set(re.findall(r"`make ([\w-]+)", prose(page))) <= targets
@@ -57,10 +65,14 @@ def test_a_page_begins_with_its_readers(page):
         assert page.read_text(encoding="utf-8").split("\n\n")[1].startswith("For ")
 
 
-def test_python_md_lists_the_samplers(page):
-    if page.name == "python.md":
-        row = re.search(r"\| `scheduler` \|(.*?);", page.read_text(encoding="utf-8"))[1]
-        assert re.findall(r"`(\w+)`", row) == list(SAMPLERS)
+def test_samplers_md_lists_the_samplers(page):
+    """The table has what `python -m engine samplers` prints."""
+    if page.name == "samplers.md":
+        for name in SAMPLERS:
+            cells = [f"`{name}`", *facts(name)[1:]]
+            assert f"| {' | '.join(cells)} |" in page.read_text(encoding="utf-8"), f"| {' | '.join(cells)} |"
+        for kind in SCHEDULE_TYPES:
+            assert f"`{kind}`" in prose(page)
 
 
 def anchors(file: Path) -> set[str]:

@@ -16,7 +16,7 @@ README = PAGES["README.md"]
 
 def test_the_python_examples_make_pictures(demo_bundle, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for page in ("README.md", "python.md"):
+    for page in ("README.md", "python.md", "samplers.md"):
         for code in re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL):
             exec(code.replace("engines/demo", str(demo_bundle)), {})
     assert "Seed: 0" in Image.open("circle.png").text["parameters"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 from .catalog import (
     SAMPLERS,
@@ -18,6 +19,7 @@ from .catalog import (
 from .levels import RULES
 from .sampler import Sampler
 from .schedule import Schedule
+from .table import StepTable
 
 STABLE_DIFFUSION = {
     "beta_schedule": "scaled_linear",
@@ -29,31 +31,38 @@ STEPS = 48
 """Enough for what is more at the start or the end not to count, and divisible by 2 and 3, for samplers with groups."""
 
 
+@cache
+def _table(name: str) -> StepTable:
+    return step_table(name, Schedule.from_config(STABLE_DIFFUSION), STEPS)
+
+
 def evaluations(name: str) -> int:
     """How often a sampler evaluates the U-Net in each step, the first and the last perhaps less often."""
-    table = step_table(name, Schedule.from_config(STABLE_DIFFUSION), STEPS)
-    return round(len(table) / STEPS)
+    return round(len(_table(name)) / STEPS)
 
 
-def draws_noise(name: str) -> bool:
-    """Whether a sampler adds noise by default, so that more steps make another picture."""
-    table = step_table(name, Schedule.from_config(STABLE_DIFFUSION), STEPS)
-    return bool(table.updates[:, :, -1].any())
+def adds_noise(name: str) -> str:
+    """ "yes" for a sampler that adds noise by default, so that more steps make another picture, else "no"."""
+    return "yes" if _table(name).updates[:, :, -1].any() else "no"
+
+
+def facts(name: str) -> tuple[str, str, str, str, str, str]:
+    """Name, A1111's label, class of diffusers, evaluations a step, noise and schedule types of a sampler."""
+    row = SAMPLERS[name]
+    label = row.label if row.webui is not None else "-"
+    scheduler_class = row.scheduler_class or "-"
+    return name, label, scheduler_class, str(evaluations(name)), adds_noise(name), _in_short(row)
 
 
 def overview() -> Iterator[str]:
     """All samplers, a line each."""
-    yield f"{'name':<18} {'A1111':<20} {'diffusers':<34} {'evaluations':>11}  noise  schedule types"
-    for name, row in SAMPLERS.items():
-        label = row.label if row.webui is not None else "-"
-        scheduler_class = row.scheduler_class or "-"
-        drawn = "yes" if draws_noise(name) else "no"
-        types = _in_short(row)
-        yield f"{name:<18} {label:<20} {scheduler_class:<34} {evaluations(name):>11}  {drawn:<5}  {types}"
+    header = ("name", "A1111's label", "class of diffusers", "evaluations", "noise", "schedule types")
+    for cells in (header, *map(facts, SAMPLERS)):
+        yield "{:<18} {:<18} {:<31} {:>11}  {:<5}  {}".format(*cells)
     yield ""
-    yield "evaluations: of the U-Net in each step; noise: whether more steps make another picture, as without an option"
+    yield "evaluations: of the U-Net in each step; noise: whether steps add some, so that more make another picture"
     yield f"all: {', '.join(RULES)}"
-    yield "A1111's labels take these too, as in 'DPM++ 2M Karras' or with a schedule type beside them."
+    yield "A1111's labels mean A1111's samplers, also with a schedule type after them: 'DPM++ 2M Karras'."
     yield "`python -m engine samplers NAME` says which options a sampler takes."
 
 
@@ -71,7 +80,7 @@ def describe(names: Sequence[str]) -> Iterator[str]:
         name, row = canonical_name(found), found.sampler
         meaning = f"A1111's {name}" if found.webui else f"diffusers' {row.scheduler_class}"
         yield f"{name}: {meaning}"
-        yield f"  evaluations a step: {evaluations(name)}; noise: {'yes' if draws_noise(name) else 'no'}"
+        yield f"  evaluations a step: {evaluations(name)}; noise: {adds_noise(name)}"
         yield f"  schedule types: {', '.join(schedule_types(found)) or 'its own'}"
         if found.webui and takes_types(row):
             yield f"  without one: {found.default_type}"

@@ -67,6 +67,10 @@ def _singlestep_arguments(config: Mapping[str, Any], steps: int) -> Arguments:
     }
 
 
+def _singlestep_sde_arguments(config: Mapping[str, Any], steps: int) -> Arguments:
+    return {**_singlestep_arguments(config, steps), "eta": 1.0, "diffusers_third_order": True}
+
+
 def _deis_arguments(config: Mapping[str, Any], steps: int) -> Arguments:
     few = bool(config["lower_order_final"] and steps < 15)
     return {"order": config["solver_order"], "final_first_order": few, "final_second_order": few}
@@ -356,6 +360,17 @@ ROWS = (
         _SINGLESTEP,
         preset={"algorithm_type": "dpmsolver++", "solver_order": 3},
         arguments=_singlestep_arguments,
+    ),
+    Sampler(
+        "dpmpp_2s_sde",
+        "DPM++ 2S SDE",
+        dpmpp_singlestep,
+        "DPMSolverSinglestepScheduler",
+        one_more_grid,
+        _SINGLESTEP,
+        preset={"algorithm_type": "sde-dpmsolver++"},
+        arguments=_singlestep_sde_arguments,
+        parameters={"eta": number(0, 10)},
     ),
     Sampler(
         "dpm_2s",

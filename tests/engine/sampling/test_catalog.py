@@ -20,6 +20,7 @@ from engine.sampling.scheduler_classes import CLASSES
 
 from .test_samplers import SD1
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:numpy")
 DIFFUSERS = sorted({row.scheduler_class for row in SAMPLERS.values() if row.scheduler_class is not None})
 ROWS = {name: row for name, row in SAMPLERS.items() if row.scheduler_class is not None}
 """The rows that are samplers of diffusers."""
@@ -320,3 +321,64 @@ def test_the_list_says_what_each_sampler_takes(name):
         assert f"  {option}: {parameter.rule}" in text
     for kind in schedule_types(find(name)):
         assert kind in text
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({}, "dpmpp_2m"),
+        ({"algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m_sde"),
+        ({"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}, "dpmpp_2m_sde_heun"),
+        ({"algorithm_type": "sde-dpmsolver++", "solver_order": 3}, "dpmpp_3m_sde"),
+        ({"solver_order": 3}, "dpmpp_3m"),
+        ({"use_karras_sigmas": True}, "dpmpp_2m"),  # which takes other schedule types too
+        ({"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}, "dpm_2m"),
+    ],
+)
+def test_a_class_means_the_row_that_agrees_with_the_file(config, name):
+    schedule = Schedule.from_config({**SD1, **config, "_class_name": "DPMSolverMultistepScheduler"})
+    assert sampler_name(None, schedule) == sampler_name("DPMSolverMultistepScheduler", schedule) == name
+
+
+def test_pndm_without_its_runge_kutta_steps_is_plms():
+    for skips, name in ((True, "pndm"), (False, "pndm_prk")):
+        assert sampler_name("PNDMScheduler", Schedule.from_config({**SD1, "skip_prk_steps": skips})) == name
+
+
+def test_a_class_whose_options_no_row_has_is_refused():
+    """diffusers refuses this one too."""
+    schedule = Schedule.from_config({**SD1, "algorithm_type": "dpmsolver", "final_sigmas_type": "zero"})
+    with pytest.raises(SchedulerConfigError, match=r"with algorithm_type='dpmsolver', final_sigmas_type='zero' is not"):
+        sampler_name("DPMSolverMultistepScheduler", schedule)
+
+
+def test_rho_is_an_option_of_the_schedule_types_that_it_bends():
+    """Of A1111's meaning of them; diffusers has no such option."""
+    for name, kind in (("DPM++ 2M", None), ("Euler", "polyexponential"), ("euler_a", "karras")):
+        straight, bent = (
+            step_table(name, SCHEDULE, 5, schedule_type=kind, options=options) for options in ((), (("rho", 3.0),))
+        )
+        assert not np.allclose(straight.timesteps, bent.timesteps)
+    for name, kind in (("dpmpp_2m", "karras"), ("Euler", None), ("Euler", "beta")):
+        with pytest.raises(SamplerOptionError, match="has no option 'rho'"):
+            step_table(name, SCHEDULE, 5, schedule_type=kind, options=(("rho", 3.0),))
+
+
+@pytest.mark.parametrize("name", ["euler_a", "lms", "dpmpp_2m", "deis", "unipc", "sa_solver", "ddim", "ddpm", "lcm"])
+def test_a_calls_own_noise_levels_are_where_the_steps_go(name):
+    sigmas = (14.0, 3.0, 0.5, 0.05)
+    table = step_table(name, SCHEDULE, 20, sigmas=sigmas)
+    np.testing.assert_allclose(table.sigmas / table.alphas, sigmas[:-1])
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_own_sigmas_and_timesteps_equal_diffusers_euler(steps):
+    scheduler = diffusers.EulerDiscreteScheduler.from_config(SD1)
+    for own in (
+        {"sigmas": np.geomspace(14, 0.1, steps).tolist() + [0.0]},
+        {"timesteps": [900, 500, 300, 200, 1][:steps]},
+    ):
+        scheduler.set_timesteps(**own)
+        table = step_table("euler", SCHEDULE, 20, **{what: tuple(values) for what, values in own.items()})
+        np.testing.assert_allclose(table.timesteps, scheduler.timesteps, atol=2e-2)
+        np.testing.assert_allclose(table.sigmas / table.alphas, scheduler.sigmas[:-1], rtol=2e-5)
