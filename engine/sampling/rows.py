@@ -197,7 +197,6 @@ ROWS = (
         preset={"algorithm_type": "dpmsolver++", "use_karras_sigmas": True},
         arguments=_dpm_arguments,
     ),
-    # Every Stable Diffusion model ships skip_prk_steps=true; a file that lacks it means the same.
     Sampler(
         "pndm",
         "PLMS",

@@ -332,6 +332,8 @@ def test_the_list_says_what_each_sampler_takes(name):
         ({"algorithm_type": "sde-dpmsolver++", "solver_order": 3}, "dpmpp_3m_sde"),
         ({"solver_order": 3}, "dpmpp_3m"),
         ({"use_karras_sigmas": True}, "dpmpp_2m"),  # which takes other schedule types too
+        ({"final_sigmas_type": "sigma_min"}, "dpmpp_2m"),
+        ({"algorithm_type": "deis"}, "dpmpp_2m"),  # as diffusers reads DEIS's file
         ({"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}, "dpm_2m"),
     ],
 )
@@ -341,14 +343,19 @@ def test_a_class_means_the_row_that_agrees_with_the_file(config, name):
 
 
 def test_pndm_without_its_runge_kutta_steps_is_plms():
-    for skips, name in ((True, "pndm"), (False, "pndm_prk")):
-        assert sampler_name("PNDMScheduler", Schedule.from_config({**SD1, "skip_prk_steps": skips})) == name
+    for options, name in (
+        ({"skip_prk_steps": True}, "pndm"),
+        ({"skip_prk_steps": False}, "pndm_prk"),
+        ({}, "pndm_prk"),
+    ):
+        assert sampler_name("PNDMScheduler", Schedule.from_config(options)) == name
 
 
 def test_a_class_whose_options_no_row_has_is_refused():
     """diffusers refuses this one too."""
     schedule = Schedule.from_config({**SD1, "algorithm_type": "dpmsolver", "final_sigmas_type": "zero"})
-    with pytest.raises(SchedulerConfigError, match=r"with algorithm_type='dpmsolver', final_sigmas_type='zero' is not"):
+    words = r"'dpmsolver', final_sigmas_type='zero' is not supported; the nearest .* has final_sigmas_type='sigma_min'"
+    with pytest.raises(SchedulerConfigError, match=words):
         sampler_name("DPMSolverMultistepScheduler", schedule)
 
 
