@@ -32,7 +32,7 @@ _CLASSES = tuple(dict.fromkeys(row.scheduler_class for row in ROWS if row.schedu
 
 _BY_LABEL = {row.label.casefold(): row for row in reversed(ROWS)}
 
-_TYPE_LABELS = {rule.label: name for name, rule in RULES.items()}
+_TYPE_LABELS: Mapping[str, str | None] = {**{rule.label: name for name, rule in RULES.items()}, "Automatic": None}
 
 SCHEDULE_TYPES = tuple(dict.fromkeys((*SPACINGS, *RULES, *FLAGS)))
 """The schedule types that some sampler has, by our names."""
@@ -40,7 +40,6 @@ SCHEDULE_TYPES = tuple(dict.fromkeys((*SPACINGS, *RULES, *FLAGS)))
 _SPELLINGS: Mapping[str, str | None] = {
     **{name: name for name in SCHEDULE_TYPES},
     **{label.casefold().replace(" ", "_"): name for label, name in _TYPE_LABELS.items()},
-    "automatic": None,
 }
 
 
@@ -245,9 +244,16 @@ def _check_grid(name: str, found: Found, asked: Asked, most: int) -> None:
     for what, takes in takes_own.items():
         if what in said and not takes:
             raise TimestepsError(
-                f"{name} cannot use {what} of a call: its steps depend on a grid of its own; leave {what} out, or take "
-                f"another sampler, for example euler"
+                f"{name} cannot use {what} of a call: {_why_not(found)}; leave {what} out, or take another sampler, "
+                f"for example euler"
             )
+
+
+def _why_not(found: Found) -> str:
+    """Why a sampler has no other grid."""
+    if found.said_type is None:
+        return "its steps depend on a grid of its own"
+    return f"its name says the grid, {found.said_type}"
 
 
 def checked_options(name: str, schedule_type: str | None, given: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:

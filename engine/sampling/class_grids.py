@@ -132,12 +132,16 @@ def euler_grid(schedule: Schedule, steps: int, timesteps: Timesteps = None) -> G
     spaced in log s, for one step more, beside the timesteps that there are; the last step goes to the lowest of them.
     Another rule then goes over the whole range.
     timestep_type "continuous": a model that predicts v is told log(s) / 4."""
-    config = schedule.config
-    if config["interpolation_type"] == "log_linear":
+    if schedule.config["interpolation_type"] == "log_linear":
         grid = _log_linear_grid(schedule, steps, timesteps)
     else:
         grid = fractional_grid(schedule, steps, timesteps)
-    if config["timestep_type"] == "continuous" and schedule.prediction_type == "v_prediction":
+    return continuous(schedule, grid)
+
+
+def continuous(schedule: Schedule, grid: Grid) -> Grid:
+    """The grid with the timesteps of timestep_type "continuous", where the model is trained on those."""
+    if schedule.config.get("timestep_type") == "continuous" and schedule.prediction_type == "v_prediction":
         return replace(grid, timesteps=0.25 * np.log(grid.sigmas))
     return grid
 

@@ -211,7 +211,7 @@ ROWS = (
     ),
     Sampler(
         "pndm_prk",
-        "PNDM",
+        "PNDM PRK",
         pndm,
         "PNDMScheduler",
         strided_grid,

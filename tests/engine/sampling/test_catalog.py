@@ -216,6 +216,7 @@ def test_a_class_of_diffusers_means_its_first_row(row):
         ("euler A", "Euler a"),
         ("  DPM++   2m  karras ", "DPM++ 2M Karras"),
         ("DPM++ 2M SGM Uniform", "DPM++ 2M SGM Uniform"),
+        ("DPM++ 2M Automatic", "DPM++ 2M"),
         ("Euler Align Your Steps", "Euler Align Your Steps"),
         ("ddim", "ddim"),
         ("DDIM", "DDIM"),
@@ -386,6 +387,16 @@ def test_own_sigmas_and_timesteps_equal_diffusers_euler(steps):
         {"timesteps": [900, 500, 300, 200, 1][:steps]},
     ):
         scheduler.set_timesteps(**own)
-        table = step_table("euler", SCHEDULE, 20, **{what: tuple(values) for what, values in own.items()})
+        table = step_table(
+            "euler", Schedule.from_config(config), 20, **{what: tuple(values) for what, values in own.items()}
+        )
         np.testing.assert_allclose(table.timesteps, scheduler.timesteps, atol=2e-2)
         np.testing.assert_allclose(table.sigmas / table.alphas, scheduler.sigmas[:-1], rtol=2e-5)
+
+
+def test_a_model_with_continuous_timesteps_is_told_those_of_its_own_sigmas():
+    config = {**SD1, "timestep_type": "continuous", "prediction_type": "v_prediction"}
+    scheduler = diffusers.EulerDiscreteScheduler.from_config(config)
+    scheduler.set_timesteps(sigmas=[14.0, 3.0, 0.0])
+    table = step_table("euler", Schedule.from_config(config), 20, sigmas=(14.0, 3.0, 0.0))
+    np.testing.assert_allclose(table.timesteps, scheduler.timesteps, rtol=1e-6)
