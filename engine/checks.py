@@ -102,7 +102,8 @@ def check_class_labels(value: Any, classes: int | None) -> list[int | None]:
     labels = list(value) if several else [value]
     if value is None or not labels:
         raise ClassLabelError(
-            f"class_labels is {'missing' if value is None else 'empty'}; {allowed}: pass one, or one for each picture"
+            f"class_labels is {'missing' if value is None else 'empty'}; {allowed}: pass one for each picture (with "
+            "--class-label N on the command line)"
         )
     for label in labels:
         if not _is_int(label) or not 0 <= label < classes:
