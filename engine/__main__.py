@@ -136,6 +136,8 @@ def make(pipeline: Pipeline, wanted: Sequence[tuple[Subject, int, Path]], option
                 seed=seeds,
                 scheduler=options.scheduler,
                 progress=told,
+                guidance_rescale=options.guidance_rescale,
+                guidance_interval=options.guidance_interval,
             )
         for subject, seed, file, image in zip(subjects, seeds, files, result.images):
             write_picture(image, file)
@@ -169,6 +171,7 @@ def check_call(options: argparse.Namespace, subjects: Sequence[Subject]) -> Bund
     """The bundle, after all checks that need no graph to be loaded. The pipeline checks the rest."""
     from .bundle import Bundle
     from .checks import check_class_labels, check_no_text, check_prompts
+    from .guidance import check_guidance
     from .sampling.catalog import sampler_name, step_table
 
     given = call_arguments(subjects, options)
@@ -179,9 +182,9 @@ def check_call(options: argparse.Namespace, subjects: Sequence[Subject]) -> Bund
         check_no_text(given.get("prompt"), given["negative_prompt"])
     check_class_labels(given.get("class_labels"), bundle.family.classes)
     schedule = bundle.schedule()
-    step_table(
-        sampler_name(options.scheduler, schedule), schedule, min(options.steps, schedule.train_timesteps), options.eta
-    )
+    steps = min(options.steps, schedule.train_timesteps)
+    table = step_table(sampler_name(options.scheduler, schedule), schedule, steps, options.eta)
+    check_guidance(options.guidance_scale, options.guidance_rescale, options.guidance_interval, steps, table.timesteps)
     return bundle
 
 
@@ -205,7 +208,9 @@ def quickest_backend(bundle: Bundle, device: str | None) -> str | None:
 
 def call_sizes(pipeline: Pipeline, options: argparse.Namespace, total: int) -> list[int]:
     """How many pictures, up to `total`, one call may make with these options."""
-    rows = pipeline.bundle.family.most_rows if options.guidance_scale > 1 else 1
+    scale = options.guidance_scale
+    guided = (max(scale) if isinstance(scale, list) else scale) > 1
+    rows = pipeline.bundle.family.most_rows if guided else 1
 
     def serves(profile: Shapes, batch: int) -> bool:
         sides = (options.height is None or options.height in profile.height) and (
