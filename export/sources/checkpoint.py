@@ -20,7 +20,10 @@ from .single_file import CompVisFile
 from .source import Source
 from .textless_folder import TextlessFolder
 
-__all__ = ["BUILT_IN", "CompVisFile", "DiffusersFolder", "RandomWeights", "Source", "resolve"]
+SHAPES = BUILT_IN.with_name("shapes")
+"""The second built-in model, a diffusers folder: classes instead of texts, on pixels."""
+
+__all__ = ["SHAPES", "BUILT_IN", "CompVisFile", "DiffusersFolder", "RandomWeights", "Source", "resolve"]
 
 
 def resolve(
@@ -71,6 +74,8 @@ def _resolve(
     if path.is_dir():
         name = path.resolve().name
         return open_folder(path, name, {"kind": "folder", "id": name, "path": str(path.resolve())}, sampler)
+    if model == SHAPES.name:
+        return open_folder(SHAPES, model, {"kind": "built-in", "id": model}, sampler)
     if model in ARCHITECTURES:
         raise UnknownModelError(
             f"{model} is an architecture, not a model; add --random-weights to build it without trained weights"
@@ -80,8 +85,8 @@ def _resolve(
     if {"/", os.sep} & set(model):
         raise UnknownModelError(f"there is no file or folder {model}; check the path, or pass a hub id like owner/name")
     raise UnknownModelError(
-        f"{model!r} is no folder or file here, and not a hub id like owner/name; known architectures for "
-        f"--random-weights: {', '.join(ARCHITECTURES)}"
+        f"{model!r} is no folder or file here, and not a hub id like owner/name; the second built-in "
+        f"model is {SHAPES.name}; known architectures for --random-weights: {', '.join(ARCHITECTURES)}"
     )
 
 
