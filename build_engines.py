@@ -67,8 +67,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         metavar="MODEL",
         help="a diffusers folder, a hub id, a .safetensors or .ckpt file in the CompVis layout, a "
-        "known architecture (sd15, sd21, sd21-base) with --random-weights, or shapes, the second built-in model; default: "
-        "the first built-in model",
+        "known architecture (sd15, sd21, sd21-base) with --random-weights, or shapes, the second built-in model; "
+        "default: the first built-in model",
     )
     p.add_argument("--output", type=Path, help="the folder that bundles go to (default: engines/)")
     p.add_argument("--name", help="what the bundle is called (default: what the model is called)")

@@ -10,9 +10,10 @@ from pathlib import Path
 from engine.errors import shown
 
 from ..errors import UnknownModelError, UsageError
-from . import schedulers, textless_folder, weights
+from . import latent_folder, schedulers, textless_folder, weights
 from .diffusers_folder import DiffusersFolder
 from .hub import download
+from .latent_folder import LatentFolder
 from .presets import ARCHITECTURES
 from .random_weights import BUILT_IN, RandomWeights
 from .reading import read_object
@@ -23,7 +24,7 @@ from .textless_folder import TextlessFolder
 SHAPES = BUILT_IN.with_name("shapes")
 """The second built-in model, a diffusers folder: classes instead of texts, on pixels."""
 
-__all__ = ["SHAPES", "BUILT_IN", "CompVisFile", "DiffusersFolder", "RandomWeights", "Source", "resolve"]
+__all__ = ["BUILT_IN", "SHAPES", "CompVisFile", "DiffusersFolder", "RandomWeights", "Source", "resolve"]
 
 
 def resolve(
@@ -96,6 +97,8 @@ def open_folder(folder: Path, name: str, origin: dict[str, str], sampler: str | 
     kind = read_object(index).get("_class_name") if index.is_file() else None
     if kind in textless_folder.PIPELINES:
         return TextlessFolder(folder, name, origin, sampler)
+    if kind == latent_folder.PIPELINE:
+        return LatentFolder(folder, name, origin, sampler)
     return DiffusersFolder(folder, name, origin, sampler)
 
 
