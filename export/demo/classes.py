@@ -1,0 +1,44 @@
+"""The pictures of the class-conditional model: one shape in one colour, on black or white, 32 x 32 pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .pictures import SHAPES, Scene, picture
+
+SIZE = 32
+"""Height and width in pixels."""
+
+COLOURS = ("red", "green", "blue", "yellow")
+BACKGROUNDS = ("black", "white")
+SHIFT = 4.0
+"""How far the centre moves from the middle, in units of pictures.SIZE: 2 pixels here."""
+ZOOM = (0.85, 1.1)
+"""The size of a shape, as a factor of a large one."""
+
+
+@dataclass(frozen=True)
+class Class:
+    shape: str
+    colour: str
+
+    def __str__(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+
+CLASSES = tuple(Class(shape, colour) for shape in SHAPES for colour in COLOURS)
+"""In the order of the model's labels."""
+
+
+def example(label: int, rng: np.random.Generator) -> np.ndarray:
+    """A drawn picture of a class, [32, 32, 3] uint8."""
+    return picture(scene(CLASSES[label], rng), SIZE)
+
+
+def scene(what: Class, rng: np.random.Generator) -> Scene:
+    """A class at a random place, of a random size, on a random background."""
+    shift = (float(rng.uniform(-SHIFT, SHIFT)), float(rng.uniform(-SHIFT, SHIFT)))
+    background = str(rng.choice(BACKGROUNDS))
+    return Scene(what.shape, what.colour, background, "large", "centre", shift, float(rng.uniform(*ZOOM)))
