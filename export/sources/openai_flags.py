@@ -18,19 +18,30 @@ from .reading import read_object
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 """OpenAI's names of noise schedules -> diffusers'."""
 
-INFERRED = ("num_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_heads_upsample") + (
+INFERRED = {
+    "num_channels",
+    "channel_mult",
+    "num_res_blocks",
+    "attention_resolutions",
+    "num_heads_upsample",
     "class_cond",
     "learn_sigma",
     "use_scale_shift_norm",
     "resblock_updown",
-)
-WITHOUT_EFFECT = ("dropout", "use_checkpoint", "use_fp16", "use_kl", "rescale_learned_sigmas", "model_path") + (
+}
+WITHOUT_EFFECT = {
+    "dropout",
+    "use_checkpoint",
+    "use_fp16",
+    "use_kl",
+    "rescale_learned_sigmas",
     "timestep_respacing",
     "use_ddim",
     "clip_denoised",
     "batch_size",
     "num_samples",
-)
+    "model_path",
+}
 """Flags about training, or that a request gives; INFERRED are those that follow from the shapes."""
 
 
@@ -91,7 +102,7 @@ def read_flags(checkpoint: Path) -> Flags:
         return RELEASED.get(checkpoint.stem, Flags())
     given = read_object(beside)
     known = {field.name for field in fields(Flags)}
-    exist = known.union(INFERRED, WITHOUT_EFFECT)
+    exist = known | INFERRED | WITHOUT_EFFECT
     for name in given:
         if name not in exist:
             near = get_close_matches(name, sorted(exist), 1)

@@ -44,7 +44,7 @@ class SelfAttention(nn.Module):
         self.qkv, self.proj_out = nn.Conv1d(channels, 3 * channels, 1), nn.Conv1d(channels, channels, 1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
+        batch, channels = x.shape[:2]
         size = channels // self.heads
         projected = self.qkv(self.norm(x).flatten(2))
         if self.new_order:
