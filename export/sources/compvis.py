@@ -58,7 +58,7 @@ def architecture(weights: dict[str, Tensor], file: Path, prediction_type: str | 
     unet["upcast_attention"] = second and prediction_type == "v_prediction"
     return Architecture(
         unet,
-        {**preset.vae, **_vae_config(weights), "sample_size": 8 * unet["sample_size"]},
+        {**preset.vae, **vae_config(weights), "sample_size": 8 * unet["sample_size"]},
         _text_config(weights, second, preset),
         {**preset.scheduler, "prediction_type": prediction_type},
         preset.pad_token,
@@ -100,7 +100,7 @@ def _unet_config(weights: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _vae_config(weights: dict[str, Tensor]) -> dict[str, Any]:
+def vae_config(weights: dict[str, Tensor]) -> dict[str, Any]:
     levels = count(weights, re.escape(VAE) + r"encoder\.down\.(\d+)\.")
     return {
         "block_out_channels": [weights[f"{VAE}encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)],

@@ -19,6 +19,9 @@ SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 """OpenAI's names of noise schedules -> diffusers'."""
 
 INFERRED = {
+    "in_channels",
+    "out_channels",
+    "model_channels",
     "num_channels",
     "channel_mult",
     "num_res_blocks",
