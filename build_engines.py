@@ -272,7 +272,7 @@ def build_bundle(
     from export.libraries import quiet_libraries
 
     quiet_libraries()
-    from export.build import build, default_shapes
+    from export.build import build, shapes_of
     from export.graphs.tracing import OPSET
     from export.sources.checkpoint import resolve
 
@@ -281,7 +281,7 @@ def build_bundle(
     )
     if options.name is not None:
         source.name = options.name
-    defaults = default_shapes(source.sample_size())
+    defaults = shapes_of(source)
     shapes = Shapes(
         **{side: envelope(asked.get(side, [getattr(defaults, side)])) for side in ("height", "width", "batch")}
     )

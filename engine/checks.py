@@ -12,6 +12,7 @@ from .contract import MAX_STEPS, Range, Shapes
 from .errors import (
     BatchError,
     CallbackError,
+    ClassLabelError,
     GuidanceError,
     LatentsError,
     OutputTypeError,
@@ -27,6 +28,8 @@ from .manifest import LARGEST_BATCH, LARGEST_SIDE, SMALLEST_SIDE
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_SEED = 2**64 - 1
 MAX_GUIDANCE = 1000.0
+DEFAULT_GUIDANCE = 7.5
+"""What a call without guidance_scale takes."""
 MAX_LATENT = 1e6
 """Far above the latents of any sampler (at most 4096), and far below the overflow of float32."""
 MAX_THREADS = 1024
@@ -76,6 +79,44 @@ def check_prompts(prompt: Any, negative_prompt: Any) -> tuple[list[str], list[st
             f"there are {len(negatives)} negative prompts for {len(prompts)} prompts; pass one for all, or one for each"
         )
     return [check_prompt(text) for text in prompts], [check_prompt(text, "negative_prompt") for text in negatives]
+
+
+def check_no_text(prompt: Any, negative_prompt: Any) -> None:
+    """PromptError if a model without texts is given one."""
+    for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        if value is not None:
+            raise PromptError(
+                f"{name} is {shown(value)}, and this model makes pictures without texts; leave it out, and pass "
+                "num_images_per_prompt for the number of pictures"
+            )
+
+
+def check_class_labels(value: Any, classes: int | None) -> list[int | None]:
+    """The class of each picture; [None] for a model without classes. An integer is one picture."""
+    if classes is None:
+        if value is not None:
+            raise ClassLabelError(f"class_labels is {shown(value)}, and this model has no classes; leave it out")
+        return [None]
+    allowed = f"this model has the classes 0 to {classes - 1}"
+    several = isinstance(value, (list, tuple, range)) or (isinstance(value, np.ndarray) and value.ndim == 1)
+    labels = list(value) if several else [value]
+    if value is None or not labels:
+        raise ClassLabelError(
+            f"class_labels is {'missing' if value is None else 'empty'}; {allowed}: pass one, or one for each picture"
+        )
+    for label in labels:
+        if not _is_int(label) or not 0 <= label < classes:
+            raise ClassLabelError(f"class label {shown(label)} is not an integer of this model: {allowed}")
+    return [int(label) for label in labels]
+
+
+def check_unguided(guidance_scale: float) -> None:
+    """GuidanceError if a model without texts is given a scale: there is nothing to guide towards."""
+    if guidance_scale > 1 and guidance_scale != DEFAULT_GUIDANCE:
+        raise GuidanceError(
+            f"guidance_scale is {guidance_scale:g}, and this model makes pictures without texts, so there is nothing "
+            "that they could follow more closely; leave it out"
+        )
 
 
 def check_batch(prompts: int, images_per_prompt: Any) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache, partial
 from typing import Any
 
@@ -41,9 +41,10 @@ class Limits:
 class Request:
     """A checked request for pictures.
 
-    prompts, negative_prompts: one of each for every text, for `images_per_prompt` pictures; guided: whether the
-    negative prompts take part; height, width: pixels; seeds: one for all pictures, or one for each; latents: [B, C, h,
-    w] standard normal float32, or None for noise; sampler: a name of the catalog, with its `table`.
+    prompts, negative_prompts: one of each for every text, for `images_per_prompt` pictures; a model without texts has
+    an empty prompt for each class, or one; guided: whether the negative prompts take part; class_labels: one for each
+    prompt, None for a model without classes; height, width: pixels; seeds: one for all pictures, or one for each;
+    latents: [B, C, h, w] standard normal float32, or None for noise; sampler: a name of the catalog, with its `table`.
     """
 
     prompts: tuple[str, ...]
@@ -60,6 +61,7 @@ class Request:
     output_type: str
     callback: Any
     progress: bool
+    class_labels: tuple[int | None, ...]
 
     @property
     def batch(self) -> int:
@@ -75,7 +77,7 @@ class Request:
     def check(
         cls,
         limits: Limits,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None,
         height: int | None,
         width: int | None,
         num_inference_steps: int,
@@ -89,10 +91,18 @@ class Request:
         callback: Any,
         scheduler: str | None,
         progress: bool,
+        class_labels: int | Sequence[int] | None = None,
     ) -> Request:
         """The arguments of `Pipeline.__call__`, checked. Raises the InputErrors of engine/errors.py."""
-        prompts, negatives = checks.check_prompts(prompt, negative_prompt)
         scale = checks.check_guidance_scale(guidance_scale)
+        labels = checks.check_class_labels(class_labels, limits.family.classes)
+        if limits.family.tokenizers:
+            prompts, negatives = checks.check_prompts(prompt, negative_prompt)
+            labels *= len(prompts)
+        else:
+            checks.check_no_text(prompt, negative_prompt)
+            checks.check_unguided(scale)
+            prompts, negatives, scale = [""] * len(labels), [""] * len(labels), 1.0
         batch = checks.check_batch(len(prompts), num_images_per_prompt)
         rows = 2 * batch if scale > 1 else batch
         height, width = checks.check_shapes(
@@ -121,12 +131,14 @@ class Request:
             output_type=output_type,
             callback=callback,
             progress=progress,
+            class_labels=tuple(labels),
         )
 
 
 def _table(schedule: Schedule, sampler: str, steps: int, eta: float) -> StepTable:
     """A step table that nobody can change: calls share it."""
     table = step_table(sampler, schedule, steps, eta)
-    for array in (table.timesteps, table.updates, table.draws, table.scales, table.alphas, table.sigmas):
-        array.flags.writeable = False
+    for field in fields(table):
+        if isinstance(array := getattr(table, field.name), np.ndarray):
+            array.flags.writeable = False
     return table

@@ -50,10 +50,17 @@ class Sampler:
         diffusers' default. SchedulerConfigError for an option that nothing here knows, or that this sampler would have
         to honour and does not."""
         for option, value in schedule.config.items():
-            self._check(option, value)
-        return replace(schedule, config={**CLASSES[self.scheduler_class], **schedule.config, **self.preset})
+            self._check(option, value, schedule.learned_variance)
+        own = CLASSES[self.scheduler_class]
+        config = {**own, **schedule.config, **self.preset}
+        if config.get("clip_sample") and "clip_sample" in own and "clip_sample_range" not in self.options:
+            raise SchedulerConfigError(
+                f"scheduler option clip_sample=True is not supported by {self.name}; set it to false in "
+                "scheduler_config.json, or take ddim or ddpm"
+            )
+        return replace(schedule, config=config)
 
-    def _check(self, option: str, value: Any) -> None:
+    def _check(self, option: str, value: Any, learned_variance: bool) -> None:
         """Names that begin with "_" are diffusers' bookkeeping. Options of other classes don't count, as in diffusers'
         `from_config`."""
         if option.startswith("_") or option in FORWARD_OPTIONS:
@@ -68,6 +75,8 @@ class Sampler:
             return
         default = own[option]
         allowed = self.options.get(option, (default, None) if default is False else (default,))
+        if not learned_variance:
+            allowed = tuple(one for one in allowed if one not in LEARNED_VARIANCES)
         if allowed != ANY and value not in allowed:
             raise SchedulerConfigError(
                 f"scheduler option {option}={shown(value)} is not supported by {self.name}; supported: "
@@ -78,8 +87,12 @@ class Sampler:
         return sorted((FORWARD_OPTIONS | set(self.options)) & set(CLASSES[self.scheduler_class]))
 
 
+def _clip_arguments(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    return {"clip_range": config["clip_sample_range"] if config["clip_sample"] else None}
+
+
 def _ddpm_arguments(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    return {"large_variance": config["variance_type"] == "fixed_large"}
+    return {"variance_type": config["variance_type"], **_clip_arguments(config, steps)}
 
 
 def _dpm_arguments(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
@@ -93,7 +106,10 @@ def _dpm_arguments(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
 
 _SPACING: Options = {"timestep_spacing": ANY, "steps_offset": ANY}
 _SIGMAS: Options = {"use_karras_sigmas": ANY, "final_sigmas_type": ("zero", "sigma_min")}
+_CLIPPING: Options = {"clip_sample_range": ANY}
 _FIXED_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
+LEARNED_VARIANCES = ("learned", "learned_range")
+"""For models that have outputs for it."""
 _DPM: Options = {
     **_SPACING,
     **_SIGMAS,
@@ -103,18 +119,26 @@ _DPM: Options = {
     "lower_order_final": ANY,
     "euler_at_final": ANY,
     "lambda_min_clipped": ANY,
-    "variance_type": (None, *_FIXED_VARIANCES),  # a variance that isn't learned changes nothing
+    "variance_type": (None, *_FIXED_VARIANCES, *LEARNED_VARIANCES),  # it changes nothing
 }
 
 _ROWS = (
-    Sampler("ddim", "DDIM", "DDIMScheduler", strided_grid, ddim, {**_SPACING, "set_alpha_to_one": ANY, "eta": ANY}),
+    Sampler(
+        "ddim",
+        "DDIM",
+        "DDIMScheduler",
+        strided_grid,
+        ddim,
+        {**_SPACING, **_CLIPPING, "set_alpha_to_one": ANY, "eta": ANY},
+        arguments=_clip_arguments,
+    ),
     Sampler(
         "ddpm",
         "DDPM",
         "DDPMScheduler",
         successive_grid,
         ddpm,
-        {**_SPACING, "variance_type": _FIXED_VARIANCES},
+        {**_SPACING, **_CLIPPING, "variance_type": (*_FIXED_VARIANCES, *LEARNED_VARIANCES)},
         arguments=_ddpm_arguments,
     ),
     Sampler(

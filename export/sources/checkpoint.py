@@ -10,13 +10,15 @@ from pathlib import Path
 from engine.errors import shown
 
 from ..errors import UnknownModelError, UsageError
-from . import schedulers, weights
+from . import schedulers, textless_folder, weights
 from .diffusers_folder import DiffusersFolder
 from .hub import download
 from .presets import ARCHITECTURES
 from .random_weights import BUILT_IN, RandomWeights
+from .reading import read_object
 from .single_file import CompVisFile
 from .source import Source
+from .textless_folder import TextlessFolder
 
 __all__ = ["BUILT_IN", "CompVisFile", "DiffusersFolder", "RandomWeights", "Source", "resolve"]
 
@@ -68,19 +70,28 @@ def _resolve(
     path = Path(model)
     if path.is_dir():
         name = path.resolve().name
-        return DiffusersFolder(path, name, {"kind": "folder", "id": name, "path": str(path.resolve())}, sampler)
+        return open_folder(path, name, {"kind": "folder", "id": name, "path": str(path.resolve())}, sampler)
     if model in ARCHITECTURES:
         raise UnknownModelError(
             f"{model} is an architecture, not a model; add --random-weights to build it without trained weights"
         )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not path.parent.is_dir():
-        return DiffusersFolder(download(model), model.split("/")[1], {"kind": "hub", "id": model}, sampler)
+        return open_folder(download(model), model.split("/")[1], {"kind": "hub", "id": model}, sampler)
     if {"/", os.sep} & set(model):
         raise UnknownModelError(f"there is no file or folder {model}; check the path, or pass a hub id like owner/name")
     raise UnknownModelError(
         f"{model!r} is no folder or file here, and not a hub id like owner/name; known architectures for "
         f"--random-weights: {', '.join(ARCHITECTURES)}"
     )
+
+
+def open_folder(folder: Path, name: str, origin: dict[str, str], sampler: str | None) -> Source:
+    """The model in a diffusers folder, of the kind that its model_index.json names."""
+    index = folder / "model_index.json"
+    kind = read_object(index).get("_class_name") if index.is_file() else None
+    if kind in textless_folder.PIPELINES:
+        return TextlessFolder(folder, name, origin, sampler)
+    return DiffusersFolder(folder, name, origin, sampler)
 
 
 def _checkpoint(model: str) -> Path | None:

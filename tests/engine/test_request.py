@@ -99,6 +99,7 @@ def message(demo, error, **arguments):
         ({"output_type": np.array(["pil", "np"])}, e.OutputTypeError, "must be one of"),
         ({"latents": np.full((1, 4, 8, 8), 1e300)}, e.LatentsError, "values up to 1.0e+300; at most 1e+06"),
         ({"latents": np.ma.masked_array(np.zeros((1, 4, 8, 8), np.float32), True)}, e.LatentsError, "a MaskedArray"),
+        ({"class_labels": 3}, e.ClassLabelError, "class_labels is 3, and this model has no classes; leave it out"),
         ({"scheduler": np.array(["a", "b"])}, e.UnknownSchedulerError, "is not known"),
     ],
 )

@@ -127,9 +127,10 @@ class OpenVinoBackend:
             best = shapes.sizes(self.family.factor)
             pictures = 1 if self.is_large("denoiser") else best["batch"]
             height, width = shapes.height.opt, shapes.width.opt
-            batch, rows = smallest(pictures, 2 * pictures, height, width, self.profiles)
+            batch, rows = smallest(pictures, self.family.most_rows * pictures, height, width, self.profiles)
             self.call({**best, "batch": batch, "rows": rows})
-            self.runner("text_encoder", {})
+            if self.family.tokenizers:
+                self.runner("text_encoder", {})
             together = decoded_together(best["height"], best["width"], self.family.factor)
             self.runner("vae_decoder", {**best, "batch": min(best["batch"], together)})
 

@@ -59,7 +59,7 @@ def test_eta_is_an_argument_and_not_an_option(name):
 
 
 UNSUPPORTED = {
-    "ddim": {"clip_sample_range": 2.0, "sample_max_value": 2.0},
+    "ddim": {"sample_max_value": 2.0},
     "euler": {"use_exponential_sigmas": True, "use_beta_sigmas": True, "interpolation_type": "log_linear"},
     "dpmpp_2m": {
         "use_lu_lambdas": True,
@@ -165,7 +165,7 @@ def test_a_start_outside_of_the_loop_is_refused(name, start):
 def test_a_failure_inside_a_solver_is_raised_as_itself(error, monkeypatch):
     """It isn't the user's mistake, so that nothing tells them to take fewer steps."""
 
-    def solver(grid, eta):
+    def solver(grid, eta, clip_range):
         raise error("a bug")
 
     monkeypatch.setitem(SAMPLERS, "ddim", dataclasses.replace(SAMPLERS["ddim"], solver=solver))
