@@ -95,9 +95,9 @@ class _Shape:
     resampling: str
 
 
-def is_openai(weights: dict[str, Tensor]) -> bool:
+def is_openai(names: set[str]) -> bool:
     """Whether tensors are named as improved-diffusion and guided-diffusion name them."""
-    return "time_embed.0.weight" in weights and "input_blocks.0.0.weight" in weights
+    return {"time_embed.0.weight", "input_blocks.0.0.weight"} <= names
 
 
 def read_unet(weights: dict[str, Tensor], file: Path, flags: Flags) -> OpenAIUNet:
