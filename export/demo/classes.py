@@ -1,4 +1,4 @@
-"""The pictures of the class-conditional model: one shape in one colour, on black or white, 32 x 32 pixels."""
+"""The pictures of the class-conditional model: one shape in one colour on black, 32 x 32 pixels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SIZE = 32
 """Height and width in pixels."""
 
 COLOURS = ("red", "green", "blue", "yellow")
-BACKGROUNDS = ("black", "white")
+BACKGROUND = "black"
 SHIFT = 4.0
 """How far the centre moves from the middle, in units of pictures.SIZE: 2 pixels here."""
 ZOOM = (0.85, 1.1)
@@ -38,7 +38,6 @@ def example(label: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def scene(what: Class, rng: np.random.Generator) -> Scene:
-    """A class at a random place, of a random size, on a random background."""
+    """A class at a random place, of a random size."""
     shift = (float(rng.uniform(-SHIFT, SHIFT)), float(rng.uniform(-SHIFT, SHIFT)))
-    background = str(rng.choice(BACKGROUNDS))
-    return Scene(what.shape, what.colour, background, "large", "centre", shift, float(rng.uniform(*ZOOM)))
+    return Scene(what.shape, what.colour, BACKGROUND, "large", "centre", shift, float(rng.uniform(*ZOOM)))

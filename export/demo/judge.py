@@ -107,9 +107,9 @@ class ClassVerdict:
     overlap: float
 
     def agrees(self, asked: Class) -> bool:
-        """Whether it is a picture of the class, on a background that the class's pictures have."""
-        right = (self.shape, self.colour) == (asked.shape, asked.colour) and self.background in classes.BACKGROUNDS
-        return right and self.overlap >= LEAST_OVERLAP
+        """Whether it is a picture of the class, on the background that all classes have."""
+        wanted = (asked.shape, asked.colour, classes.BACKGROUND)
+        return (self.shape, self.colour, self.background) == wanted and self.overlap >= LEAST_OVERLAP
 
 
 def judge_class(picture: np.ndarray) -> ClassVerdict:

@@ -44,9 +44,11 @@ class Training:
         torch.save(kept, unfinished)
         os.replace(unfinished, self.file)
 
-    def remaining(self, label: str) -> Iterator[int]:
-        """The numbers of the steps still to do; leaves the averaged weights in the module at the end."""
-        bar = tqdm(range(self.done, self.steps), desc=label, initial=self.done, total=self.steps, mininterval=5)
+    def remaining(self, label: str, until: int | None = None) -> Iterator[int]:
+        """The numbers of the steps still to do, to the end of the schedule or `until` an earlier step; leaves the
+        averaged weights in the module at the end."""
+        end = until or self.steps
+        bar = tqdm(range(self.done, end), desc=label, initial=self.done, total=end, mininterval=5)
         for step in bar:
             yield step
             if step % 20 == 0:
