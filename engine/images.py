@@ -29,12 +29,15 @@ def parameters(request: Request, bundle: Bundle, index: int) -> str:
     fields: dict[str, Any] = {
         "Steps": request.steps,
         "Sampler": SAMPLERS[request.sampler].label,
-        "CFG scale": request.guidance_scale,
+        **(request.guidance.parameters() if bundle.family.tokenizers else {}),
         "Seed": seeds[index if len(seeds) > 1 else 0],
         "Size": f"{request.width}x{request.height}",
         "Model": bundle.name,
         "Precision": bundle.precision,
     }
+    label = request.class_labels[text]
+    if label is not None:
+        fields["Class"] = label
     if len(seeds) == 1 and index > 0:
         fields["Batch index"] = index
     fields["Version"] = f"LatentRT {__version__}"

@@ -25,6 +25,7 @@ from .errors import (
     PicklingError,
     SchedulerConfigError,
 )
+from .guidance import DEFAULT_SCALE, Scale
 from .images import finished_images
 from .job import Conditioning, Job, Row, classed, guided, jobs
 from .request import Limits, Request
@@ -166,7 +167,7 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
-        guidance_scale: float = checks.DEFAULT_GUIDANCE,
+        guidance_scale: Scale = DEFAULT_SCALE,
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
@@ -176,25 +177,30 @@ class Pipeline:
         callback_on_step_end: Callback | None = None,
         scheduler: str | None = None,
         progress: bool = True,
+        guidance_rescale: float = 0.0,
+        guidance_interval: Sequence[float] | None = None,
         class_labels: int | Sequence[int] | None = None,
     ) -> Result:
         """Makes the picture that the model's pipeline of diffusers makes from the same arguments.
 
-        prompt, negative_prompt, guidance_scale: for models with texts; above 1 the negative prompt takes part.
-        class_labels: for models with classes, one integer for each picture. num_images_per_prompt: pictures of each
-        text or class, or of a model without either. height, width: pixels, multiples of 8 (default: what the bundle is
-        best at); eta: DDIM's; seed: where diffusers takes a generator on the CPU, one for all
-        pictures or one for each, or None for a random one; latents: [B, 4, height/8, width/8] standard normal float32
-        instead of noise; callback_on_step_end(pipeline, evaluation, timestep, {"latents": [B, 4, h, w]}) sees
-        diffusers' latents, and may write to them or return others so; scheduler: a sampler's name (None: the model's
-        own); progress: show a bar. Raises the InputErrors of engine/errors.py before any work, NumericalError and not
-        a black picture, BundleChangedError where the bundle's files were written to, ClosedPipelineError, and
-        BusyPipelineError in a callback.
+        prompt, negative_prompt: for models with texts; class_labels: for models with classes, one integer for each
+        picture; num_images_per_prompt: pictures of each text or class, or of a model without either;
+        height, width: pixels, multiples of 8 (default: what the bundle is best at); guidance_scale: above 1 the
+        negative prompt takes part; a list has a number for each step, a function (evaluation, timestep) -> number is
+        called before the loop; eta: DDIM's; seed: where diffusers takes a generator on the CPU, one for all pictures or
+        one for each, or None for a random one; latents: [B, 4, height/8, width/8] standard normal float32 instead of
+        noise; callback_on_step_end(pipeline, evaluation, timestep, {"latents": [B, 4, h, w]}) sees diffusers' latents,
+        and may write to them or return others so; scheduler: a sampler's name (None: the model's own); progress: show a
+        bar; guidance_rescale: phi of arXiv 2305.08891; guidance_interval: (start, end), evaluation i of E has guidance
+        if start <= i / E <= end, the others run without the negative prompt. Raises the InputErrors of engine/errors.py
+        before any work, NumericalError and not a black picture, BundleChangedError where the bundle's files were
+        written to, ClosedPipelineError, and BusyPipelineError in a callback.
         """
         started = perf_counter()
         request = Request.check(self.limits, prompt, height, width, num_inference_steps, guidance_scale,
                                 negative_prompt, num_images_per_prompt, eta, seed, latents, output_type,
-                                callback_on_step_end, scheduler, progress, class_labels)  # fmt: skip
+                                callback_on_step_end, scheduler, progress, guidance_rescale, guidance_interval,
+                                class_labels)  # fmt: skip
         with self._turn():
             self.bundle.recheck_in_place()
             result = self._run(request, started)
@@ -257,7 +263,8 @@ class Pipeline:
         encoded = self._encode(texts, tokenized)
         count = len(request.prompts)
         negatives: Sequence[Conditioning | None] = encoded[count:] or [None] * count
-        return [guided(prompt, negative, request.guidance_scale) for prompt, negative in zip(encoded, negatives)]
+        scales, rescale = request.guidance.scales, request.guidance.rescale
+        return [guided(prompt, negative, scales, rescale) for prompt, negative in zip(encoded, negatives)]
 
     def lanes(self, count: int, height: int, width: int) -> Lanes:
         """`count` free lanes for pictures of that size in pixels, for a loop of your own. One thread must drive
@@ -291,7 +298,7 @@ class Pipeline:
             return NumericalError(f"the VAE decoder's values are not finite, though its input is; {cure}")
         return NumericalError(
             f"the latents hold values that are not finite after {evaluations} evaluations at guidance_scale "
-            f"{request.guidance_scale:g}; {cure}"
+            f"{request.guidance.scale:g}; {cure}"
         )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from . import checks
 from .contract import Family, Shapes
+from .guidance import Guidance, Scale, check_guidance, without_text
 from .sampling.catalog import sampler_name, step_table
 from .sampling.schedule import Schedule
 from .sampling.table import StepTable
@@ -53,7 +54,7 @@ class Request:
     height: int
     width: int
     steps: int
-    guidance_scale: float
+    guidance: Guidance
     seeds: tuple[int, ...]
     latents: np.ndarray | None
     sampler: str
@@ -70,8 +71,8 @@ class Request:
 
     @property
     def guided(self) -> bool:
-        """Whether guidance takes part: arXiv 2207.12598's w + 1 is more than 1."""
-        return self.guidance_scale > 1
+        """Whether guidance takes part in any evaluation: arXiv 2207.12598's w + 1 is more than 1."""
+        return self.guidance.used
 
     @classmethod
     def check(
@@ -81,7 +82,7 @@ class Request:
         height: int | None,
         width: int | None,
         num_inference_steps: int,
-        guidance_scale: float,
+        guidance_scale: Scale,
         negative_prompt: str | Sequence[str] | None,
         num_images_per_prompt: int,
         eta: float,
@@ -91,31 +92,35 @@ class Request:
         callback: Any,
         scheduler: str | None,
         progress: bool,
+        guidance_rescale: float = 0.0,
+        guidance_interval: Sequence[float] | None = None,
         class_labels: int | Sequence[int] | None = None,
     ) -> Request:
         """The arguments of `Pipeline.__call__`, checked. Raises the InputErrors of engine/errors.py."""
-        scale = checks.check_guidance_scale(guidance_scale)
         labels = checks.check_class_labels(class_labels, limits.family.classes)
         if limits.family.tokenizers:
             prompts, negatives = checks.check_prompts(prompt, negative_prompt)
             labels *= len(prompts)
         else:
             checks.check_no_text(prompt, negative_prompt)
-            checks.check_unguided(scale)
-            prompts, negatives, scale = [""] * len(labels), [""] * len(labels), 1.0
+            prompts, negatives = [""] * len(labels), [""] * len(labels)
         batch = checks.check_batch(len(prompts), num_images_per_prompt)
-        rows = 2 * batch if scale > 1 else batch
+        steps = checks.check_steps(num_inference_steps, limits.schedule.train_timesteps)
+        eta = checks.check_eta(eta)
+        sampler = sampler_name(scheduler, limits.schedule)
+        table = limits.table(sampler, steps, eta)
+        guidance = check_guidance(guidance_scale, guidance_rescale, guidance_interval, steps, table.timesteps)
+        if not limits.family.tokenizers:
+            guidance = without_text(guidance)
+        rows = 2 * batch if guidance.used else batch
         height, width = checks.check_shapes(
             height, width, batch, rows, limits.profiles, limits.build_command, limits.family.factor
         )
-        steps = checks.check_steps(num_inference_steps, limits.schedule.train_timesteps)
-        eta = checks.check_eta(eta)
         seeds = checks.check_seeds(secrets.randbits(32) if seed is None else seed, batch)
         checks.check_output_type(output_type)
         checks.check_callback(callback)
         if latents is not None:
             latents = checks.check_latents(latents, (batch, *limits.family.plane(height, width)))
-        sampler = sampler_name(scheduler, limits.schedule)
         return cls(
             prompts=tuple(prompts),
             negative_prompts=tuple(negatives),
@@ -123,11 +128,11 @@ class Request:
             height=height,
             width=width,
             steps=steps,
-            guidance_scale=scale,
+            guidance=guidance,
             seeds=tuple(seeds),
             latents=latents,
             sampler=sampler,
-            table=limits.table(sampler, steps, eta),
+            table=table,
             output_type=output_type,
             callback=callback,
             progress=progress,

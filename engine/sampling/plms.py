@@ -5,7 +5,7 @@ from __future__ import annotations
 from .grids import StridedGrid
 from .table import OUTPUT, PAST, Linear, StepTable, TableBuilder, X, as_epsilon, multistep, single, vp
 
-_M1, _M2, _M3 = PAST
+_M1, _M2, _M3, _ = PAST
 ADAMS_BASHFORTH = (
     OUTPUT,
     (3 * OUTPUT - _M1) / 2,

@@ -1,6 +1,6 @@
 """Samplers as step tables: for every U-Net evaluation a timestep and a matrix, computed in float64.
 
-The state has K = 4 slots. Slot 0 is the latent x that the U-Net sees, VP-scaled: x = alpha x0 + sigma noise. One
+The state has K = 5 slots. Slot 0 is the latent x that the U-Net sees, VP-scaled: x = alpha x0 + sigma noise. One
 evaluation does
 
     state' = update @ [state; output; noise; clipped]
@@ -30,7 +30,7 @@ _BASIS = np.eye(COLUMNS)
 _BASIS.flags.writeable = False
 X: Linear = _BASIS[0]
 PAST: Sequence[Linear] = tuple(_BASIS[1:SLOTS])
-"""What slots 1 to 3 remember; after `multistep`, the values that it pushed, newest first."""
+"""What slots 1 to 4 remember; after `multistep`, the values that it pushed, newest first."""
 OUTPUT: Linear = _BASIS[SLOTS]
 NOISE: Linear = _BASIS[SLOTS + 1]
 CLIPPED: Linear = _BASIS[SLOTS + 2]

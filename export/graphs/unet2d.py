@@ -11,6 +11,7 @@ from diffusers import UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from .denoiser import guide
 from .precision import prepare
 
 
@@ -96,6 +97,7 @@ class TextlessDenoiser(nn.Module):
         row_sample: Tensor,
         timestep: Tensor,
         mixing: Tensor,
+        rescale: Tensor,
         update: Tensor,
         noise: Tensor,
         clip: Tensor,
@@ -104,13 +106,14 @@ class TextlessDenoiser(nn.Module):
     ) -> Tensor:
         channels, sample = state.shape[2], state[:, 0]
         output = self.predict(sample, row_sample, timestep, class_labels)
-        guided = torch.matmul(mixing, output[:, :channels].flatten(1))
+        guided = guide(output[:, :channels], mixing, rescale)
         noise = noise.flatten(1)
         if variance is not None:
             chosen = torch.matmul(mixing, output[:, channels:].flatten(1))
             noise = noise * deviation(chosen, variance)
-        columns = torch.stack([guided, noise, clipped(sample.flatten(1), guided, clip)], dim=1)
-        return torch.bmm(update, torch.cat([state.flatten(2), columns], dim=1)).reshape(state.shape)
+        within = clipped(sample.flatten(1), guided.squeeze(1), clip)
+        columns = [state.flatten(2), guided, noise.unsqueeze(1), within.unsqueeze(1)]
+        return torch.bmm(update, torch.cat(columns, dim=1)).reshape(state.shape)
 
     def predict(self, sample: Tensor, row_sample: Tensor, timestep: Tensor, class_labels: Tensor | None) -> Tensor:
         """What the U-Net makes of samples [batch, C, h, w], for each row, in float32."""

@@ -51,10 +51,10 @@ def test_a_late_start_draws_noise_for_what_is_left():
 
 
 def test_an_update_computes_what_its_equation_says():
-    """`x` is slot 0, `PAST` slots 1 to 3; multistep pushes the newest value."""
-    state = np.array([2.0, 3.0, 5.0, 7.0, 11.0, 13.0, 17.0])
-    assert (single(0.5 * X + 2 * OUTPUT + NOISE - CLIPPED) @ state).tolist() == [1 + 22 + 13 - 17, 0, 0, 0]
-    assert (multistep(X - PAST[2], OUTPUT) @ state).tolist() == [2 - 7, 11, 3, 5]
+    """`x` is slot 0, `PAST` slots 1 to 4; multistep pushes the newest value."""
+    state = np.array([2.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 17.0])
+    assert (single(0.5 * X + 2 * OUTPUT + NOISE - CLIPPED) @ state).tolist() == [1 + 22 + 13 - 17, 0, 0, 0, 0]
+    assert (multistep(X - PAST[2], OUTPUT) @ state).tolist() == [2 - 7, 11, 3, 5, 7]
 
 
 def test_infinite_noise_is_noise_alone():
