@@ -125,8 +125,8 @@ def test_the_bound_does_not_move_the_noise():
 
 def test_training_starts_and_resumes(tmp_path):
     phases = (
-        train_shapes.Phase(4, 4, 2, 1e-3, ("black", "white"), 0.0),
-        train_shapes.Phase(5, 2, 2, 1e-3, ("black",), 0.5),
+        train_shapes.Phase(4, 4, 2, 1e-3, ("black", "white"), 0.0, 0.0),
+        train_shapes.Phase(5, 2, 2, 1e-3, ("black",), 0.5, 0.1),
     )
     recipe = train_shapes.Recipe(placements=2, batch=2, phases=phases)
     first = train_shapes.train(recipe, tmp_path).state_dict()
