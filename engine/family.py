@@ -114,7 +114,7 @@ STABLE_DIFFUSION = Family(
     channels=LATENT_CHANNELS,
     factor=VAE_FACTOR,
 )
-"""Stable Diffusion 1.x and 2.x."""
+"""Stable Diffusion 1.x and 2.x, and latent diffusion with a text: other parts, the same graphs."""
 
 FAMILIES = {family.name: family for family in (STABLE_DIFFUSION,)}
 """Those whose sizes are the same for every model, by the name in the manifest."""
@@ -142,14 +142,7 @@ def textless(traits: Traits) -> Family:
     return Family("textless", (denoiser, _decoder(channels, factor)), channels, factor, 0, traits.classes)
 
 
-def latent_diffusion(traits: Traits) -> Family:
-    """Latent diffusion with a text, as before Stable Diffusion: BERT reads it."""
-    channels, factor = traits.channels, traits.factor
-    components = (_text_encoder(), _denoiser(channels), _decoder(channels, factor))
-    return Family("latent-diffusion", components, channels, factor)
-
-
-KINDS: Mapping[str, Callable[[Traits], Family]] = {"textless": textless, "latent-diffusion": latent_diffusion}
+KINDS: Mapping[str, Callable[[Traits], Family]] = {"textless": textless}
 """Families that depend on the model, by the name in the manifest."""
 
 COMPONENTS = frozenset(STABLE_DIFFUSION.names)

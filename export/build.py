@@ -308,7 +308,10 @@ class BundleBuilder:
         tokenizer = self._source.tokenizer()
         (folder / TOKENIZER).parent.mkdir()
         tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
-        return SpecialTokens(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+        if start is None:  # BERT's words for the same
+            start, end = tokenizer.cls_token_id, tokenizer.sep_token_id
+        return SpecialTokens(start, end, tokenizer.pad_token_id)
 
     def _measure_openvino(self, folder: Path, progress: Progress, theirs: Pictures) -> dict[str, Any]:
         from .openvino import choose_precision

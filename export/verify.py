@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import LDMTextToImagePipeline, StableDiffusionPipeline
 from torch import nn
 
 from engine import Pipeline
@@ -21,6 +21,7 @@ from engine.errors import NumericalError
 from engine.picture import Picture, psnr
 from engine.sampling.catalog import sampler_name
 
+from . import latent_diffusion
 from .compare import (
     PICTURE_TOLERANCE,
     Difference,
@@ -269,7 +270,9 @@ def _with_bundle(bundle: Bundle, theirs: Pictures, precision: str) -> tuple[list
     return made, pictures[0]
 
 
-def with_diffusers(pipeline: StableDiffusionPipeline | TextlessPipeline, height: int, width: int) -> Pictures:
+def with_diffusers(
+    pipeline: StableDiffusionPipeline | LDMTextToImagePipeline | TextlessPipeline, height: int, width: int
+) -> Pictures:
     """diffusers' own pictures. VerificationError if the subjects make no difference."""
     small = sum(p.numel() for p in pipeline.unet.parameters()) <= SMALL
     steps = 20 if small else 2
@@ -278,7 +281,8 @@ def with_diffusers(pipeline: StableDiffusionPipeline | TextlessPipeline, height:
         made = [_draw_textless(pipeline, value or 0, (height, width), steps) for value in subjects.values]
     else:
         subjects = Subjects("prompt", PROMPTS)
-        made = [_draw(pipeline, prompt, height, width, steps) for prompt in PROMPTS]
+        kind: Any = _draw_latent if isinstance(pipeline, LDMTextToImagePipeline) else _draw
+        made = [kind(pipeline, prompt, height, width, steps) for prompt in PROMPTS]
     if _is_deaf(made, subjects):
         cure = (
             "Its tokenizer or text encoder is not the one that it was trained with" if _what(subjects) == "text" else ""
@@ -293,6 +297,19 @@ def with_diffusers(pipeline: StableDiffusionPipeline | TextlessPipeline, height:
 def _draw_textless(pipeline: TextlessPipeline, label: int, size: tuple[int, int], steps: int) -> _Made:
     sample, pixels = pipeline(label, torch.Generator().manual_seed(SEED), size, steps)
     return _Made(sample.numpy(), pixels.numpy())
+
+
+def _draw_latent(pipeline: LDMTextToImagePipeline, prompt: str, height: int, width: int, steps: int) -> _Made:
+    latents, values = latent_diffusion.draw(
+        pipeline,
+        prompt,
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=GUIDANCE,
+        generator=torch.Generator().manual_seed(SEED),
+    )
+    return _Made(latents.numpy(), torch.round(values * 255).to(torch.uint8).numpy())
 
 
 @torch.no_grad()

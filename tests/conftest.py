@@ -23,7 +23,8 @@ from engine import Pipeline
 from engine.contract import Range, Shapes
 from export import component as exported
 from export.build import build, default_shapes, shapes_of
-from export.sources.checkpoint import DiffusersFolder, Source, resolve
+from export.sources.checkpoint import DiffusersFolder, resolve
+from export.sources.textless_folder import TextlessFolder
 from export.tensorrt import build as to_tensorrt
 from export.tensorrt import check as to_check
 from export.tensorrt import profiles as to_profiles
@@ -127,11 +128,14 @@ def tiny_bundles(tiny_sources) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def textless_sources(tmp_path_factory) -> dict[str, Source]:
+def textless_sources(tmp_path_factory) -> dict[str, TextlessFolder]:
     """Random models without texts, of each kind."""
     folder = tmp_path_factory.mktemp("textless")
     kinds = ("ddpm", "iddpm", "ldm")
-    return {kind: resolve(str(write_textless_model(folder / kind, kind))) for kind in kinds}
+    return {
+        kind: TextlessFolder(write_textless_model(folder / kind, kind), kind, {"kind": "folder", "id": kind})
+        for kind in kinds
+    }
 
 
 @pytest.fixture(scope="session")

@@ -11,13 +11,15 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     LDMPipeline,
+    LDMTextToImagePipeline,
     PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
     VQModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from export.sources.checkpoint import BUILT_IN
 
@@ -150,3 +152,43 @@ def write_textless_model(folder: Path, kind: str) -> Path:
     """That of `tiny_textless` as a diffusers folder."""
     tiny_textless(kind).save_pretrained(folder)
     return folder
+
+
+MARKS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+PLAIN = ["a", "large", "red", "circle", "on", "blue", "background", "small", "green", "star", "white", "##s"]
+WORDS = [*MARKS, *PLAIN, *(f"word{number}" for number in range(250))]
+
+
+def tiny_latent_diffusion() -> LDMTextToImagePipeline:
+    """Random latent diffusion with a text: BERT, a VQ-VAE, and the U-Net of `tiny_modules("sd1")`."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(**UNET, attention_head_dim=8)
+    bert = LDMBertModel(
+        LDMBertConfig(
+            vocab_size=len(WORDS),
+            d_model=32,
+            encoder_layers=2,
+            encoder_ffn_dim=64,
+            encoder_attention_heads=2,
+            head_dim=16,
+            init_std=0.5,
+        )
+    )
+    decoder = VQModel(
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        norm_num_groups=4,
+        num_vq_embeddings=32,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
+    torch.nn.init.normal_(decoder.quantize.embedding.weight, std=3.0)
+    pipeline = LDMTextToImagePipeline(
+        vqvae=decoder.eval(),
+        bert=bert.eval(),
+        tokenizer=BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)}, model_max_length=77),
+        unet=unet.eval(),
+        scheduler=DDIMScheduler(beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", clip_sample=False),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

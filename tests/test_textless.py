@@ -7,26 +7,36 @@ from diffusers import DDIMPipeline, DDIMScheduler
 
 from engine import Pipeline
 from engine import errors as e
+from engine.contract import Range, Shapes
 from engine.sampling.catalog import SAMPLERS
 from engine.sampling.scheduler_classes import CLASSES
 from export.textless import TextlessPipeline
 
+from . import fakes
+from .conftest import copy_bundle
 from .models import tiny_textless
 
 pytestmark = pytest.mark.slow
 BACKENDS = ["onnxruntime", "openvino"]
-KINDS = ["ddpm", "iddpm", "ldm"]
 STEPS, SEEDS = 10, [7, 1234567]
+
+
+class Opened(dict):
+    """Our pipelines by kind and backend, loaded when they are first asked for."""
+
+    def __init__(self, bundles):
+        super().__init__()
+        self._bundles = bundles
+
+    def __missing__(self, key):
+        kind, backend = key
+        self[key] = Pipeline.load(self._bundles[kind], backend=backend)
+        return self[key]
 
 
 @pytest.fixture(scope="module")
 def ours(textless_bundles):
-    """Our pipelines, by kind and backend."""
-    return {
-        (kind, backend): Pipeline.load(textless_bundles[kind], backend=backend)
-        for kind in KINDS
-        for backend in BACKENDS
-    }
+    return Opened(textless_bundles)
 
 
 def check_pixels(result, expected):
@@ -166,9 +176,24 @@ def test_a_mistake_has_a_named_error(ours, kind, arguments, error, words):
 
 
 def test_schedulers_may_clip_no_quantiles(textless_bundles, tmp_path, edit_manifest):
-    from .conftest import copy_bundle
-
     bundle = copy_bundle(textless_bundles["ddpm"], tmp_path)
     edit_manifest(bundle, scheduler={"_class_name": "DDPMScheduler", "thresholding": True})
     with pytest.raises(e.SchedulerConfigError, match="thresholding=true clamps the samples"):
         Pipeline.load(bundle, backend="onnxruntime")
+
+
+def test_tensorrt_makes_the_same_pictures(ours, textless_bundles, tmp_path):
+    """The fake one, with plans for up to two pictures: lanes, packing and decoder need nothing of their own."""
+    from export.tensorrt.build import build_plans
+    from export.tensorrt.profiles import with_rows
+
+    bundle = copy_bundle(textless_bundles["iddpm"], tmp_path)
+    sides, batch = Range(16, 16, 16), Range(1, 2, 2)
+    asked = {"class_labels": [1, 4], "num_inference_steps": 4, "seed": SEEDS}
+    with fakes.install("10.16.1"):
+        quiet = {"compare": False, "report": lambda message: None}
+        build_plans(bundle, with_rows(Shapes(sides, sides, batch), most_rows=1), **quiet)
+        with Pipeline.load(bundle, backend="tensorrt") as pipeline:
+            made = pipeline(**asked).images
+    expected = ours["iddpm", "onnxruntime"](**asked).images
+    assert [image.tobytes() for image in made] == [image.tobytes() for image in expected]

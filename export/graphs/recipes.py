@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from .bert import BertEncoder
 from .denoiser import Denoiser
 from .text_encoder import TextEncoder
 from .tracing import ATTENTION_OPSET
@@ -61,3 +62,16 @@ PIXELS: Recipes = {
 VQ_LATENTS: Recipes = {**PIXELS, "vae_decoder": Recipe("vqvae", VqDecoder)}
 KL_LATENTS: Recipes = {**PIXELS, "vae_decoder": Recipe("vqvae", KlDecoder)}
 """Unconditional latent diffusion, with a VQ-VAE and with a VAE."""
+
+BERT_KL: Recipes = {
+    "text_encoder": Recipe("bert", BertEncoder),
+    "vae_decoder": Recipe("vqvae", VaeDecoder),
+    "vae_encoder": Recipe("vqvae", VaeEncoder),
+    "denoiser": RECIPES["denoiser"],
+}
+BERT_VQ: Recipes = {
+    "text_encoder": Recipe("bert", BertEncoder),
+    "vae_decoder": Recipe("vqvae", VqDecoder),
+    "denoiser": RECIPES["denoiser"],
+}
+"""Latent diffusion with a text, with a VAE and with a VQ-VAE."""

@@ -10,9 +10,10 @@ from pathlib import Path
 from engine.errors import shown
 
 from ..errors import UnknownModelError, UsageError
-from . import schedulers, textless_folder, weights
+from . import latent_folder, schedulers, textless_folder, weights
 from .diffusers_folder import DiffusersFolder
 from .hub import download
+from .latent_folder import LatentFolder
 from .presets import ARCHITECTURES
 from .random_weights import BUILT_IN, RandomWeights
 from .reading import read_object
@@ -21,7 +22,10 @@ from .source import Source
 from .textless_file import TextlessFile, is_textless
 from .textless_folder import TextlessFolder
 
-__all__ = ["BUILT_IN", "CompVisFile", "DiffusersFolder", "RandomWeights", "Source", "resolve"]
+SHAPES = BUILT_IN.with_name("shapes")
+"""The second built-in model, a diffusers folder: classes instead of texts, on pixels."""
+
+__all__ = ["BUILT_IN", "SHAPES", "CompVisFile", "DiffusersFolder", "RandomWeights", "Source", "resolve"]
 
 
 def resolve(
@@ -75,6 +79,8 @@ def _resolve(
     if path.is_dir():
         name = path.resolve().name
         return open_folder(path, name, {"kind": "folder", "id": name, "path": str(path.resolve())}, sampler)
+    if model == SHAPES.name:
+        return open_folder(SHAPES, model, {"kind": "built-in", "id": model}, sampler)
     if model in ARCHITECTURES:
         raise UnknownModelError(
             f"{model} is an architecture, not a model; add --random-weights to build it without trained weights"
@@ -84,8 +90,8 @@ def _resolve(
     if {"/", os.sep} & set(model):
         raise UnknownModelError(f"there is no file or folder {model}; check the path, or pass a hub id like owner/name")
     raise UnknownModelError(
-        f"{model!r} is no folder or file here, and not a hub id like owner/name; known architectures for "
-        f"--random-weights: {', '.join(ARCHITECTURES)}"
+        f"{model!r} is no folder or file here, and not a hub id like owner/name; the second built-in "
+        f"model is {SHAPES.name}; known architectures for --random-weights: {', '.join(ARCHITECTURES)}"
     )
 
 
@@ -95,6 +101,8 @@ def open_folder(folder: Path, name: str, origin: dict[str, str], sampler: str | 
     kind = read_object(index).get("_class_name") if index.is_file() else None
     if kind in textless_folder.PIPELINES:
         return TextlessFolder(folder, name, origin, sampler)
+    if kind == latent_folder.PIPELINE:
+        return LatentFolder(folder, name, origin, sampler)
     return DiffusersFolder(folder, name, origin, sampler)
 
 

@@ -11,6 +11,7 @@ from engine.contract import Family
 from engine.errors import EngineError, shown
 from engine.sampling.catalog import SAMPLERS, sampler_name, step_table
 from engine.sampling.schedule import FORWARD_OPTIONS, Schedule, wrong_option
+from engine.sampling.scheduler_classes import CLASSES
 
 from ..errors import UnreadableModelError, UnsupportedModelError, UsageError
 from .reading import cause
@@ -57,12 +58,19 @@ def shipped(config: Mapping[str, Any], where: str, sampler: str | None = None) -
 def kept(config: Mapping[str, Any], where: str, sampler: str | None, family: Family) -> dict[str, Any]:
     """scheduler_config.json as diffusers' pipelines before Stable Diffusion use it: as it is, or that of another
     sampler. Raises the errors of `shipped`."""
-    config = _with_sampler(config, sampler, (*NOISE_OPTIONS, *SAMPLE_OPTIONS))
+    config = _with_sampler(config, sampler, (*NOISE_OPTIONS, *SAMPLE_OPTIONS) if family.clips else NOISE_OPTIONS)
+    if not family.clips:  # what is not there is true in DDIM and DDPM, and would clip the latents
+        config = {**_clip_default(config), **config} if sampler is None else {**config, "clip_sample": False}
     _check_class(config, where)
     _check_values(config, where)
     _check_sampler(config, where, family)
     _check_diffusers(config, where)
     return config
+
+
+def _clip_default(config: Mapping[str, Any]) -> dict[str, Any]:
+    own = CLASSES.get(str(config.get("_class_name")), {})
+    return {"clip_sample": own["clip_sample"]} if "clip_sample" in own else {}
 
 
 def _with_sampler(config: Mapping[str, Any], sampler: str | None, options: tuple[str, ...]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The denoiser of models without texts: the U-Net is diffusers', and clipping and learned variance are the papers'."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -31,7 +33,7 @@ def test_learned_variance_is_equation_15(textless_sources):
     table = step_table("ddpm", schedule, 50)
     output = np.random.default_rng(0).uniform(-1, 1, (1, 64)).astype(np.float32)
     steps = [int(t) for t in table.timesteps]
-    for index, (t, t_next) in enumerate(zip(steps, steps[1:])):
+    for index, (t, t_next) in enumerate(pairwise(steps)):
         logarithms = torch.tensor(table.variances[index : index + 1], dtype=torch.float32)
         found = deviation(torch.from_numpy(output), logarithms).numpy()
         expected = np.exp(0.5 * log_variance((output + 1) / 2, t, t_next, schedule.alphas_cumprod))
@@ -70,7 +72,7 @@ def test_a_table_says_what_is_clipped(textless_sources):
 
 @torch.no_grad()
 def test_a_step_is_the_papers_on_every_sample():
-    """Two samples, one whose update takes the clipped prediction and one whose takes the noise of a learned variance."""
+    """Of two samples one takes the clipped prediction, and the other noise with a learned variance."""
     torch.manual_seed(0)
     unet = UNet2DModel(**TEXTLESS_UNET, out_channels=6)
     state, noise = torch.randn(2, SLOTS, 3, 16, 16), torch.randn(2, 3, 16, 16)
