@@ -1,4 +1,4 @@
-"""The pictures of the class-conditional model: one shape in one colour on black, 32 x 32 pixels."""
+"""The pictures of the class-conditional model: one shape in one colour on grey, 32 x 32 pixels."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .pictures import SHAPES, Scene, picture
+from . import pictures
+from .pictures import SHAPES, Scene, coverage
 
 SIZE = 32
 """Height and width in pixels."""
 
 COLOURS = ("red", "green", "blue", "yellow")
-BACKGROUND = "black"
+BACKGROUND = "grey"
+INKS = {**pictures.COLOURS, BACKGROUND: (128, 128, 128)}
+"""Every colour by its name."""
 SHIFT = 4.0
 """How far the centre moves from the middle, in units of pictures.SIZE: 2 pixels here."""
 ZOOM = (0.85, 1.1)
@@ -34,7 +37,10 @@ CLASSES = tuple(Class(shape, colour) for shape in SHAPES for colour in COLOURS)
 
 def example(label: int, rng: np.random.Generator) -> np.ndarray:
     """A drawn picture of a class, [32, 32, 3] uint8."""
-    return picture(scene(CLASSES[label], rng), SIZE)
+    drawn = scene(CLASSES[label], rng)
+    cover = coverage(drawn, SIZE)[..., None]
+    mixed = cover * np.array(INKS[drawn.colour]) + (1 - cover) * np.array(INKS[drawn.background])
+    return np.round(mixed).astype(np.uint8)
 
 
 def scene(what: Class, rng: np.random.Generator) -> Scene:

@@ -3,7 +3,7 @@ shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -37,10 +37,10 @@ class Verdict:
         return self.agrees(scene) and (self.size, self.position) == (scene.size, scene.position)
 
 
-def _nearest_colour(pixels: np.ndarray) -> str:
+def _nearest_colour(pixels: np.ndarray, colours: Mapping[str, tuple[int, int, int]] = COLOURS) -> str:
     """The named colour nearest to the median of pixels [n, 3]."""
     middle = np.median(pixels.reshape(-1, 3).astype(float), axis=0)
-    return min(COLOURS, key=lambda name: float(np.abs(middle - COLOURS[name]).sum()))
+    return min(colours, key=lambda name: float(np.abs(middle - colours[name]).sum()))
 
 
 @lru_cache(maxsize=1)
@@ -122,11 +122,11 @@ def judge_class(picture: np.ndarray) -> ClassVerdict:
     # How much of each pixel is not background; the ends of the scale are cut off, so that faint noise has no area.
     ink = np.clip((distance / strongest - 0.15) / 0.7, 0, 1)
     if ink.sum() < 1:
-        return ClassVerdict("nothing", "", _nearest_colour(border), 0.0)
+        return ClassVerdict("nothing", "", _nearest_colour(border, classes.INKS), 0.0)
     overlaps = {shape: _overlap(ink, _fitted(shape, ink)) for shape in SHAPES}
     best = max(overlaps, key=lambda shape: overlaps[shape])
-    colour = _nearest_colour(picture[ink >= 0.9 * ink.max()])
-    return ClassVerdict(best, colour, _nearest_colour(border), overlaps[best])
+    colour = _nearest_colour(picture[ink >= 0.9 * ink.max()], classes.INKS)
+    return ClassVerdict(best, colour, _nearest_colour(border, classes.INKS), overlaps[best])
 
 
 def _overlap(one: np.ndarray, other: np.ndarray) -> float:
