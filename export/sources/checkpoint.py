@@ -19,6 +19,7 @@ from .random_weights import BUILT_IN, RandomWeights
 from .reading import read_object
 from .single_file import CompVisFile
 from .source import Source
+from .textless_file import TextlessFile, is_textless
 from .textless_folder import TextlessFolder
 
 SHAPES = BUILT_IN.with_name("shapes")
@@ -34,8 +35,8 @@ def resolve(
     prediction_type: str | None = None,
     scheduler: str | None = None,
 ) -> Source:
-    """The source that MODEL stands for. `tokenizer` and `prediction_type` are for single files. `scheduler`, a name in
-    engine.sampling.catalog.SAMPLERS or a diffusers class name, replaces the model's own.
+    """The source that MODEL stands for. `tokenizer` and `prediction_type` are for single files of Stable Diffusion.
+    `scheduler`, a name in engine.sampling.catalog.SAMPLERS or a diffusers class name, replaces the model's own.
 
     Raises UnknownModelError, UnreadableModelError, UnsupportedModelError, UnsafePickleError, NoNetworkError or
     UsageError.
@@ -67,6 +68,9 @@ def _resolve(
         _refuse_file_options(f"{model} --random-weights", tokenizer, prediction_type)
         return RandomWeights(model, sampler=sampler)
     if model is not None and (file := _checkpoint(model)) is not None:
+        if is_textless(file):
+            _refuse_file_options(f"{model}, a model without texts,", tokenizer, prediction_type)
+            return TextlessFile(file, sampler)
         return CompVisFile(file, tokenizer, prediction_type, sampler)
     _refuse_file_options("the built-in model" if model is None else model, tokenizer, prediction_type)
     if model is None:
@@ -131,10 +135,10 @@ def _suffixes() -> str:
 
 
 def _refuse_file_options(what: str, tokenizer: Path | None, prediction_type: str | None) -> None:
-    """UsageError for options that are only for single files."""
+    """UsageError for options that are only for single files of Stable Diffusion."""
     for option, value in (("--tokenizer", tokenizer), ("--prediction-type", prediction_type)):
         if value is not None:
             raise UsageError(
-                f"{option} {value} is for a single file ({_suffixes()}); {what} says this itself, so leave the option "
-                "out"
+                f"{option} {value} is for a single file of Stable Diffusion ({_suffixes()}); {what} says this itself, "
+                "or has no use for it, so leave the option out"
             )
