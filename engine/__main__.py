@@ -104,6 +104,8 @@ def make(pipeline: Pipeline, wanted: Sequence[tuple[str, int, Path]], options: a
                 seed=seeds,
                 scheduler=options.scheduler,
                 progress=told,
+                guidance_rescale=options.guidance_rescale,
+                guidance_interval=options.guidance_interval,
                 schedule_type=options.schedule_type,
                 timesteps=options.timesteps,
                 sigmas=options.sigmas,
@@ -136,6 +138,7 @@ def check_call(options: argparse.Namespace, texts: list[str]) -> Bundle:
     """The bundle, after all checks that need no graph to be loaded. The pipeline checks the rest."""
     from .bundle import Bundle
     from .checks import check_prompts
+    from .guidance import check_guidance
     from .request import Sampling
     from .sampling.schedule import Schedule
 
@@ -153,7 +156,10 @@ def check_call(options: argparse.Namespace, texts: list[str]) -> Bundle:
         options.timestep_respacing,
         dict(options.sampler_option),
     )
-    sampling.table(schedule)
+    table = sampling.table(schedule)
+    check_guidance(
+        options.guidance_scale, options.guidance_rescale, options.guidance_interval, sampling.count, table.timesteps
+    )
     return bundle
 
 
@@ -177,7 +183,8 @@ def quickest_backend(bundle: Bundle, device: str | None) -> str | None:
 
 def call_sizes(pipeline: Pipeline, options: argparse.Namespace, total: int) -> list[int]:
     """How many pictures, up to `total`, one call may make with these options."""
-    rows = 2 if options.guidance_scale > 1 else 1
+    scale = options.guidance_scale
+    rows = 2 if (max(scale) if isinstance(scale, list) else scale) > 1 else 1
 
     def serves(profile: Shapes, batch: int) -> bool:
         sides = (options.height is None or options.height in profile.height) and (

@@ -100,10 +100,23 @@ def _add_picture(c: argparse.ArgumentParser) -> None:
     c.add_argument("--steps", type=whole_number(1, 1000), default=20, metavar="N", help="default: 20")
     c.add_argument(
         "--guidance-scale",
-        type=number(),
+        type=scales,
         default=7.5,
         metavar="G",
-        help="how closely pictures follow the text; 1 is without guidance (default: 7.5)",
+        help="how closely pictures follow the text; 1 is without guidance; G,G,... for each step (default: 7.5)",
+    )
+    c.add_argument(
+        "--guidance-rescale",
+        type=number(low=0.0),
+        default=0.0,
+        metavar="PHI",
+        help="0 to 1: how far the contrast that guidance adds is taken back (default: 0)",
+    )
+    c.add_argument(
+        "--guidance-interval",
+        type=interval,
+        metavar="START:END",
+        help="the part of the steps with guidance, such as 0.2:0.8; the others are faster (default: 0:1)",
     )
     c.add_argument(
         "--seed",
@@ -183,6 +196,20 @@ def number(low: float = -math.inf) -> Callable[[str], float]:
         return value
 
     return parse
+
+
+def scales(text: str) -> float | list[float]:
+    """An argument's type: a finite number, or several with commas between them."""
+    values = numbers(text)
+    return values[0] if len(values) == 1 else values
+
+
+def interval(text: str) -> tuple[float, float]:
+    """An argument's type: two finite numbers with a colon between them."""
+    parts = text.split(":")
+    if len(parts) != 2:
+        raise argparse.ArgumentTypeError(f"{shorten(text)} is not START:END, such as 0.2:0.8")
+    return number()(parts[0]), number()(parts[1])
 
 
 def numbers(text: str) -> list[float]:

@@ -226,15 +226,34 @@ def check_number(value: Any, name: str, low: float, high: float, usual: str) -> 
     return float(value)
 
 
-def check_guidance_scale(value: Any) -> float:
+def check_guidance_scale(value: Any, name: str = "guidance_scale") -> float:
     """A number from -1000 to 1000."""
     return check_number(
         value,
-        "guidance_scale",
+        name,
         -MAX_GUIDANCE,
         MAX_GUIDANCE,
         "3 to 12 are usual; 1 and less do without the negative prompt",
     )
+
+
+def check_guidance_rescale(value: Any) -> float:
+    """A number from 0 to 1."""
+    return check_number(value, "guidance_rescale", 0.0, 1.0, "0 is without, 0.7 is usual")
+
+
+def check_guidance_interval(value: Any) -> tuple[float, float]:
+    """Two numbers, 0 <= start <= end <= 1."""
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise GuidanceError(
+            f"guidance_interval is {shown(value)}; it must be (start, end), parts of the loop from 0 to 1, such as "
+            "(0.2, 0.8), or None for all of it"
+        )
+    usual = "0 is the first step"
+    start, end = (check_number(one, f"guidance_interval[{i}]", 0.0, 1.0, usual) for i, one in enumerate(value))
+    if start > end:
+        raise GuidanceError(f"guidance_interval is {shown(value)}; it must not end before it starts")
+    return start, end
 
 
 def check_eta(value: Any) -> float:
@@ -299,15 +318,31 @@ def check_callback(callback: Any) -> None:
             f"callback_on_step_end is {shown(callback)}, which cannot be called; pass a function of (pipeline, "
             "evaluation, timestep, tensors)"
         )
-    try:
-        inspect.signature(callback).bind(None, 0, 0.0, {})
-    except ValueError:  # a function of an extension module, which does not tell
-        return
-    except TypeError as error:
+    if fault := _refuses(callback, None, 0, 0.0, {}):
         raise CallbackError(
             "callback_on_step_end is called with (pipeline, evaluation, timestep, tensors), which it does not take: "
-            f"{error}"
-        ) from error
+            f"{fault}"
+        ) from fault
+
+
+def check_guidance_function(function: Callable[..., Any]) -> None:
+    """Something that can be called with an evaluation and a timestep."""
+    if fault := _refuses(function, 0, 0.0):
+        raise GuidanceError(
+            f"guidance_scale is called with (evaluation, timestep), which it does not take: {fault}; pass a function "
+            "of both, a list, or a number"
+        ) from fault
+
+
+def _refuses(function: Callable[..., Any], *arguments: Any) -> TypeError | None:
+    """What is wrong with calling a function like this, as far as its signature tells."""
+    try:
+        inspect.signature(function).bind(*arguments)
+    except ValueError:  # a function of an extension module, which does not tell
+        return None
+    except TypeError as error:
+        return error
+    return None
 
 
 def check_returned(returned: Any, given: np.ndarray) -> np.ndarray:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 SLOTS = 5
-"""K: how many latent-sized tensors a sampler may remember. Slot 0 is the latent itself, scaled to unit variance
-(VP)."""
+"""K: how many latent-sized tensors a sampler may remember. Slot 0 is the latent itself, scaled to unit variance (VP).
+The Runge-Kutta warm-up of PNDM needs four more."""
 
 PROMPT_TOKENS = 77
 MAX_STEPS = 1000

@@ -46,7 +46,7 @@ class StepsError(InputError):
 
 
 class GuidanceError(InputError):
-    """`guidance_scale` or `eta` is not a number in its range."""
+    """A number of guidance, or `eta`, is not in its range, or a schedule of guidance does not fit the steps."""
 
 
 class SeedError(InputError):

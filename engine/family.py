@@ -2,7 +2,8 @@
 
 text_encoder  a text's tokens become its embedding
 denoiser      one whole step: the U-Net on slot 0 of the state, row by row; guidance (`mixing` combines the rows'
-              outputs per sample); the sampler, `next_state = update @ [state; output; noise]`
+              outputs per sample, `rescale` brings back the standard deviation of one); the sampler,
+              `next_state = update @ [state; output; noise]`
 vae_decoder   latents become pixels. `magnitude` is a sum over the absolute values before they are clamped: it is finite
               if they all are, which pixels cannot tell
 vae_encoder   pixels become the mean and the standard deviation of latents
@@ -44,7 +45,8 @@ def _denoiser(channels: int) -> Component:
             Tensor("row_sample", ("rows",), "int32", below="batch"),
             Tensor("context", ("rows", "tokens", "context_size")),
             Tensor("timestep", ("batch",), changes="step", below=1000, exact=True),
-            Tensor("mixing", ("batch", "rows"), solver=True),
+            Tensor("mixing", ("batch", "rows"), changes="step", solver=True),
+            Tensor("rescale", ("batch", "rows"), below=1, solver=True),
             Tensor("update", ("batch", SLOTS, SLOTS + 2), changes="step", solver=True),
             Tensor("noise", ("batch", *plane), changes="step", solver=True),
         ),

@@ -29,7 +29,7 @@ def parameters(request: Request, bundle: Bundle, index: int) -> str:
     fields: dict[str, Any] = {
         "Steps": request.steps,
         "Sampler": label_of(request.sampling.sampler),
-        "CFG scale": request.guidance_scale,
+        **request.guidance.parameters(),
         "Seed": seeds[index if len(seeds) > 1 else 0],
         "Size": f"{request.width}x{request.height}",
         "Model": bundle.name,

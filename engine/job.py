@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,30 @@ from .sampling.table import StepTable
 Conditioning = Mapping[str, Any]
 """A text's embedding: for each output of the text encoder, by name, the backend's value for one text."""
 
+Texts = Conditioning | Sequence[tuple[int, Conditioning]]
+"""One embedding, or several, each with the evaluation from which on it counts. The first counts from 0 on."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Row:
-    """One text of a picture: a row of the U-Net, and the weight of its output in the guided one."""
+    """One text of a picture: a row of the U-Net.
 
-    conditioning: Conditioning
-    weight: float
+    conditioning: its embedding, which may change with the evaluation. weight: of its output in the guided one, a
+    number, or an array [E] with one for each evaluation. The U-Net does not evaluate the row where its weight is 0.
+    rescale: phi of arXiv 2305.08891, section 3.4, if the guided output takes over the standard deviation of this row's.
+    """
+
+    conditioning: Texts
+    weight: float | np.ndarray
+    rescale: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Phase:
+    """What the U-Net evaluates of a job for some evaluations: the numbers of the rows, and an embedding for each."""
+
+    rows: tuple[int, ...]
+    texts: tuple[Conditioning, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,13 +60,32 @@ class Job:
     picture: int = 0
     extras: Mapping[str, np.ndarray] = field(default_factory=dict)
 
-    def step(self, index: int) -> dict[str, np.ndarray]:
-        """The sample's values of the inputs that change with the evaluation. "noise" is missing if none is drawn: the
-        update multiplies the old noise by 0."""
-        values = {name: array[index] for name, array in self.steps.items()}
-        if self.noise is not None and self.table.draws[index]:
-            values["noise"] = self.noise.take(index, self.picture)
-        return values
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """The rows' weights at each evaluation, [E, rows] float32. ValueError for a row with another number of them."""
+        columns = [np.broadcast_to(np.asarray(row.weight, np.float32), len(self.table)) for row in self.rows]
+        return np.stack(columns, axis=1)
+
+    @cached_property
+    def phases(self) -> list[Phase]:
+        """The phase of each evaluation. Those that evaluate the same are one object. At least one row is evaluated."""
+        made: dict[tuple[int, ...], Phase] = {}
+        evaluated = self.weights != 0
+        if (evaluated == evaluated[0]).all() and all(isinstance(row.conditioning, Mapping) for row in self.rows):
+            return [self._phase(0, made)] * len(self.table)
+        return [self._phase(index, made) for index in range(len(self.table))]
+
+    def _phase(self, index: int, made: dict[tuple[int, ...], Phase]) -> Phase:
+        rows = tuple(np.flatnonzero(self.weights[index]).tolist()) or (0,)
+        texts = tuple(conditioning_at(self.rows[row].conditioning, index) for row in rows)
+        return made.setdefault((*rows, *map(id, texts)), Phase(rows, texts))
+
+    def drawn(self, index: int) -> dict[str, np.ndarray]:
+        """What an evaluation takes besides `steps`: its noise, if one is drawn. Otherwise the update multiplies the old
+        noise by 0."""
+        if self.noise is None or not self.table.draws[index]:
+            return {}
+        return {"noise": self.noise.take(index, self.picture)}
 
     def draw_ahead(self, index: int) -> None:
         """Draws the noise of an evaluation, if it has some, before it is needed, while the device works on an earlier
@@ -57,16 +94,26 @@ class Job:
             self.noise.prepare(index)
 
 
+def conditioning_at(texts: Texts, index: int) -> Conditioning:
+    """The embedding that counts at an evaluation."""
+    if isinstance(texts, Mapping):
+        return texts
+    return next(conditioning for start, conditioning in reversed(texts) if start <= index)
+
+
 def step_inputs(table: StepTable) -> dict[str, np.ndarray]:
     """`Job.steps` for a table."""
     return {"timestep": table.timesteps.astype(np.float32), "update": table.updates.astype(np.float32)}
 
 
-def guided(prompt: Conditioning, negative: Conditioning | None, guidance_scale: float) -> tuple[Row, ...]:
-    """The rows of one picture. With a negative prompt: classifier-free guidance (arXiv 2207.12598)."""
+def guided(
+    prompt: Conditioning, negative: Conditioning | None, scales: np.ndarray, rescale: float = 0.0
+) -> tuple[Row, ...]:
+    """The rows of one picture. With a negative prompt: classifier-free guidance (arXiv 2207.12598) of scale scales[i]
+    at evaluation i. Where that is 1 the negative prompt is not evaluated."""
     if negative is None:
         return (Row(prompt, 1.0),)
-    return Row(negative, 1 - guidance_scale), Row(prompt, guidance_scale)
+    return Row(negative, 1 - scales), Row(prompt, scales, rescale)
 
 
 def jobs(

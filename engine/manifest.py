@@ -16,9 +16,10 @@ from .errors import BundleNotFoundError, ManifestError, ManifestVersionError, Un
 from .family import FAMILIES
 from .fields import Field
 
-FORMAT = 3
+FORMAT = 4
 """Version of the manifest. It changes whenever an older runtime would misread a newer bundle.
-3: names the family; the denoiser takes a timestep for each sample."""
+3: names the family; the denoiser takes a timestep for each sample.
+4: the denoiser takes `rescale`, and its state has five slots."""
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer/tokenizer.json"

@@ -25,6 +25,7 @@ from .errors import (
     PicklingError,
     SchedulerConfigError,
 )
+from .guidance import Scale
 from .images import finished_images
 from .job import Conditioning, Job, guided, jobs
 from .request import Limits, Request
@@ -158,7 +159,7 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
+        guidance_scale: Scale = 7.5,
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
@@ -168,6 +169,8 @@ class Pipeline:
         callback_on_step_end: Callback | None = None,
         scheduler: str | None = None,
         progress: bool = True,
+        guidance_rescale: float = 0.0,
+        guidance_interval: Sequence[float] | None = None,
         schedule_type: str | None = None,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
@@ -177,19 +180,23 @@ class Pipeline:
         """Makes the picture that diffusers' StableDiffusionPipeline makes from the same arguments.
 
         height, width: pixels, multiples of 8 (default: what the bundle is best at); guidance_scale: above 1 the
-        negative prompt takes part; eta: DDIM's; seed: where diffusers takes a generator on the CPU, one for all
-        pictures or one for each, or None for a random one; latents: [B, 4, height/8, width/8] standard normal float32
-        instead of noise; callback_on_step_end(pipeline, evaluation, timestep, {"latents": [B, 4, h, w]}) sees
-        diffusers' latents, and may write to them or return others so; scheduler: a sampler's name, a class of diffusers
-        or A1111's label (None: the model's own); progress: show a bar; schedule_type, timesteps, sigmas,
-        timestep_respacing: the sampler's grid; sampler_options: its options by name (docs/samplers.md). Raises the
-        InputErrors of engine/errors.py before any work, NumericalError and not a black picture, BundleChangedError
-        where the bundle's files were written to, ClosedPipelineError, and BusyPipelineError in a callback.
+        negative prompt takes part; a list has a number for each step, a function (evaluation, timestep) -> number is
+        called before the loop; eta: DDIM's; seed: where diffusers takes a generator on the CPU, one for all pictures or
+        one for each, or None for a random one; latents: [B, 4, height/8, width/8] standard normal float32 instead of
+        noise; callback_on_step_end(pipeline, evaluation, timestep, {"latents": [B, 4, h, w]}) sees diffusers' latents,
+        and may write to them or return others so; scheduler: a sampler's name, a class of diffusers or A1111's label
+        (None: the model's own); progress: show a bar; guidance_rescale: phi of arXiv 2305.08891; guidance_interval:
+        (start, end), evaluation i of E has guidance if start <= i / E <= end, the others run without the negative
+        prompt; schedule_type, timesteps, sigmas, timestep_respacing: the sampler's grid; sampler_options: its options
+        by name (docs/samplers.md). Raises the InputErrors of engine/errors.py before any work, NumericalError and not
+        a black picture, BundleChangedError where the bundle's files were written to, ClosedPipelineError, and
+        BusyPipelineError in a callback.
         """
         started = perf_counter()
         request = Request.check(self.limits, prompt, height, width, num_inference_steps, guidance_scale,
                                 negative_prompt, num_images_per_prompt, eta, seed, latents, output_type,
-                                callback_on_step_end, scheduler, progress, schedule_type, timesteps, sigmas,
+                                callback_on_step_end, scheduler, progress, guidance_rescale,
+                                guidance_interval, schedule_type, timesteps, sigmas,
                                 timestep_respacing, sampler_options)  # fmt: skip
         with self._turn():
             self.bundle.recheck_in_place()
@@ -242,7 +249,8 @@ class Pipeline:
         encoded = self._encode(texts, tokenized)
         count = len(request.prompts)
         negatives: Sequence[Conditioning | None] = encoded[count:] or [None] * count
-        rows = [guided(prompt, negative, request.guidance_scale) for prompt, negative in zip(encoded, negatives)]
+        scales, rescale = request.guidance.scales, request.guidance.rescale
+        rows = [guided(prompt, negative, scales, rescale) for prompt, negative in zip(encoded, negatives)]
         each = [one for one in rows for _ in range(request.images_per_prompt)]
         plane = self.bundle.family.plane(request.height, request.width)
         return jobs(request.table, each, request.seeds, plane, request.latents)
@@ -279,7 +287,7 @@ class Pipeline:
             return NumericalError(f"the VAE decoder's values are not finite, though its input is; {cure}")
         return NumericalError(
             f"the latents hold values that are not finite after {evaluations} evaluations at guidance_scale "
-            f"{request.guidance_scale:g}; {cure}"
+            f"{request.guidance.scale:g}; {cure}"
         )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from . import checks
 from .contract import Family, Shapes
 from .errors import TimestepsError
+from .guidance import Guidance, Scale, check_guidance
 from .sampling.catalog import checked_options, sampler_name, schedule_type_name, step_table
 from .sampling.respacing import space_timesteps
 from .sampling.schedule import Schedule
@@ -116,7 +117,7 @@ class Request:
     height: int
     width: int
     steps: int
-    guidance_scale: float
+    guidance: Guidance
     seeds: tuple[int, ...]
     latents: np.ndarray | None
     sampling: Sampling
@@ -132,8 +133,8 @@ class Request:
 
     @property
     def guided(self) -> bool:
-        """Whether guidance takes part: arXiv 2207.12598's w + 1 is more than 1."""
-        return self.guidance_scale > 1
+        """Whether guidance takes part in any evaluation: arXiv 2207.12598's w + 1 is more than 1."""
+        return self.guidance.used
 
     @classmethod
     def check(
@@ -143,7 +144,7 @@ class Request:
         height: int | None,
         width: int | None,
         num_inference_steps: int,
-        guidance_scale: float,
+        guidance_scale: Scale,
         negative_prompt: str | Sequence[str] | None,
         num_images_per_prompt: int,
         eta: float,
@@ -153,6 +154,8 @@ class Request:
         callback: Any,
         scheduler: str | None,
         progress: bool,
+        guidance_rescale: float = 0.0,
+        guidance_interval: Sequence[float] | None = None,
         schedule_type: str | None = None,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
@@ -161,12 +164,7 @@ class Request:
     ) -> Request:
         """The arguments of `Pipeline.__call__`, checked. Raises the InputErrors of engine/errors.py."""
         prompts, negatives = checks.check_prompts(prompt, negative_prompt)
-        scale = checks.check_guidance_scale(guidance_scale)
         batch = checks.check_batch(len(prompts), num_images_per_prompt)
-        rows = 2 * batch if scale > 1 else batch
-        height, width = checks.check_shapes(
-            height, width, batch, rows, limits.profiles, limits.build_command, limits.family.factor
-        )
         sampling = Sampling.check(
             limits.schedule,
             scheduler,
@@ -177,6 +175,12 @@ class Request:
             sigmas,
             timestep_respacing,
             sampler_options,
+        )
+        table = limits.table(sampling)
+        guidance = check_guidance(guidance_scale, guidance_rescale, guidance_interval, sampling.count, table.timesteps)
+        rows = 2 * batch if guidance.used else batch
+        height, width = checks.check_shapes(
+            height, width, batch, rows, limits.profiles, limits.build_command, limits.family.factor
         )
         seeds = checks.check_seeds(secrets.randbits(32) if seed is None else seed, batch)
         checks.check_output_type(output_type)
@@ -190,11 +194,11 @@ class Request:
             height=height,
             width=width,
             steps=sampling.count,
-            guidance_scale=scale,
+            guidance=guidance,
             seeds=tuple(seeds),
             latents=latents,
             sampling=sampling,
-            table=limits.table(sampling),
+            table=table,
             output_type=output_type,
             callback=callback,
             progress=progress,

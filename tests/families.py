@@ -16,7 +16,7 @@ import torch
 from engine.contract import Family, Tensor
 from engine.family import FAMILIES, STABLE_DIFFUSION
 from export.build import build, default_shapes
-from export.graphs.denoiser import Denoiser, advance
+from export.graphs.denoiser import Denoiser, advance, guide
 from export.graphs.recipes import RECIPES, Recipe, Recipes
 from export.sources.source import Source
 
@@ -34,12 +34,13 @@ class TintedDenoiser(Denoiser):
         context: torch.Tensor,
         timestep: torch.Tensor,
         mixing: torch.Tensor,
+        rescale: torch.Tensor,
         update: torch.Tensor,
         noise: torch.Tensor,
         tint: torch.Tensor,
     ) -> torch.Tensor:
         output = self.predict(state[:, 0] + tint, row_sample, context, timestep)
-        return advance(state, output, mixing, update, noise)
+        return advance(state, guide(output, mixing, rescale), update, noise)
 
 
 def tinted_family() -> Family:

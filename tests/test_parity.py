@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 PROMPTS = ["a large red circle on a blue background", "a small green star on the left of a white background"]
 NEGATIVE = ["", "a square"]
 BACKENDS = ["onnxruntime", "openvino"]
-HEIGHT, WIDTH, STEPS, GUIDANCE = 64, 96, 20, 7.5
+HEIGHT, WIDTH, STEPS, GUIDANCE = 64, 96, 10, 7.5
 
 
 @pytest.fixture(scope="module", params=["demo", "sd1", "sd2"])

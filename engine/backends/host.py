@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..contract import PROMPT_TOKENS, Family, Shapes, Sizes
-from ..job import Job
+from ..job import Job, Phase
 from .interface import Decoded
 from .packing import Packing, pack
 
@@ -35,7 +35,7 @@ class HostCall(Protocol):
         """See `Lanes.path`."""
 
     def enter(self) -> None:
-        """Called after all inputs and the first state were written."""
+        """Called after inputs that change once a loop were written."""
 
     def run(self, current: int) -> None:
         """One step, from state number `current` to the other. The inputs that change with a step were written
@@ -76,12 +76,14 @@ class HostLanes:
         self._states: dict[Job, np.ndarray] = {}
         """States that lie in no call: [K, C, h, w] of each job."""
         self._call: HostCall | None = None
-        self._entered: tuple[Job, ...] = ()
-        """The jobs that lie in the call, by their sample."""
+        self._packing: Packing | None = None
+        """How jobs lie in the call."""
+        self._phases: list[Phase] = []
+        """The phases whose embeddings are in the call."""
         self._lanes: list[int] = []
-        """Their lanes, as long as those have had no other job since."""
-        self._rows: list[tuple[int, Callable[[int], None]]] = []
-        """For each lane what writes its inputs of a step."""
+        """The jobs' lanes, as long as those have had no other job since."""
+        self._rows: list[tuple[int, list[Phase], Callable[[int], None]]] = []
+        """For each lane its job's phases, and what writes its inputs of a step."""
         self._current = 0
         self._path = "plain"
 
@@ -105,29 +107,45 @@ class HostLanes:
             return
         for turn in [lanes] if self._together else [[lane] for lane in lanes]:
             call = self._call
-            if call is None or turn != self._lanes:
-                call = self._enter(turn)
-            for lane, write in self._rows:
+            if call is None or not self._prepared(turn, at):
+                call = self._enter(turn, [index for lane in turn if (index := at[lane]) is not None])
+            for lane, _, write in self._rows:
                 write(at[lane])  # type: ignore[arg-type]
             call.run(self._current)
             self._current = 1 - self._current
 
-    def _enter(self, lanes: list[int]) -> HostCall:
-        """The call in which exactly these lanes' jobs lie."""
-        jobs = tuple(self._job(lane) for lane in lanes)
-        if self._call is None or self._entered != jobs:
-            self.leave()
-            height, width = (side * self._backend.family.factor for side in self._size)
-            packing = pack(jobs, height, width, self._backend.profiles, self._least_rows())
-            call = self._backend.call(self._sizes(packing.batch, packing.rows))
-            if (other := call.owner()) is not None:
-                other.leave()
-            self._fill(call, packing)
-            call.owner = weakref.ref(self)
-            self._call, self._entered, self._current = call, jobs, 0
-        self._lanes = lanes
-        self._rows = [(lane, writer(self._call, job, i)) for i, (lane, job) in enumerate(zip(lanes, jobs))]
+    def _prepared(self, lanes: list[int], at: Sequence[int | None]) -> bool:
+        """Whether the call holds all that these lanes' jobs take, but for the inputs of a step."""
+        if lanes != self._lanes:
+            return False
+        return self._phases == [phases[at[lane]] for lane, phases, _ in self._rows]  # type: ignore[index]
+
+    def _enter(self, lanes: list[int], indices: list[int]) -> HostCall:
+        """The call in which exactly these lanes' jobs lie, with what they take at these evaluations."""
+        jobs = [self._job(lane) for lane in lanes]
+        phases = [job.phases[index] for job, index in zip(jobs, indices)]
+        if self._call is None or self._packing is None or not self._packing.holds(jobs, phases):
+            self._call, self._packing = self._pack(jobs, phases)
+        else:
+            self._change_texts(self._call, self._packing, phases)
+        self._phases = phases
+        if self._lanes != lanes:
+            steps = [writer(self._call, job, self._packing.steps(i), i) for i, job in enumerate(jobs)]
+            self._rows = [(lane, job.phases, write) for lane, job, write in zip(lanes, jobs, steps)]
+            self._lanes = lanes
         return self._call
+
+    def _pack(self, jobs: list[Job], phases: list[Phase]) -> tuple[HostCall, Packing]:
+        """Moves the jobs into the smallest call for these phases."""
+        self.leave()
+        height, width = (side * self._backend.family.factor for side in self._size)
+        packing = pack(jobs, phases, height, width, self._backend.profiles, self._least_rows())
+        call = self._backend.call(self._sizes(packing.batch, packing.rows))
+        if (other := call.owner()) is not None:
+            other.leave()
+        self._fill(call, packing)
+        call.owner, self._current = weakref.ref(self), 0
+        return call, packing
 
     def _fill(self, call: HostCall, packing: Packing) -> None:
         """Writes the states and the inputs that change once a loop. Idle samples and rows get zeros."""
@@ -141,7 +159,17 @@ class HostLanes:
         call.states[0][...] = 0
         for position, job in enumerate(packing.jobs):
             call.states[0][position] = self._states.pop(job)
+        call.write(0)
         call.enter()
+
+    def _change_texts(self, call: HostCall, packing: Packing, phases: list[Phase]) -> None:
+        """Writes the embeddings of the jobs whose phase is another one than before."""
+        changed = [i for i, (old, new) in enumerate(zip(self._phases, phases)) if old is not new]
+        for position in changed:
+            for name, place, value in packing.row_values(self._denoiser, position, phases[position]):
+                call.inputs[name][place] = value
+        if changed:
+            call.enter()
 
     def _least_rows(self) -> int:
         """Lanes that take turns use calls of one size, so they all need the rows of the largest job."""
@@ -152,11 +180,16 @@ class HostLanes:
         if self._call is None:
             return
         states = self._call.read(self._current)
-        for position, job in enumerate(self._entered):
+        for position, job in enumerate(self.entered):
             if job in self._jobs:
                 self._states[job] = states[position].copy()
         self._path, self._call.owner = self._call.path, nobody
-        self._call, self._entered, self._lanes, self._rows = None, (), [], []
+        self._call, self._packing, self._lanes, self._rows = None, None, [], []
+
+    @property
+    def entered(self) -> tuple[Job, ...]:
+        """The jobs that lie in the call, by their sample."""
+        return () if self._packing is None else self._packing.jobs
 
     def latents(self, lanes: Sequence[int]) -> np.ndarray:
         states = self._every_state()
@@ -178,7 +211,7 @@ class HostLanes:
         """The state [K, C, h, w] of each job, wherever it lies."""
         if self._call is None:
             return self._states
-        return {**self._states, **dict(zip(self._entered, self._call.read(self._current)))}
+        return {**self._states, **dict(zip(self.entered, self._call.read(self._current)))}
 
     def decode(self, lanes: Sequence[int]) -> Callable[[], Decoded]:
         decoded = self._backend.decode(self.latents(lanes))
@@ -189,11 +222,11 @@ class HostLanes:
         return {"batch": batch, "rows": rows, "tokens": PROMPT_TOKENS, "height": height, "width": width}
 
 
-def writer(call: HostCall, job: Job, position: int) -> Callable[[int], None]:
+def writer(call: HostCall, job: Job, steps: Mapping[str, np.ndarray], position: int) -> Callable[[int], None]:
     """What writes a job's inputs of a step, at an evaluation, as the call's sample at that position. It is called with
     every step, so all that stays the same is looked up once."""
     inputs = call.inputs
-    steady = [(inputs[name], array) for name, array in job.steps.items()]
+    steady = [(inputs[name], array) for name, array in steps.items()]
 
     def write(index: int) -> None:
         for target, array in steady:
@@ -203,7 +236,8 @@ def writer(call: HostCall, job: Job, position: int) -> Callable[[int], None]:
         return write
 
     def write_with_noise(index: int) -> None:
-        for name, value in job.step(index).items():
+        write(index)
+        for name, value in job.drawn(index).items():
             inputs[name][position] = value
 
     return write_with_noise

@@ -3,6 +3,7 @@ served."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,47 +11,79 @@ from typing import Any
 
 import numpy as np
 
-from ..contract import Component, Shapes
+from ..contract import Component, Shapes, Tensor
 from ..errors import BackendError
-from ..job import Job
+from ..job import Job, Phase
+
+PARTS = 4
+"""Rows of a call beyond one for each sample come in quarters of the samples, so that a number of samples has five
+sizes of call with and without guidance, and pictures that change between the two do not need one after the other."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Jobs in one call of `batch` samples and `rows` rows of the U-Net.
+    """Jobs in one call of `batch` samples and `rows` rows of the U-Net, as long as each is in its phase.
 
     The job at position p has sample p and the rows from starts[p] on. Samples and rows after the last job's are idle:
     their weight is 0, and idle rows repeat sample 0. The U-Net evaluates rows, not samples.
     """
 
     jobs: tuple[Job, ...]
+    phases: tuple[Phase, ...]
     batch: int
     rows: int
     starts: tuple[int, ...]
 
     @cached_property
     def inputs(self) -> dict[str, np.ndarray]:
-        """The inputs that describe the packing: the sample of each row, and its weight in the sample's output."""
+        """The inputs that describe the packing: the sample of each row, and the rows whose standard deviation stays."""
         row_sample = np.zeros(self.rows, np.int32)
-        mixing = np.zeros((self.batch, self.rows), np.float32)
-        for position, (job, start) in enumerate(zip(self.jobs, self.starts)):
-            stop = start + len(job.rows)
-            row_sample[start:stop] = position
-            mixing[position, start:stop] = [row.weight for row in job.rows]
-        return {"row_sample": row_sample, "mixing": mixing}
+        rescale = np.zeros((self.batch, self.rows), np.float32)
+        for position, job in enumerate(self.jobs):
+            place, rows = self._place(position), self.phases[position].rows
+            row_sample[place] = position
+            rescale[position, place] = [job.rows[row].rescale for row in rows]
+        return {"row_sample": row_sample, "rescale": rescale}
+
+    def steps(self, position: int) -> dict[str, np.ndarray]:
+        """A job's `steps`, [E, ...] by name, with its rows' weights at their places among all rows."""
+        job = self.jobs[position]
+        mixing = np.zeros((len(job.table), self.rows), np.float32)
+        mixing[:, self._place(position)] = job.weights[:, list(self.phases[position].rows)]
+        return {**job.steps, "mixing": mixing}
+
+    def holds(self, jobs: Sequence[Job], phases: Sequence[Phase]) -> bool:
+        """Whether exactly these jobs lie here, with the rows of these phases."""
+        if self.jobs != tuple(jobs):
+            return False
+        return all(own.rows == other.rows for own, other in zip(self.phases, phases))
 
     def values(self, denoiser: Component) -> Iterator[tuple[str, int, Any]]:
         """The jobs' values for the inputs that change once a loop: (input, index of the row or sample, value)."""
-        for tensor in denoiser.inputs:
-            if tensor.changes == "step" or tensor.name in self.inputs:
-                continue
-            for position, (job, start) in enumerate(zip(self.jobs, self.starts)):
-                if tensor.dims[0] == "rows":
-                    for i, row in enumerate(job.rows):
-                        own = row.conditioning.get(tensor.name)
-                        yield tensor.name, start + i, _extra(job, tensor.name)[i] if own is None else own
-                else:
+        for position, job in enumerate(self.jobs):
+            for tensor in self._looped(denoiser):
+                if tensor.dims[0] != "rows":
                     yield tensor.name, position, _extra(job, tensor.name)
+            yield from self.row_values(denoiser, position, self.phases[position])
+
+    def row_values(self, denoiser: Component, position: int, phase: Phase) -> Iterator[tuple[str, int, Any]]:
+        """The same for the rows of the job at that position, with the embeddings of a phase that has these rows."""
+        job, start = self.jobs[position], self.starts[position]
+        for tensor in self._looped(denoiser):
+            if tensor.dims[0] != "rows":
+                continue
+            for i, (row, text) in enumerate(zip(phase.rows, phase.texts)):
+                own = text.get(tensor.name)
+                yield tensor.name, start + i, _extra(job, tensor.name)[row] if own is None else own
+
+    def _looped(self, denoiser: Component) -> list[Tensor]:
+        """The inputs that have a value of the jobs for each loop."""
+        return [one for one in denoiser.inputs if one.changes != "step" and one.name not in self.inputs]
+
+    def _place(self, position: int) -> slice:
+        """The rows of the job at that position."""
+        start = self.starts[position]
+        return slice(start, start + len(self.phases[position].rows))
 
 
 def _extra(job: Job, name: str) -> np.ndarray:
@@ -59,34 +92,54 @@ def _extra(job: Job, name: str) -> np.ndarray:
     return job.extras[name]
 
 
-def pack(jobs: Sequence[Job], height: int, width: int, profiles: Sequence[Shapes], least_rows: int = 0) -> Packing:
-    """Packs the jobs into the smallest call that a profile serves at this size in pixels, with at least `least_rows`
-    rows. BackendError if no profile does."""
+def pack(
+    jobs: Sequence[Job],
+    phases: Sequence[Phase],
+    height: int,
+    width: int,
+    profiles: Sequence[Shapes],
+    least_rows: int = 0,
+) -> Packing:
+    """Packs the jobs, each in its phase, into the smallest call that a profile serves at this size in pixels, with at
+    least `least_rows` rows. BackendError if no profile does."""
     starts, rows = [], 0
-    for job in jobs:
+    for phase in phases:
         starts.append(rows)
-        rows += len(job.rows)
+        rows += len(phase.rows)
     rows = max(rows, least_rows)
     batch, rows = smallest(len(jobs), rows, height, width, profiles)
-    return Packing(tuple(jobs), batch, rows, tuple(starts))
+    return Packing(tuple(jobs), tuple(phases), batch, rows, tuple(starts))
 
 
 def smallest(batch: int, rows: int, height: int, width: int, profiles: Sequence[Shapes]) -> tuple[int, int]:
     """The smallest numbers of samples and rows, at least these, that a profile serves at that size. Without profiles
-    every number is served. BackendError if no profile fits."""
+    every number is served. More than PARTS samples take rows in steps of a PARTS-th of them. BackendError if no profile
+    fits."""
     if not profiles:
-        return batch, rows
+        return batch, _rounded(rows, batch)
     fitting = []
     for profile in profiles:
         if height not in profile.height or width not in profile.width or batch > profile.batch.max:
             continue
         if profile.rows is not None and rows > profile.rows.max:
             continue
-        least = 1 if profile.rows is None else profile.rows.min
-        fitting.append((max(batch, profile.batch.min), max(rows, least)))
+        samples = max(batch, profile.batch.min)
+        least = _rounded(rows, samples)
+        if profile.rows is not None:
+            least = min(max(least, profile.rows.min), profile.rows.max)
+        fitting.append((samples, least))
     if not fitting:
         served = "; ".join(map(str, profiles))
         raise BackendError(
             f"{batch} pictures of {height} x {width} in {rows} U-Net rows fit no profile; served: {served}"
         )
     return min(fitting)
+
+
+def _rounded(rows: int, batch: int) -> int:
+    """The next number of rows that calls of so many samples have: with guidance for all it is twice the samples."""
+    if rows <= batch:
+        return rows
+    step = math.ceil(batch / PARTS)
+    rounded = batch + math.ceil((rows - batch) / step) * step
+    return min(rounded, max(rows, 2 * batch))

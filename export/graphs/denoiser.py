@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from ..sources.checks import check_unet
 from .precision import prepare
 
+LEAST_SQUARES = 1e-20
+"""Below this sum of squares an output counts as constant: it is that of an idle sample, and 0 / 0 would be NaN."""
+
 
 class Denoiser(nn.Module):
     """One whole denoising step: U-Net, guidance and sampler. The timestep of a sample is embedded once, in float32,
@@ -28,11 +31,12 @@ class Denoiser(nn.Module):
         context: Tensor,
         timestep: Tensor,
         mixing: Tensor,
+        rescale: Tensor,
         update: Tensor,
         noise: Tensor,
     ) -> Tensor:
         output = self.predict(state[:, 0], row_sample, context, timestep)
-        return advance(state, output, mixing, update, noise)
+        return advance(state, guide(output, mixing, rescale), update, noise)
 
     def predict(self, sample: Tensor, row_sample: Tensor, context: Tensor, timestep: Tensor) -> Tensor:
         """What the U-Net makes of samples [batch, C, h, w], for each row, in float32."""
@@ -62,8 +66,25 @@ class Denoiser(nn.Module):
         return unet.conv_out(unet.conv_act(unet.conv_norm_out(sample)))
 
 
-def advance(state: Tensor, output: Tensor, mixing: Tensor, update: Tensor, noise: Tensor) -> Tensor:
-    """Guidance, and the sampler's step: the next state from the rows' outputs."""
-    guided = torch.matmul(mixing, output.flatten(1))
-    columns = torch.cat([state.flatten(2), guided.unsqueeze(1), noise.flatten(1).unsqueeze(1)], dim=1)
+def guide(output: Tensor, mixing: Tensor, rescale: Tensor) -> Tensor:
+    """The guided output of each sample [batch, 1, elements], from the rows' outputs [rows, C, h, w].
+
+    mixing [batch, rows] has the rows' weights. rescale [batch, rows] is phi of arXiv 2305.08891, section 3.4, at the
+    row whose standard deviation the guided output takes over, and 0 elsewhere. Standard deviations of equally many
+    elements are to each other as the roots of the sums of squares. Without phi the factor is exactly 1, also for an
+    output of zeros.
+    """
+    weights = torch.stack([mixing, rescale], dim=1)
+    mixed = torch.matmul(weights, output.flatten(1))
+    centered = mixed - mixed.sum(dim=2, keepdim=True) / mixed.shape[2]
+    squares = (centered * centered).sum(dim=2, keepdim=True)
+    guided, reference = squares[:, :1], squares[:, 1:]
+    phi = rescale.sum(dim=1).reshape(-1, 1, 1)
+    factor = torch.sqrt(reference / guided.clamp(min=LEAST_SQUARES)) + (1 - phi)
+    return mixed[:, :1] * factor
+
+
+def advance(state: Tensor, guided: Tensor, update: Tensor, noise: Tensor) -> Tensor:
+    """The sampler's step: the next state from the guided output."""
+    columns = torch.cat([state.flatten(2), guided, noise.flatten(1).unsqueeze(1)], dim=1)
     return torch.bmm(update, columns).reshape(state.shape)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import latency
+from benchmarks import latency, machine
 from benchmarks.__main__ import COMMANDS, main, parser
 from benchmarks.errors import BenchmarkUsageError, SideError, SkippedSide
 from benchmarks.machine import PRODUCTS, copy_rate, matrix_rate
@@ -22,6 +22,7 @@ from benchmarks.models import model_folder
 from benchmarks.report import write_json
 from benchmarks.sides import Request, Setup, Side
 from benchmarks.weight import measure_import
+from engine.backends.openvino.backend import OpenVinoBackend
 from engine.bundle import Bundle
 from export.sources.checkpoint import BUILT_IN
 
@@ -80,6 +81,15 @@ def test_latency_compares_with_diffusers_and_says_what_is_missing(demo_bundle, r
     assert (results / "bars.png").stat().st_size > 1000
 
 
+@pytest.fixture
+def quick_machine(monkeypatch):
+    """The machine's rates by small products and copies: a test of the command needs no more."""
+    monkeypatch.setattr(machine, "MATRIX_SIDES", (64,))
+    monkeypatch.setattr(machine, "COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(machine.matrix_rate, "__defaults__", (0, 0.0))
+    monkeypatch.setattr(machine.copy_rate, "__defaults__", (0, 0.0))
+
+
 def test_parity_is_against_float32_diffusers(demo_bundle, results):
     found = measured(
         results,
@@ -101,7 +111,7 @@ def test_parity_is_against_float32_diffusers(demo_bundle, results):
     assert found["sides"]["openvino"]["max_difference"] <= 1
 
 
-def test_roofline_counts_the_graphs_and_measures_the_machine(demo_bundle, results):
+def test_roofline_counts_the_graphs_and_measures_the_machine(demo_bundle, results, quick_machine):
     found = measured(
         results,
         "roofline",
@@ -145,12 +155,15 @@ def test_scaling_covers_steps_batch_and_pixels(tiny_bundles, results):
     assert [point["pixels"] for point in found["against"]["pixels"]["points"]] == [32**2, 64**2, 96**2, 128**2]
 
 
-def test_settings_are_measured_one_by_one(demo_bundle, results):
-    found = measured(results, "settings", "settings", "--bundle", str(demo_bundle), "--runs", "1", "--turns", "1")
-    settings, sampler = found["tables"]
-    assert {row["library"] for row in settings} == {"onnxruntime", "openvino"}
-    assert len({(row["precision"], row["setting"]) for row in settings}) == len(settings)
+def test_settings_are_measured_one_by_one(tiny_bundles, results, monkeypatch):
+    monkeypatch.setattr(OpenVinoBackend, "has_bf16", lambda self: False)  # the same settings again
+    bundle = str(tiny_bundles["sd1"])
+    found = measured(results, "settings", "settings", "--bundle", bundle, "--runs", "1", "--turns", "1")
+    rows, sampler = found["tables"]
+    assert {row["library"] for row in rows} == {"onnxruntime", "openvino"}
+    assert len({(row["precision"], row["setting"]) for row in rows}) == len(rows)
     assert len(sampler) == 5
+    assert found["skipped"] == {"openvino bf16": "openvino in bf16: this CPU has no instructions for it"}
 
 
 def test_the_report_is_one_page_of_all_results(results):
@@ -477,9 +490,9 @@ def test_a_side_that_dies_is_an_error(demo_bundle, tmp_path):
     side.close()
 
 
-def test_rates_are_positive():
-    assert copy_rate("cpu", seconds=0.0) > 0
-    assert matrix_rate("cpu", "fp32", seconds=0.0) > 0
+def test_rates_are_positive(quick_machine):
+    assert copy_rate("cpu") > 0
+    assert matrix_rate("cpu", "fp32") > 0
     for (device, precision), products in PRODUCTS.items():
         for make in products.values() if device == "cpu" else ():
             make(64, precision, 1)()

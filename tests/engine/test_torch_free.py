@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 import pytest
@@ -36,6 +35,20 @@ def test_a_whole_picture_with_torch_forbidden(demo_bundle, tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 100
 
 
+def environment(folder: Path, python: str | Path, *packages: str | Path) -> Path:
+    """The Python of a new virtual environment with these packages. Our own pip fills it and compiles nothing: with a
+    pip of its own and the bytecode of everything it would take four times as long."""
+    subprocess.run([python, "-m", "venv", "--without-pip", folder], check=True)
+    made = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    install = [sys.executable, "-m", "pip", "--python", made, "install", "--quiet", "--no-compile", *packages]
+    subprocess.run(install, check=True, env=OUTSIDE)
+    return made
+
+
+OUTSIDE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+"""The environment variables without PYTHONPATH, which may name a checkout."""
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
@@ -48,26 +61,21 @@ def wheel(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_virtual_environment_without_torch_makes_a_picture(demo_bundle, wheel, tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # it may name a checkout
-    venv.create(tmp_path / "venv", with_pip=True)
-    python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
-    subprocess.run(
-        [python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", f"{wheel}[cpu]"],
-        check=True,
-        env=environment,
-    )
+    python = environment(tmp_path / "venv", sys.executable, "--constraint", ROOT / "constraints.txt", f"{wheel}[cpu]")
     listing = subprocess.run(
-        [python, "-m", "pip", "list", "--format", "json"], capture_output=True, text=True, check=True, env=environment
+        [sys.executable, "-m", "pip", "--python", python, "list", "--format", "json"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=OUTSIDE,
     ).stdout
     installed = {package["name"].lower() for package in json.loads(listing)}
     assert not installed & {"torch", "diffusers", "transformers", "onnx", "safetensors"}
     command = [python, "-m", "engine", "picture", "a ring", "--bundle", demo_bundle, "--steps", "2", "--seed", "0"]
-    subprocess.run(command, check=True, cwd=tmp_path, env=environment)
+    subprocess.run(command, check=True, cwd=tmp_path, env=OUTSIDE)
     assert (tmp_path / "picture.png").is_file()
 
-    built = subprocess.run(
-        [python, "-m", "build_engines"], capture_output=True, text=True, cwd=tmp_path, env=environment
-    )
+    built = subprocess.run([python, "-m", "build_engines"], capture_output=True, text=True, cwd=tmp_path, env=OUTSIDE)
     assert built.returncode == 1
     assert "lacks what building needs; install it: python -m pip install 'torch>=2.9'" in built.stderr
     assert "Traceback" not in built.stderr
@@ -80,12 +88,12 @@ def test_the_wheel_builds_the_built_in_model_outside_the_checkout(demo_bundle, w
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)], check=True
     )
-    environment = {**os.environ, "PYTHONPATH": str(site)}
     code = (
         "import build_engines, sys; print(build_engines.__file__); "
         "sys.exit(build_engines.main(['--output', 'out', '--no-verify']))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    inside = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=inside, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert str(site) in done.stdout
     assert "text_encoder: exported in" in done.stdout
@@ -122,12 +130,8 @@ def test_python_3_10_which_tensorrt_8_6_needs(demo_fp16, tmp_path):
     if python is None:
         pytest.skip("no python3.10 is installed here")
     bundle = copy_bundle(demo_fp16, tmp_path)
-    subprocess.run([python, "-m", "venv", tmp_path / "venv"], check=True)
-    python = tmp_path / "venv" / "bin" / "python"
-    subprocess.run(
-        [python, "-m", "pip", "install", "--quiet", "numpy", "pillow", "tokenizers", "tqdm", "onnxruntime", "onnx"],
-        check=True,
-    )
+    packages = ("numpy", "pillow", "tokenizers", "tqdm", "onnxruntime", "onnx")
+    python = environment(tmp_path / "venv", python, *packages)
     done = subprocess.run([python, "-c", OLDEST, bundle], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

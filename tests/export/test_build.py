@@ -77,12 +77,13 @@ def test_the_graphs_keep_the_contract(built):
         for i in onnx.load(str(engines / "sd1" / "onnx" / "denoiser.onnx"), load_external_data=False).graph.input
     }
     assert shapes == {
-        "state": ["batch", 4, 4, "height", "width"],
+        "state": ["batch", 5, 4, "height", "width"],
         "row_sample": ["rows"],
         "context": ["rows", "tokens", 32],
         "timestep": ["batch"],
         "mixing": ["batch", "rows"],
-        "update": ["batch", 4, 6],
+        "rescale": ["batch", "rows"],
+        "update": ["batch", 5, 7],
         "noise": ["batch", 4, "height", "width"],
     }
 

@@ -124,7 +124,7 @@ def test_a_linked_file_gives_nothing(other, engines, traced, tmp_path):
     assert traced == ["text_encoder"]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 3}', '{"format": 3, "components": [], "files": 1}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 4}', '{"format": 4, "components": [], "files": 1}'])
 def test_what_is_no_bundle_is_ignored(other, engines, traced, content):
     (engines / "a").mkdir()
     (engines / "a" / "manifest.json").write_text(content)

@@ -26,8 +26,9 @@ from .device import Copier, DeviceArray
 PIXELS_PER_DECODE = 512 * 512
 """Pictures are decoded together up to this size; larger ones one by one, which costs no time and bounds the memory."""
 
-SHAPES_KEPT = 4
-"""Sizes whose buffers stay, and on a GPU whose steps are captured."""
+SHAPES_KEPT = 8
+"""Sizes whose buffers stay, and on a GPU whose steps are captured: the five of one number of pictures (packing.PARTS),
+and others."""
 
 LARGE_GRAPH = 1 << 28
 """Bytes of weights from which on ONNX Runtime's costliest optimizations are left out: for Stable Diffusion's U-Net they

@@ -97,7 +97,6 @@ class DeviceCall(Call):
     def enter(self) -> None:
         for one in self.inputs.values():
             one.flush()
-        self.write(0)
 
     def read(self, current: int) -> np.ndarray:
         self.states[current][...] = self._state_values[current].numpy()
@@ -123,8 +122,8 @@ class OnnxRuntimeLanes(HostLanes):
     def decode(self, lanes: Sequence[int]) -> Callable[[], Decoded]:
         call, backend = self._call, self._backend
         jobs = [self._job(lane) for lane in lanes]
-        if not isinstance(call, DeviceCall) or not set(jobs) <= set(self._entered):
+        if not isinstance(call, DeviceCall) or not set(jobs) <= set(self.entered):
             return super().decode(lanes)
-        sources = [call.latents(self._current, self._entered.index(job)) for job in jobs]
+        sources = [call.latents(self._current, self.entered.index(job)) for job in jobs]
         decoded = backend.decode_on_device(sources)  # type: ignore[attr-defined]
         return lambda: decoded

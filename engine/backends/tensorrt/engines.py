@@ -17,8 +17,9 @@ from .cuda import DeviceMemory, align
 if TYPE_CHECKING:
     from .runtime import TensorRtRuntime
 
-SHAPES_KEPT = 4
-"""The four most recently used sizes of a component stay ready, with their buffers and graphs."""
+SHAPES_KEPT = 8
+"""The eight most recently used sizes of a component stay ready, with their buffers and graphs: the five that a number
+of pictures has with and without guidance (packing.PARTS), and others. They share their scratch memory."""
 
 
 class Attached(Protocol):

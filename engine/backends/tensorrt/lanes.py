@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...contract import PROMPT_TOKENS
-from ...job import Job
+from ...job import Job, Phase
 from ..interface import Decoded
-from ..packing import pack
+from ..packing import Packing, pack
 from .places import Place
 from .steps import Step
 
@@ -35,8 +35,11 @@ class TensorRtLanes:
         self._jobs: list[Job | None] = [None] * count
         self._fresh: dict[Job, np.ndarray] = {}
         self._parked: dict[Job, Place] = {}
-        self._packed: list[Job] = []
         self._step: Step | None = None
+        self._packing: Packing | None = None
+        """How jobs lie in the step."""
+        self._phases: list[Phase] = []
+        """The phases whose embeddings are in the step."""
         self._path = "plain"
 
     @property
@@ -58,19 +61,29 @@ class TensorRtLanes:
         indices = [index for job, index in zip(self._jobs, at) if job is not None and index is not None]
         if not jobs:
             return
+        phases = [job.phases[index] for job, index in zip(jobs, indices)]
         with self._backend.device:
-            self._enter(jobs).run(indices)
+            self._enter(jobs, phases).run(indices)
         for job, index in zip(jobs, indices):
             job.draw_ahead(index + 1)
 
-    def _enter(self, jobs: list[Job]) -> Step:
-        """The step in which exactly these jobs lie."""
-        if self._step is not None and self._packed == jobs:
-            return self._step
+    def _enter(self, jobs: list[Job], phases: list[Phase]) -> Step:
+        """The step in which exactly these jobs lie, with what they take in these phases."""
+        step, packing = self._step, self._packing
+        if step is None or packing is None or not packing.holds(jobs, phases):
+            return self._pack(jobs, phases)
+        for position, (old, new) in enumerate(zip(self._phases, phases)):
+            if old is not new:
+                step.change(packing, position, new)
+        self._phases = phases
+        return step
+
+    def _pack(self, jobs: list[Job], phases: list[Phase]) -> Step:
+        """Moves the jobs into the smallest step for these phases."""
         self.leave()
         backend, (height, width) = self._backend, self._size
         factor = backend.family.factor
-        packing = pack(jobs, height * factor, width * factor, backend.profiles)
+        packing = pack(jobs, phases, height * factor, width * factor, backend.profiles)
         step = backend.denoising(self._sizes(packing.batch, packing.rows))
         step.enter(packing, self)
         for position, job in enumerate(jobs):
@@ -78,7 +91,7 @@ class TensorRtLanes:
         for job in jobs:
             self._fresh.pop(job, None)
             self._parked.pop(job, None)
-        self._packed, self._step = jobs, step
+        self._packing, self._phases, self._step = packing, phases, step
         return step
 
     def _place(self, job: Job, address: int) -> None:
@@ -95,21 +108,26 @@ class TensorRtLanes:
         if self._step is None:
             return
         parked = {}
-        for job in self._packed:
+        for job in self._entered:
             if job in self._jobs:
                 parked[job] = self._backend.states.take(1 << (self._state_bytes - 1).bit_length())
                 self._backend.stream.copy(parked[job].address, self._address(job), self._state_bytes)
         self._parked |= parked
         self._path = self._step.path
         self._step.free()
-        self._step, self._packed = None, []
+        self._step, self._packing = None, None
+
+    @property
+    def _entered(self) -> tuple[Job, ...]:
+        """The jobs that lie in the step, by their sample."""
+        return () if self._packing is None else self._packing.jobs
 
     def _address(self, job: Job) -> int:
         """Where the state of a job lies that is not fresh. Its latents come first in it."""
         if job in self._parked:
             return self._parked[job].address
         assert self._step is not None
-        return self._step.execution.part(self._state.name, self._packed.index(job))[0]
+        return self._step.execution.part(self._state.name, self._entered.index(job))[0]
 
     def _job(self, lane: int) -> Job:
         job = self._jobs[lane]

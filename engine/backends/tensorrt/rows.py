@@ -11,6 +11,7 @@ import numpy as np
 
 from ...errors import TensorRtError
 from ...job import Job
+from ..packing import Packing
 from .cuda import Device, Stream, align
 from .engines import Execution
 from .pinned import AHEAD_BYTES, BLOCK_BYTES, Ring
@@ -24,10 +25,10 @@ STEPS_PER_BLOCK = 64
 class Sample:
     """A job's inputs of each step, as bytes: in a step the host only moves them."""
 
-    def __init__(self, job: Job, types: Mapping[str, np.dtype[Any]]) -> None:
+    def __init__(self, job: Job, steps: Mapping[str, np.ndarray], types: Mapping[str, np.dtype[Any]]) -> None:
         self._job = job
         self._draws = [False] * len(job.table) if job.noise is None else job.table.draws.tolist()
-        self.steps = {name: as_bytes(array, types[name]) for name, array in job.steps.items()}
+        self.steps = {name: as_bytes(array, types[name]) for name, array in steps.items()}
         self.names = tuple(self.steps)
 
     @property
@@ -37,9 +38,7 @@ class Sample:
 
     def drawn(self, index: int) -> Mapping[str, np.ndarray]:
         """What an evaluation takes besides `steps`: its noise, if it has some."""
-        if not self._draws[index]:
-            return {}
-        return {name: array for name, array in self._job.step(index).items() if name not in self.steps}
+        return self._job.drawn(index) if self._draws[index] else {}
 
 
 def as_bytes(array: np.ndarray, dtype: np.dtype[Any]) -> list[bytes]:
@@ -110,10 +109,15 @@ class Rows:
         self._samples: list[Sample] = []
         self._draws = False
 
-    def enter(self, jobs: Sequence[Job]) -> None:
-        """The first sample is the first job's from now on, and so on. The others are idle."""
-        self._samples = [Sample(job, self._execution.types) for job in jobs]
+    def enter(self, packing: Packing) -> None:
+        """The samples are those of these jobs from now on. The others are idle."""
+        types = self._execution.types
+        self._samples = [Sample(job, packing.steps(i), types) for i, job in enumerate(packing.jobs)]
         self._draws = any(sample.draws for sample in self._samples)
+
+    def leave(self) -> None:
+        """Every sample is idle from now on."""
+        self._samples = []
 
     def send(self, indices: Sequence[int]) -> None:
         """Starts the one copy of what the jobs take at these evaluations; idle samples get zeros. What no job takes

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from ...errors import CudaError, DeviceLostError, TensorRtError
+from ...job import Phase
 from ..packing import Packing
 from .cuda import Graph
 from .engines import Execution
@@ -55,8 +56,13 @@ class Step:
             self._write(name, None, value)
         for name, index, value in packing.values(self.execution.component):
             self._write(name, index, value)
-        self._rows.enter(packing.jobs)
+        self._rows.enter(packing)
         self._owner = weakref.ref(owner)
+
+    def change(self, packing: Packing, position: int, phase: Phase) -> None:
+        """Writes the embeddings of the job at that position in another phase with the same rows."""
+        for name, index, value in packing.row_values(self.execution.component, position, phase):
+            self._write(name, index, value)
 
     def _write(self, name: str, index: int | None, value: Place | np.ndarray) -> None:
         """Writes an input, or one of its samples or rows."""
@@ -121,7 +127,7 @@ class Step:
     def free(self) -> None:
         """The jobs are out, or gone."""
         self._owner = nobody
-        self._rows.enter(())
+        self._rows.leave()
 
     def close(self) -> None:
         """Frees the graph and the pinned memory. The GPU may not be using them."""

@@ -29,11 +29,13 @@ def test_what_no_profile_serves_is_an_error(asked):
 
 
 def test_idle_samples_and_rows_have_no_weight():
-    packing = pack([made_up_job(rows=1), made_up_job(rows=2)], 64, 64, FIXED[:1])
+    jobs = [made_up_job(rows=1), made_up_job(rows=2)]
+    packing = pack(jobs, [job.phases[0] for job in jobs], 64, 64, FIXED[:1])
     assert (packing.batch, packing.rows) == (4, 8)
     assert packing.inputs["row_sample"].tolist() == [0, 1, 1, 0, 0, 0, 0, 0]
-    used = packing.inputs["mixing"] != 0
-    assert np.argwhere(used).tolist() == [[0, 0], [1, 1], [1, 2]]
+    weights = [packing.steps(position)["mixing"] for position in range(2)]
+    assert [one.shape for one in weights] == [(3, 8), (3, 8)]
+    assert [np.flatnonzero(one[0]).tolist() for one in weights] == [[0], [1, 2]]
 
 
 @pytest.fixture(params=["onnxruntime", "openvino"])

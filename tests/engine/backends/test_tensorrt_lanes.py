@@ -10,7 +10,7 @@ from engine import errors as e
 from engine.backends.tensorrt import pinned, rows
 from engine.backends.tensorrt.cuda import Device, Stream
 from engine.backends.tensorrt.engines import Engine
-from engine.contract import Range, Shapes
+from engine.contract import SLOTS, Range, Shapes
 from engine.sampling.noise import TorchGenerator
 from export.tensorrt import build as to_tensorrt
 from export.tensorrt import profiles as to_profiles
@@ -88,7 +88,7 @@ def test_the_first_launch_does_not_wait_for_noise_that_is_not_needed_yet(pipelin
 
 def test_a_row_without_noise_is_shorter(pipeline, machine):
     backend, plane = pipeline._backend, 4 * 4 * 8 * 8
-    for scheduler, least, most in (("ddim", 4 + 4 * 4 * 6, plane), ("euler_a", plane, 2 * plane)):
+    for scheduler, least, most in (("ddim", 4 + 4 * SLOTS * (SLOTS + 2), plane), ("euler_a", plane, 2 * plane)):
         lanes = admitted(pipeline, job(pipeline, scheduler=scheduler))
         lanes.step([0])
         lanes.latents([0])
@@ -266,7 +266,7 @@ def test_a_prompt_that_stays_is_not_copied_again_when_others_join(pipeline, mach
     before = machine.cuda.counts.copied_bytes["D2D"]
     lanes.step([1, 0])
     lanes.latents([0])
-    state = 4 * 4 * 4 * 8 * 8
+    state = 4 * SLOTS * 4 * 8 * 8
     assert machine.cuda.counts.copied_bytes["D2D"] - before == (1 + 1 + 2) * state  # out, in, and back in the graph
 
 

@@ -5,6 +5,7 @@ import sys
 
 import diffusers
 import numpy as np
+import pytest
 import torch
 
 from engine.contract import SLOTS
@@ -94,12 +95,23 @@ def set_steps(scheduler, steps):
 
 
 def run_diffusers(scheduler, x, noise=None, start=0, **options):
+    """The latents that a scheduler ends with, from a VP-scaled latent at evaluation `start`."""
+    return diffusers_latents(scheduler, x, noise, start, **options)[-1]
+
+
+def diffusers_latents(scheduler, x, noise=None, start=0, **options):
     """The latents after every evaluation of a scheduler, from a VP-scaled latent at evaluation `start`."""
+    if noise is None:
+        return _run_diffusers(scheduler, x, start, **options)
+    if hasattr(scheduler, "noise_sampler"):
+        scheduler.noise_sampler = noise
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[type(scheduler).__module__], "randn_tensor", noise.torch, raising=False)
+        return _run_diffusers(scheduler, x, start, **options)
+
+
+def _run_diffusers(scheduler, x, start, **options):
     latents = []
-    if noise is not None:
-        sys.modules[type(scheduler).__module__].randn_tensor = noise.torch  # monkeypatch puts it back
-        if hasattr(scheduler, "noise_sampler"):
-            scheduler.noise_sampler = noise
     sample = torch.from_numpy(x)
     if getattr(scheduler, "init_noise_sigma", 1.0) != 1.0:
         sample = sample * (1 + scheduler.sigmas[start] ** 2) ** 0.5

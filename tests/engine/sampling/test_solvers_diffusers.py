@@ -19,7 +19,7 @@ from engine.sampling.sa_solver import sa_solver
 from engine.sampling.singlestep import dpm_singlestep, dpmpp_singlestep
 from engine.sampling.unipc import unipc
 
-from .references import SD1, Brownian, Noise, grid_of, latent, run_diffusers, set_steps, table_latents
+from .references import SD1, Brownian, Noise, diffusers_latents, grid_of, latent, set_steps, table_latents
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
 STEPS = (1, 2, 5, 10, 20, 50)
@@ -173,18 +173,9 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def every_random_number_is_put_back(monkeypatch):
-    """`run_diffusers` replaces randn_tensor in the scheduler's module."""
-    for cls in {case[0] for case in CASES.values()}:
-        module = __import__(cls.__module__, fromlist=["_"])
-        if hasattr(module, "randn_tensor"):
-            monkeypatch.setattr(module, "randn_tensor", module.randn_tensor)
-
-
 def check(scheduler, grid, solver, **options):
     ours, theirs = (Brownian(), Brownian()) if hasattr(scheduler, "noise_sampler") else (Noise(), Noise())
-    expected = run_diffusers(scheduler, latent(), theirs, **options)
+    expected = diffusers_latents(scheduler, latent(), theirs, **options)
     actual = table_latents(solver(grid), latent(), ours)
     scale = max(1.0, np.abs(expected[-1]).max())
     np.testing.assert_allclose(actual, expected, atol=1e-5 * scale, rtol=0, err_msg=f"{len(grid)} steps")
