@@ -74,7 +74,7 @@ def test_the_judge_overlooks_faint_noise():
     assert share_right(LABELS, noisy) == 1.0
 
 
-@pytest.mark.parametrize("picture", ["noise", "plain", "light background", "half a shape"])
+@pytest.mark.parametrize("picture", ["noise", "plain", "tinted background", "half a shape"])
 def test_the_judge_rejects_what_is_wrong(picture):
     rng = np.random.default_rng(0)
     drawn = example(0, rng)
@@ -83,7 +83,7 @@ def test_the_judge_rejects_what_is_wrong(picture):
     wrong = {
         "noise": rng.integers(0, 256, (32, 32, 3), np.uint8),
         "plain": np.full((32, 32, 3), 128, np.uint8),
-        "light background": np.where(drawn == drawn[0, 0], 220, drawn).astype(np.uint8),
+        "tinted background": np.where(drawn == drawn[0, 0], [200, 128, 128], drawn).astype(np.uint8),
         "half a shape": half,
     }[picture]
     assert not judge_class(wrong).agrees(CLASSES[0])

@@ -107,7 +107,7 @@ class ClassVerdict:
     overlap: float
 
     def agrees(self, asked: Class) -> bool:
-        """Whether it is a picture of the class, on the background that all classes have."""
+        """Whether it is a picture of the class, on grey."""
         wanted = (asked.shape, asked.colour, classes.BACKGROUND)
         return (self.shape, self.colour, self.background) == wanted and self.overlap >= LEAST_OVERLAP
 
@@ -122,11 +122,17 @@ def judge_class(picture: np.ndarray) -> ClassVerdict:
     # How much of each pixel is not background; the ends of the scale are cut off, so that faint noise has no area.
     ink = np.clip((distance / strongest - 0.15) / 0.7, 0, 1)
     if ink.sum() < 1:
-        return ClassVerdict("nothing", "", _nearest_colour(border, classes.INKS), 0.0)
+        return ClassVerdict("nothing", "", _background(border), 0.0)
     overlaps = {shape: _overlap(ink, _fitted(shape, ink)) for shape in SHAPES}
     best = max(overlaps, key=lambda shape: overlaps[shape])
     colour = _nearest_colour(picture[ink >= 0.9 * ink.max()], classes.INKS)
-    return ClassVerdict(best, colour, _nearest_colour(border, classes.INKS), overlaps[best])
+    return ClassVerdict(best, colour, _background(border), overlaps[best])
+
+
+def _background(border: np.ndarray) -> str:
+    """The name of grey for every grey, else of the nearest colour."""
+    tint = float(np.ptp(np.median(border.reshape(-1, 3), axis=0)))
+    return classes.BACKGROUND if tint <= MOST_TINT else _nearest_colour(border)
 
 
 def _overlap(one: np.ndarray, other: np.ndarray) -> float:

@@ -109,7 +109,7 @@ def new_unet() -> UNet2DModel:
 
 
 def new_scheduler() -> DDPMScheduler:
-    """Improved DDPM's. diffusers' spacing, "leading", begins a step below the noisiest timestep, where the prediction of
+    """Improved DDPM's. diffusers' spacing, "leading", begins a step below the noisiest timestep, where predicting
     the mean matters most."""
     return DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="learned_range", clip_sample=True)
 
