@@ -36,7 +36,7 @@ def _are_betas(value: Any) -> bool:
 
 
 def _are_indices(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_integer(0, MAX_TRAIN_TIMESTEPS), value))
+    return isinstance(value, (list, tuple)) and all(map(_is_integer(0, MAX_TRAIN_TIMESTEPS), value))
 
 
 OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {

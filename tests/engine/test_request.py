@@ -215,6 +215,11 @@ def test_a_calls_own_timesteps_say_how_many_steps_there_are(demo):
         assert demo("a ring", num_inference_steps=20, seed=0, scheduler="euler", **grid).evaluations == 3
 
 
+def test_an_option_may_be_a_list(demo):
+    options = {"disable_corrector": [0, 1], "solver_type": "bh1"}
+    assert demo("a ring", num_inference_steps=2, seed=0, scheduler="unipc", sampler_options=options).evaluations == 2
+
+
 def test_a_picture_says_which_sampler_and_schedule_type_made_it(demo):
     picture = demo("a ring", num_inference_steps=1, seed=0, scheduler="dpm++ 2m", schedule_type="SGM Uniform").images[0]
     assert "Sampler: DPM++ 2M, " in picture.info["parameters"]
