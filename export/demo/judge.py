@@ -93,7 +93,10 @@ def scenes_to_ask_for(count: int = 96, seed: int = 2024) -> Iterator[Scene]:
 
 LEAST_CONTRAST = 100.0
 """Sum of the channels' differences from the background, from which on something is drawn there: half of the faintest
-pair of colours, yellow on white."""
+colour, green on grey."""
+
+MOST_TINT = 48.0
+"""Difference of a background's channels up to which it counts as grey, dark or light: no class says how light."""
 
 
 @dataclass(frozen=True)
