@@ -19,6 +19,7 @@ COMMANDS = {
     "overhead": "the cost around the U-Net: host time of a step, import, process start, installed size",
     "roofline": "operations and bytes of each component, and how close to the hardware it runs",
     "scaling": "time and memory against steps, batch and pixels",
+    "guidance": "what guidance intervals save, and what they change",
     "parity": "how far the pictures are from float32 diffusers', by backend and precision",
     "memory": "peak memory of building and of a picture",
     "settings": "what the settings of the libraries and the exact savings give",

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu, plots
+from benchmarks import gpu, guidance, plots
 from benchmarks.errors import ResultsError
 from benchmarks.report import markdown
 
@@ -242,6 +242,14 @@ def _parity(content: dict[str, Any]) -> list[str]:
     ]
 
 
+def _guidance(content: dict[str, Any]) -> list[str]:
+    return [
+        f"{content['pictures']} scenes, one picture a call, {content['steps']} steps, guidance scale "
+        f"{content['guidance_scale']:g}, {content['backend']}. Seconds and PSNR are beside guidance at every step:",
+        markdown(*guidance.table(content)),
+    ]
+
+
 def _overhead(content: dict[str, Any]) -> list[str]:
     parts = [
         f"Host time of one more step outside the U-Net call, {content['latents']} latents:",
@@ -285,6 +293,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "roofline": _roofline,
     "scaling": _scaling,
     "parity": _parity,
+    "guidance": _guidance,
     "overhead": _overhead,
     "memory": _memory,
     "settings": _settings,

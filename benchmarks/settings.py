@@ -320,36 +320,49 @@ def sampler_graph(form: str, inputs: dict[str, np.ndarray], rows: np.ndarray, li
         "state": inputs["state"].reshape(1, SLOTS, size),
         "output": rows,
         "mixing": inputs["mixing"],
+        "rescale": np.zeros_like(inputs["rescale"]),
         "update": inputs["update"],
         "noise": inputs["noise"].reshape(1, 1, size),
     }
     node = helper.make_node
+    weights = [
+        node("Unsqueeze", ["mixing", "one"], ["guiding"]),
+        node("Unsqueeze", ["rescale", "one"], ["keeping"]),
+        node("Concat", ["guiding", "keeping"], ["weights"], axis=1),
+    ]
     if form == "MatMul":
         nodes = [
-            node("MatMul", ["mixing", "output"], ["mixed"]),
-            node("Unsqueeze", ["mixed", "one"], ["guided"]),
+            *weights,
+            node("MatMul", ["weights", "output"], ["mixed"]),
+            *_rescaled(node),
             node("Concat", ["state", "guided", "noise"], ["columns"], axis=1),
             node("MatMul", ["update", "columns"], ["next"]),
         ]
     else:
         nodes = [
-            node("Unsqueeze", ["mixing", "two"], ["weights"]),
-            node("Mul", ["weights", "output"], ["weighted"]),
-            node("ReduceSum", ["weighted", "one"], ["guided"], keepdims=1),
+            *weights,
+            node("Unsqueeze", ["weights", "three"], ["factors"]),
+            node("Mul", ["factors", "output"], ["weighted"]),
+            node("ReduceSum", ["weighted", "two"], ["mixed"], keepdims=0),
+            *_rescaled(node),
             node("Concat", ["state", "guided", "noise"], ["columns"], axis=1),
-            node("Unsqueeze", ["update", "three"], ["factors"]),
+            node("Unsqueeze", ["update", "three"], ["coefficients"]),
             node("Unsqueeze", ["columns", "one"], ["wide"]),
-            node("Mul", ["factors", "wide"], ["terms"]),
+            node("Mul", ["coefficients", "wide"], ["terms"]),
             node("ReduceSum", ["terms", "two"], ["next"], keepdims=0),
         ]
     kinds = [helper.make_tensor_value_info(name, TensorProto.FLOAT, value.shape) for name, value in feeds.items()]
-    axes = [
+    used = {name for one in nodes for name in one.input}
+    constants = [
         helper.make_tensor(name, TensorProto.INT64, [1], [number])
-        for number, name in enumerate(("one", "two", "three"), 1)
-        if any(name in one.input for one in nodes)
+        for number, name in enumerate(("zero", "one", "two", "three"))
+        if name in used
+    ] + [
+        helper.make_tensor(name, TensorProto.FLOAT, [], [value])
+        for name, value in (("unit", 1.0), ("size", size), ("least", 1e-20))
     ]
     graph = helper.make_graph(
-        nodes, "sampler", kinds, [helper.make_tensor_value_info("next", TensorProto.FLOAT, [1, SLOTS, size])], axes
+        nodes, "sampler", kinds, [helper.make_tensor_value_info("next", TensorProto.FLOAT, [1, SLOTS, size])], constants
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10).SerializeToString()
     if library == "onnxruntime":
@@ -362,6 +375,27 @@ def sampler_graph(form: str, inputs: dict[str, np.ndarray], rows: np.ndarray, li
     for name, value in feeds.items():
         request.get_tensor(name).data[:] = value
     return lambda: request.infer()
+
+
+def _rescaled(node: Callable[..., Any]) -> list[Any]:
+    """The operations of `export.graphs.denoiser.guide` after `mixed` [1, 2, size], which make `guided` [1, 1, size]."""
+    return [
+        node("ReduceSum", ["mixed", "two"], ["sum"], keepdims=1),
+        node("Div", ["sum", "size"], ["mean"]),
+        node("Sub", ["mixed", "mean"], ["centered"]),
+        node("Mul", ["centered", "centered"], ["squared"]),
+        node("ReduceSum", ["squared", "two"], ["squares"], keepdims=1),
+        node("Slice", ["squares", "zero", "one", "one"], ["own"]),
+        node("Slice", ["squares", "one", "two", "one"], ["reference"]),
+        node("Max", ["own", "least"], ["divisor"]),
+        node("Div", ["reference", "divisor"], ["ratio"]),
+        node("Sqrt", ["ratio"], ["root"]),
+        node("ReduceSum", ["rescale", "one"], ["phi"], keepdims=1),
+        node("Sub", ["unit", "phi"], ["rest"]),
+        node("Add", ["root", "rest"], ["factor"]),
+        node("Slice", ["mixed", "zero", "one", "one"], ["plain"]),
+        node("Mul", ["plain", "factor"], ["guided"]),
+    ]
 
 
 if __name__ == "__main__":

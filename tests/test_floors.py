@@ -10,7 +10,15 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     ("engine.contract", "engine.errors", "engine.family", "engine.fields", "engine.libraries", "engine.version"),
-    ("engine.bundle", "engine.checks", "engine.commands", "engine.manifest", "engine.plans", "engine.sampling"),
+    (
+        "engine.bundle",
+        "engine.checks",
+        "engine.commands",
+        "engine.guidance",
+        "engine.manifest",
+        "engine.plans",
+        "engine.sampling",
+    ),
     ("engine.job", "engine.request"),
     ("engine.backends", "engine.text"),
     ("engine",),

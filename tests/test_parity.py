@@ -123,6 +123,50 @@ def test_eta_is_that_of_diffusers(both):
     )
 
 
+def test_guidance_rescale_is_that_of_diffusers(both):
+    ours, theirs, config = both
+    check_same(
+        our_runs(ours, "ddim", 5, guidance_rescale=0.7, guidance_scale=9.0),
+        diffusers_run(
+            theirs, config, "ddim", torch.Generator().manual_seed(5), guidance_rescale=0.7, guidance_scale=9.0
+        ),
+    )
+
+
+def dynamic(scales):
+    """A callback that changes diffusers' scale before each evaluation but the first. At 1 diffusers evaluates the
+    prompt alone, and wants to be given its embedding alone."""
+    both_texts = {}
+
+    def callback(pipeline, index, timestep, tensors):
+        if index + 1 == len(scales):
+            return {}
+        pipeline._guidance_scale = scales[index + 1]
+        texts = both_texts.setdefault("prompt_embeds", tensors["prompt_embeds"])
+        return {"prompt_embeds": texts if scales[index + 1] > 1 else texts.chunk(2)[1]}
+
+    return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+
+
+LIST = [GUIDANCE] * 3 + [1.0] * 4 + [4.0] * 13
+
+
+@pytest.mark.parametrize(
+    ("sampler", "ours_take", "scales", "rescale"),
+    [
+        ("ddim", {"guidance_interval": (0.0, 0.5)}, [GUIDANCE] * 11 + [1.0] * 9, 0.7),
+        ("dpmpp_2m", {"guidance_scale": LIST}, LIST, 0.0),
+        ("ddim", {"guidance_scale": lambda i, timestep: 7.5 - 0.3 * i}, [7.5 - 0.3 * i for i in range(STEPS)], 0.0),
+    ],
+    ids=["interval", "list", "function"],
+)
+def test_guidance_by_evaluation_is_a_callback_of_diffusers(both, sampler, ours_take, scales, rescale):
+    ours, theirs, config = both
+    found = our_runs(ours, sampler, 5, guidance_rescale=rescale, **ours_take)
+    generator = torch.Generator().manual_seed(5)
+    check_same(found, diffusers_run(theirs, config, sampler, generator, guidance_rescale=rescale, **dynamic(scales)))
+
+
 def test_given_latents_take_the_place_of_noise(both):
     ours, theirs, config = both
     latents = torch.randn((2, 4, HEIGHT // 8, WIDTH // 8), generator=torch.Generator().manual_seed(9))

@@ -1,12 +1,16 @@
 """Models without texts: the same seed gives the same picture as diffusers' pipelines."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler
+from PIL import Image
 
 from engine import Pipeline
 from engine import errors as e
+from engine.__main__ import main
 from engine.contract import Range, Shapes
 from engine.sampling.catalog import SAMPLERS
 from engine.sampling.scheduler_classes import CLASSES
@@ -197,3 +201,47 @@ def test_tensorrt_makes_the_same_pictures(ours, textless_bundles, tmp_path):
             made = pipeline(**asked).images
     expected = ours["iddpm", "onnxruntime"](**asked).images
     assert [image.tobytes() for image in made] == [image.tobytes() for image in expected]
+
+
+def test_the_manifest_says_what_the_family_is(textless_bundles, tmp_path, edit_manifest):
+    manifest = json.loads((textless_bundles["iddpm"] / "manifest.json").read_text())
+    assert (manifest["family"], "tokenizer" in manifest) == ("textless", False)
+    assert manifest["traits"] == {"channels": 3, "factor": 1, "classes": 5, "learned_variance": True}
+    bundle = copy_bundle(textless_bundles["iddpm"], tmp_path)
+    edit_manifest(bundle, traits={**manifest["traits"], "channels": 0})
+    with pytest.raises(e.ManifestError, match=r"traits.channels is 0; it must be an integer from 1 to 1024"):
+        Pipeline.load(bundle, backend="onnxruntime")
+
+
+def command(bundle, output, *arguments):
+    common = ["picture", "--bundle", str(bundle), "--output", str(output), "--backend", "onnxruntime", "--steps", "2"]
+    return main([*common, *arguments])
+
+
+def test_the_command_takes_classes(textless_bundles, tmp_path, capsys):
+    asked = ["--class-label", "3", "--class-label", "0", "--seed", "7"]
+    assert command(textless_bundles["iddpm"], tmp_path / "a.png", *asked) == 0
+    printed = capsys.readouterr().out
+    assert "a-0.png (seed 7, class 3)" in printed
+    assert "a-1.png (seed 7, class 0)" in printed
+    assert Image.open(tmp_path / "a-0.png").tobytes() != Image.open(tmp_path / "a-1.png").tobytes()
+
+
+def test_the_command_needs_no_text_where_the_model_has_none(textless_bundles, tmp_path, capsys):
+    assert command(textless_bundles["ddpm"], tmp_path / "a.png", "--count", "2") == 0
+    assert len(list(tmp_path.glob("a-*.png"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "words"),
+    [
+        ("ddpm", ["a cat"], "this model makes pictures without texts"),
+        ("ddpm", ["--negative-prompt", "a dog"], "this model makes pictures without texts"),
+        ("ddpm", ["--class-label", "1"], "this model has no classes"),
+        ("iddpm", [], "class_labels is missing; this model has the classes 0 to 4"),
+        ("iddpm", ["--class-label", "5"], "class label 5 is not an integer of this model"),
+    ],
+)
+def test_the_command_names_a_mistake(textless_bundles, tmp_path, capsys, kind, arguments, words):
+    assert command(textless_bundles[kind], tmp_path / "a.png", *arguments) == 2
+    assert words in capsys.readouterr().err

@@ -67,7 +67,8 @@ def nobody() -> None:
 
 class HostLanes:
     """Lanes that share one call of the denoiser, or take turns if `together` is False. A large model on a CPU gains
-    nothing from sharing, and each further size of it takes gigabytes."""
+    nothing from sharing, and each further size of it takes gigabytes: a second one pays where guidance has an interval,
+    outside of which half the rows take half the time."""
 
     def __init__(self, backend: HostBackend, count: int, height: int, width: int, together: bool = True) -> None:
         self._backend, self._together, self._size = backend, together, (height, width)
@@ -139,7 +140,7 @@ class HostLanes:
         """Moves the jobs into the smallest call for these phases."""
         self.leave()
         height, width = (side * self._backend.family.factor for side in self._size)
-        packing = pack(jobs, phases, height, width, self._backend.profiles, self._least_rows())
+        packing = pack(jobs, phases, height, width, self._backend.profiles, self._least_rows(phases))
         call = self._backend.call(self._sizes(packing.batch, packing.rows))
         if (other := call.owner()) is not None:
             other.leave()
@@ -171,9 +172,20 @@ class HostLanes:
         if changed:
             call.enter()
 
-    def _least_rows(self) -> int:
-        """Lanes that take turns use calls of one size, so they all need the rows of the largest job."""
-        return 0 if self._together else max(len(job.rows) for job in self._jobs if job is not None)
+    def _least_rows(self, phases: list[Phase]) -> int:
+        """Lanes that take turns use calls of one size, so they all need the rows of the largest job. If a job has
+        evaluations with fewer rows, those have a second size."""
+        if self._together:
+            return 0
+        fewest = self._fewest_rows()
+        if fewest is not None and len(phases[0].rows) <= fewest:
+            return fewest
+        return max(len(job.rows) for job in self._jobs if job is not None)
+
+    def _fewest_rows(self) -> int | None:
+        """The fewest rows of an evaluation, among the jobs in which this number changes. None if there are none."""
+        counts = [{len(phase.rows) for phase in job.phases} for job in self._jobs if job is not None]
+        return min((min(one) for one in counts if len(one) > 1), default=None)
 
     def leave(self) -> None:
         """Takes the jobs out of the call, since it or its buffers are needed otherwise."""

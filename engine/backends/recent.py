@@ -47,6 +47,12 @@ class Recent(Generic[K, V]):
         self._values[key] = value
         self._values.move_to_end(key)
 
+    def resize(self, size: int) -> None:
+        """Keeps at most `size` values from now on."""
+        self._size = size
+        while len(self._values) > size:
+            self._drop_oldest()
+
     def clear(self) -> None:
         """Drops every value."""
         while self._values:

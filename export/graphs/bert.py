@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertModel
 from torch import Tensor, nn
@@ -29,7 +31,7 @@ class BertEncoder(nn.Module):
         return context
 
 
-def attend(attention: nn.Module, hidden: Tensor) -> Tensor:
+def attend(attention: Any, hidden: Tensor) -> Tensor:
     """Self-attention over all tokens, with a softmax in float32."""
 
     def heads(projection: nn.Module) -> Tensor:

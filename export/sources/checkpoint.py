@@ -16,7 +16,7 @@ from .hub import download
 from .latent_folder import LatentFolder
 from .presets import ARCHITECTURES
 from .random_weights import BUILT_IN, RandomWeights
-from .reading import read_object
+from .reading import read_object, reading
 from .single_file import CompVisFile
 from .source import Source
 from .textless_file import TextlessFile, is_textless
@@ -97,13 +97,18 @@ def _resolve(
 
 def open_folder(folder: Path, name: str, origin: dict[str, str], sampler: str | None) -> Source:
     """The model in a diffusers folder, of the kind that its model_index.json names."""
-    index = folder / "model_index.json"
-    kind = read_object(index).get("_class_name") if index.is_file() else None
+    kind = reading(folder, lambda: _kind(folder / "model_index.json"))
     if kind in textless_folder.PIPELINES:
         return TextlessFolder(folder, name, origin, sampler)
     if kind == latent_folder.PIPELINE:
         return LatentFolder(folder, name, origin, sampler)
     return DiffusersFolder(folder, name, origin, sampler)
+
+
+def _kind(index: Path) -> str:
+    """The `_class_name` in a model_index.json. "" where there is none, which `DiffusersFolder` explains."""
+    found = read_object(index).get("_class_name") if index.is_file() else None
+    return found if isinstance(found, str) else ""
 
 
 def _checkpoint(model: str) -> Path | None:

@@ -101,7 +101,8 @@ def _check_index(index: Mapping[str, Any], file: Path) -> None:
     pipeline = index.get("_class_name")
     if pipeline not in PIPELINES or "text_encoder_2" in index:
         raise UnsupportedModelError(
-            f"{file} is of a {shown(pipeline)}; supported are {checks.MODELS} ({' or '.join(PIPELINES)})"
+            f"{file} is of a {shown(pipeline)}; supported are {checks.MODELS} ({' or '.join(PIPELINES)}), "
+            f"and {', '.join(checks.EARLIER)}"
         )
     for part in PARTS:
         check_entry(index, part, file)

@@ -101,6 +101,31 @@ def test_parity_is_against_float32_diffusers(demo_bundle, results):
     assert found["sides"]["openvino"]["max_difference"] <= 1
 
 
+def test_guidance_says_what_an_interval_saves_and_changes(demo_bundle, results):
+    found = measured(
+        results,
+        "guidance",
+        "guidance",
+        "--bundle",
+        str(demo_bundle),
+        "--backend",
+        "onnxruntime",
+        "--steps",
+        "4",
+        "--intervals",
+        "0:0.25,0.5:1",
+        "--pictures",
+        "2",
+    )
+    full, early, late = found["intervals"]
+    assert [one["interval"] for one in (full, early, late)] == [[0.0, 1.0], [0.0, 0.25], [0.5, 1.0]]
+    assert [one["rows"] for one in (full, early, late)] == [1.0, 0.75, 0.75]
+    assert (full["psnr_min_db"], full["ratio"]["p50"]) == (99.0, 1.0)
+    assert early["psnr_median_db"] < 60
+    assert found["judged"]
+    assert all(0 <= one["right"] <= 2 for one in found["intervals"])
+
+
 def test_roofline_counts_the_graphs_and_measures_the_machine(demo_bundle, results):
     found = measured(
         results,
@@ -236,6 +261,9 @@ INTEGERS = [
     ("latency", "--threads", 0),
     ("latency", "--batch", 1),
     ("parity", "--pictures", 1),
+    ("guidance", "--pictures", 1),
+    ("guidance", "--steps", 1),
+    ("guidance", "--threads", 0),
     ("roofline", "--pictures", 1),
     ("scaling", "--pictures", 1),
     ("scaling", "--rounds", 1),

@@ -294,6 +294,8 @@ ARGUMENTS = [
     "output_type",
     "callback_on_step_end",
     "scheduler",
+    "guidance_rescale",
+    "guidance_interval",
 ]
 
 

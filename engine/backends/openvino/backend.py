@@ -25,7 +25,7 @@ from .step import Call, OpenVinoLanes, Runner
 
 COMPILED_SHAPES = 8
 """The number of sizes for which a small graph stays compiled. A large one (LARGE_GRAPH) stays compiled for its last
-size only, because each takes gigabytes."""
+size only, because each takes gigabytes, and for two sizes while a picture needs both."""
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -158,6 +158,10 @@ class OpenVinoBackend:
     def call(self, sizes: Sizes) -> Call:
         """The denoiser at these sizes, with its buffers."""
         return self._calls.get(tuple(sizes[name] for name in DYNAMIC), lambda: self._compile_parts(sizes))
+
+    def keep_steps(self, count: int) -> None:
+        """The denoiser stays compiled for so many sizes from now on."""
+        self._calls.resize(count)
 
     def _compile_parts(self, sizes: Sizes) -> Call:
         denoiser, (one, model) = self.family["denoiser"], (self.read("denoiser") for _ in range(2))

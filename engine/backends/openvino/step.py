@@ -9,6 +9,7 @@ import numpy as np
 
 from ...contract import Component, Shape
 from ...errors import BackendError
+from ...job import Job
 from ..host import HostLanes, nobody
 from ..interface import Decoded
 from .pages import Scratch
@@ -127,7 +128,13 @@ class Call:
 
 
 class OpenVinoLanes(HostLanes):
-    """Lanes of which, with a large model, one component at a time holds activations."""
+    """Lanes of which, with a large model, one component at a time holds activations, and the denoiser is compiled for
+    a second size only as long as a job has evaluations with fewer rows."""
+
+    def admit(self, lane: int, job: Job) -> None:
+        super().admit(lane, job)
+        if not self._together:
+            self._backend.keep_steps(1 if self._fewest_rows() is None else 2)  # type: ignore[attr-defined]
 
     def decode(self, lanes: Sequence[int]) -> Callable[[], Decoded]:
         if self._together:

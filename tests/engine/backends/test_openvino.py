@@ -4,6 +4,7 @@ right."""
 import gc
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -273,6 +274,26 @@ def test_lanes_of_a_large_model_take_turns_in_calls_of_one_size(demo_bundle, mon
     large = OpenVinoBackend(graphs)
     lanes = run(large, [made_up_job(rows=rows, noise=True, seed=rows) for rows in (1, 2)])
     np.testing.assert_allclose(lanes.latents([0, 1]), alone, atol=1e-4)
+    assert [key[:2] for key in large._calls._values] == [(1, 2)]
+
+
+def test_a_large_model_has_a_second_size_while_a_picture_has_evaluations_with_fewer_rows(tiny_bundles, monkeypatch):
+    def jobs():
+        first = made_up_job(rows=2, channels=32)
+        weights = np.array([0.0, 1.5, 0.0])
+        return [replace(first, rows=(replace(first.rows[0], weight=weights), first.rows[1])), made_up_job(channels=32)]
+
+    graphs = Bundle.open(tiny_bundles["sd1"], verify=False).graphs
+    alone = [run(OpenVinoBackend(graphs), [job]).latents([0])[0] for job in jobs()]
+    monkeypatch.setattr("engine.backends.openvino.backend.LARGE_GRAPH", 1)
+    large = OpenVinoBackend(graphs)
+    compiled = []
+    compile_parts = OpenVinoBackend._compile_parts
+    noted = lambda backend, sizes: compiled.append(sizes["rows"]) or compile_parts(backend, sizes)  # noqa: E731
+    monkeypatch.setattr(OpenVinoBackend, "_compile_parts", noted)
+    np.testing.assert_allclose(run(large, jobs()).latents([0, 1]), alone, atol=1e-4)
+    assert sorted(compiled) == [1, 2]
+    run(large, jobs()[1:])
     assert [key[:2] for key in large._calls._values] == [(1, 2)]
 
 

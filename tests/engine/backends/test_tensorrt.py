@@ -11,6 +11,7 @@ import pytest
 
 from engine import Pipeline
 from engine import errors as e
+from engine.backends.tensorrt import engines
 from engine.backends.tensorrt.runtime import TensorRtRuntime
 from engine.backends.tensorrt.steps import Step
 from tests import fakes
@@ -163,7 +164,8 @@ def test_cuda_graphs_can_be_turned_off(bundle, machine):
         np.testing.assert_array_equal(pixels(captured(PROMPT, **FAST)), pixels(result))
 
 
-def test_sizes_that_were_not_used_for_long_give_back_their_memory(bundle, machine):
+def test_sizes_that_were_not_used_for_long_give_back_their_memory(bundle, machine, monkeypatch):
+    monkeypatch.setattr(engines, "SHAPES_KEPT", 4)
     with Pipeline.load(bundle) as pipeline:
         pipeline(PROMPT, **FAST, height=32)
         for height in (40, 48, 56, 72):

@@ -1,13 +1,14 @@
 """TensorRT's lanes on the fake GPU: what a step copies and when, where states lie, and which memory is used again."""
 
 import gc
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from engine import Pipeline
 from engine import errors as e
-from engine.backends.tensorrt import pinned, rows
+from engine.backends.tensorrt import engines, pinned, rows
 from engine.backends.tensorrt.cuda import Device, Stream
 from engine.backends.tensorrt.engines import Engine
 from engine.contract import SLOTS, Range, Shapes
@@ -208,15 +209,41 @@ def test_lanes_that_share_buffers_take_their_jobs_out_for_each_other(pipeline):
         np.testing.assert_array_equal(lanes.latents([0]), latents)
 
 
-def test_jobs_survive_when_their_size_is_dropped(pipeline):
-    wanted = alone(pipeline)[0]
-    lanes = admitted(pipeline, job(pipeline))
-    lanes.step([0])
-    for size in (32, 40, 48, 56, 72):
-        alone(pipeline, steps=1, size=size)
-    for index in range(1, STEPS):
+def test_jobs_survive_when_their_size_is_dropped(planned, machine, monkeypatch):
+    monkeypatch.setattr(engines, "SHAPES_KEPT", 2)
+    with Pipeline.load(planned(VERSION), backend="tensorrt") as pipeline:
+        wanted = alone(pipeline)[0]
+        lanes = admitted(pipeline, job(pipeline))
+        lanes.step([0])
+        for size in (32, 40, 72):
+            alone(pipeline, steps=1, size=size)
+        for index in range(1, STEPS):
+            lanes.step([index])
+        np.testing.assert_array_equal(lanes.latents([0]), wanted)
+
+
+# --- guidance by evaluation
+
+
+def test_a_text_that_changes_is_copied_at_its_evaluation_only(pipeline, machine):
+    """A step copies what changes with it to the GPU, the weights of the rows among that, in one run of memory. A text
+    lies on the GPU already."""
+    one, other = job(pipeline), job(pipeline, prompt="a star")
+    negative, prompt = one.rows
+    texts = [(0, prompt.conditioning), (3, other.rows[1].conditioning)]
+    lanes = admitted(pipeline, replace(one, rows=(negative, replace(prompt, conditioning=texts))))
+    bytes_on_gpu, uploads = [], []
+    for index in range(STEPS):
+        counts = machine.cuda.counts
+        before = counts.copied_bytes["D2D"], counts.copies["H2D"]
         lanes.step([index])
-    np.testing.assert_array_equal(lanes.latents([0]), wanted)
+        lanes.latents([0])
+        bytes_on_gpu.append(counts.copied_bytes["D2D"] - before[0])
+        uploads.append(counts.copies["H2D"] - before[1])
+    state = 4 * SLOTS * 4 * 8 * 8
+    text = lanes._step.execution.part("context", 1)[1]
+    assert bytes_on_gpu[2:] == [state, state + text, state, state]
+    assert uploads[2:] == [1, 1, 1, 1]
 
 
 def test_states_that_wait_use_the_same_memory_again(pipeline, machine):

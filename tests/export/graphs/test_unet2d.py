@@ -5,14 +5,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import AutoencoderKL, UNet2DModel, VQModel
+from torch import nn
 
 from engine.contract import SLOTS
 from engine.sampling.catalog import step_table
 from engine.sampling.schedule import Schedule
 from engine.sampling.table import CLIPPED, NOISE, single
 from export.graphs.unet2d import TextlessDenoiser, clipped, deviation
-from export.graphs.vae import nearest
+from export.graphs.vae import KlDecoder, PixelDecoder, VqDecoder, nearest
 
 from ...models import TEXTLESS_UNET
 
@@ -111,3 +112,30 @@ def test_the_nearest_entry_of_a_codebook_takes_a_latents_place():
     values, codebook = torch.randn(2, 5, 4, 3, generator=generator), torch.randn(32, 3, generator=generator)
     distances = (values.unsqueeze(-2) - codebook).square().sum(-1)
     torch.testing.assert_close(nearest(values, codebook), codebook[distances.argmin(-1)])
+
+
+def pixels_of(image):
+    return torch.round((image / 2 + 0.5).clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+@torch.no_grad()
+def test_grey_samples_become_three_equal_channels():
+    sample = torch.linspace(-1.2, 1.2, 64).reshape(1, 1, 8, 8)
+    image, magnitude = PixelDecoder(nn.Identity(), torch.float32)(sample)
+    torch.testing.assert_close(image, pixels_of(sample.expand(1, 3, 8, 8)))
+    assert torch.isfinite(magnitude).all()
+
+
+@pytest.mark.parametrize("kind", ["VQModel", "AutoencoderKL"])
+@torch.no_grad()
+def test_decoders_of_any_factor_are_diffusers(kind):
+    torch.manual_seed(0)
+    sizes = {"block_out_channels": (8, 8, 8), "norm_num_groups": 4, "latent_channels": 3}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    model = (VQModel if kind == "VQModel" else AutoencoderKL)(**sizes, **blocks).eval()
+    latents = torch.randn(2, 3, 4, 6)
+    expected = pixels_of(model.decode(latents / model.config.scaling_factor).sample)
+    graph = (VqDecoder if kind == "VQModel" else KlDecoder)(model, torch.float32)
+    image, _ = graph(latents)
+    assert image.shape == (2, 16, 24, 3)
+    assert (image.int() - expected.int()).abs().max() <= 1

@@ -2,10 +2,14 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
+from engine import commands
+from engine.manifest import Origin
 from export import errors as e
+from export.sources import checks, latent_folder, textless_folder
 from export.sources.checkpoint import resolve
 from export.sources.textless_folder import TextlessFolder
 
@@ -108,3 +112,16 @@ def test_another_scheduler_keeps_noise_and_clipping(textless_sources):
     config = source.scheduler_config()
     assert (config["_class_name"], config["beta_schedule"]) == ("DDIMScheduler", "squaredcos_cap_v2")
     assert config["clip_sample"]
+
+
+def test_another_kind_of_model_is_told_which_are_read(textless_sources, changed):
+    folder = changed("ddpm", "model_index.json", _class_name="ScoreSdeVePipeline")
+    with pytest.raises(e.UnsupportedModelError, match=f"ScoreSdeVePipeline.*and {', '.join(checks.EARLIER)}"):
+        resolve(str(folder))
+    assert (*textless_folder.PIPELINES, latent_folder.PIPELINE) == checks.EARLIER
+
+
+def test_the_second_built_in_model_is_built_again_by_its_name():
+    assert commands.build_anything(Path("engines/shapes")).endswith(" shapes --output engines")
+    assert commands._model(Origin("built-in", "shapes")) == ["shapes"]
+    assert commands._model(Origin("built-in", "demo")) == []
