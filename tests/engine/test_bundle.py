@@ -54,9 +54,9 @@ def test_a_garbled_manifest_is_refused(bundle, content):
 
 
 def test_a_manifest_of_a_newer_version_says_so(bundle, edit_manifest):
-    edit_manifest(bundle, format=4)
+    edit_manifest(bundle, format=5)
     with pytest.raises(
-        ManifestVersionError, match=r"format 4, which is newer than this version reads \(3\); update LatentRT"
+        ManifestVersionError, match=r"format 5, which is newer than this version reads \(4\); update LatentRT"
     ):
         Bundle.open(bundle)
 
