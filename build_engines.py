@@ -199,8 +199,7 @@ def envelope(ranges: list[Range]) -> Range:
 
 def run(options: argparse.Namespace) -> None:
     """Builds what the options ask for."""
-    folder_says = options.bundle is not None or (options.model is not None and Path(options.model).is_dir())
-    asked = parse_ranges(options, 1 if folder_says else STABLE_DIFFUSION.factor)
+    asked = parse_ranges(options, 1 if is_folder(options.bundle or options.model) else STABLE_DIFFUSION.factor)
     report = (lambda message: None) if options.quiet else (lambda message: print(message, flush=True))
     check_bundle_options(options)
     tensorrt = (
@@ -222,6 +221,14 @@ def run(options: argparse.Namespace) -> None:
     )
     if tensorrt:
         build_plans(options, folder, asked, gpu or 0, report)
+
+
+def is_folder(place: Path | str | None) -> bool:
+    """Whether a model or a bundle is a folder here, which says itself what sizes are multiples of."""
+    try:
+        return place is not None and Path(place).is_dir()
+    except OSError:  # too long, or in a folder that may not be read
+        return False
 
 
 def refuse(options: argparse.Namespace, names: Iterable[str], why: str) -> None:

@@ -143,7 +143,7 @@ def textless_bundles(textless_sources) -> dict[str, Path]:
     """Their bundles in fp32."""
     quiet = {"report": lambda message: None}
     return {
-        kind: build(source, ENGINES, "fp32", shapes_of(source), **quiet).folder
+        kind: build(source, ENGINES / "textless", "fp32", shapes_of(source), **quiet).folder
         for kind, source in textless_sources.items()
     }
 

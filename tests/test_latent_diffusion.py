@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 def bundle(folder):
     source = open_folder(folder, "bert", {"kind": "folder", "id": "bert"}, None)
     assert isinstance(source, LatentFolder)
-    return build(source, ENGINES, "fp32", shapes_of(source), report=lambda message: None).folder
+    return build(source, ENGINES / "textless", "fp32", shapes_of(source), report=lambda message: None).folder
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])

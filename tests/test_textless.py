@@ -8,12 +8,15 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler
 from PIL import Image
 
-from engine import Pipeline
+from engine import Bundle, Pipeline
 from engine import errors as e
 from engine.__main__ import main
+from engine.backends.onnxruntime.backend import OnnxRuntimeBackend
+from engine.backends.openvino.backend import OpenVinoBackend
 from engine.contract import Range, Shapes
 from engine.sampling.catalog import SAMPLERS
 from engine.sampling.scheduler_classes import CLASSES
+from export.compare import random_inputs
 from export.textless import TextlessPipeline
 
 from . import fakes
@@ -245,3 +248,14 @@ def test_the_command_needs_no_text_where_the_model_has_none(textless_bundles, tm
 def test_the_command_names_a_mistake(textless_bundles, tmp_path, capsys, kind, arguments, words):
     assert command(textless_bundles[kind], tmp_path / "a.png", *arguments) == 2
     assert words in capsys.readouterr().err
+
+
+def test_openvino_and_onnxruntime_make_the_same_step(textless_bundles):
+    """Every slot: clipping and the learned variance too, with fewer samples than rows."""
+    bundle = Bundle.open(textless_bundles["iddpm"])
+    inputs = random_inputs(bundle.family["denoiser"], {"batch": 2, "rows": 3, "height": 16, "width": 24})
+    first, second = (
+        backend(bundle.graphs, family=bundle.family).run("denoiser", inputs)[0]
+        for backend in (OnnxRuntimeBackend, OpenVinoBackend)
+    )
+    np.testing.assert_allclose(second, first, atol=1e-4 * np.abs(first).max())

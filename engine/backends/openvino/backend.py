@@ -157,7 +157,8 @@ class OpenVinoBackend:
 
     def call(self, sizes: Sizes) -> Call:
         """The denoiser at these sizes, with its buffers."""
-        return self._calls.get(tuple(sizes[name] for name in DYNAMIC), lambda: self._compile_parts(sizes))
+        key = tuple(sizes[name] for name in DYNAMIC if name in self.family["denoiser"].dimensions)
+        return self._calls.get(key, lambda: self._compile_parts(sizes))
 
     def keep_steps(self, count: int) -> None:
         """The denoiser stays compiled for so many sizes from now on."""
