@@ -37,6 +37,7 @@ lint: $(VENV)/.installed
 
 train: $(VENV)/.installed
 	$(BIN)/python -m export.demo.train
+	$(BIN)/python -m export.demo.train_shapes
 
 $(VENV)/.installed: pyproject.toml constraints.txt tests/without_dependencies.txt
 	$(PYTHON) -m venv $(VENV)

@@ -66,8 +66,9 @@ def parser() -> argparse.ArgumentParser:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="a diffusers folder, a hub id, a .safetensors or .ckpt file in the CompVis layout, or a "
-        "known architecture (sd15, sd21, sd21-base) with --random-weights; default: the built-in model",
+        help="a diffusers folder, a hub id, a .safetensors or .ckpt file in the CompVis layout, a "
+        "known architecture (sd15, sd21, sd21-base) with --random-weights, or shapes, the second built-in model; "
+        "default: the first built-in model",
     )
     p.add_argument("--output", type=Path, help="the folder that bundles go to (default: engines/)")
     p.add_argument("--name", help="what the bundle is called (default: what the model is called)")
@@ -157,17 +158,18 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def parse_ranges(options: argparse.Namespace) -> dict[str, list[Range]]:
-    """What --height, --width, --batch and --rows ask for, by name; names that were not given are missing."""
-    pixels = (STABLE_DIFFUSION.factor, SMALLEST_SIDE, LARGEST_SIDE)
+def parse_ranges(options: argparse.Namespace, factor: int = 1) -> dict[str, list[Range]]:
+    """What --height, --width, --batch and --rows ask for, by name; names that were not given are missing. Height and
+    width are multiples of `factor`."""
+    pixels = (factor, SMALLEST_SIDE, LARGEST_SIDE)
     limits = {"height": pixels, "width": pixels, "batch": (1, 1, LARGEST_BATCH), "rows": (1, 1, 2 * LARGEST_BATCH)}
     given = {name: getattr(options, name).split(",") for name in limits if getattr(options, name) is not None}
     return {name: [parse_range(text, name, *limits[name]) for text in texts] for name, texts in given.items()}
 
 
-def profiles(asked: dict[str, list[Range]], defaults: Shapes) -> list[Shapes]:
+def profiles(asked: dict[str, list[Range]], defaults: Shapes, most_rows: int = 2) -> list[Shapes]:
     """One profile for each set of height, width and batch (a single one goes with all), and in each for every number of
-    rows."""
+    rows. `most_rows` are the family's."""
     from export.tensorrt.profiles import with_rows
 
     sides = {name: asked.get(name, [getattr(defaults, name)]) for name in ("height", "width", "batch")}
@@ -179,7 +181,7 @@ def profiles(asked: dict[str, list[Range]], defaults: Shapes) -> list[Shapes]:
             )
     shapes = [Shapes(*(values[i % len(values)] for values in sides.values())) for i in range(count)]
     if "rows" not in asked:
-        return [profile for one in shapes for profile in with_rows(one)]
+        return [profile for one in shapes for profile in with_rows(one, most_rows)]
     for one in shapes:
         for rows in asked["rows"]:
             if rows.min < one.batch.min or rows.max < one.batch.max:
@@ -197,7 +199,7 @@ def envelope(ranges: list[Range]) -> Range:
 
 def run(options: argparse.Namespace) -> None:
     """Builds what the options ask for."""
-    asked = parse_ranges(options)
+    asked = parse_ranges(options, 1 if is_folder(options.bundle or options.model) else STABLE_DIFFUSION.factor)
     report = (lambda message: None) if options.quiet else (lambda message: print(message, flush=True))
     check_bundle_options(options)
     tensorrt = (
@@ -219,6 +221,14 @@ def run(options: argparse.Namespace) -> None:
     )
     if tensorrt:
         build_plans(options, folder, asked, gpu or 0, report)
+
+
+def is_folder(place: Path | str | None) -> bool:
+    """Whether a model or a bundle is a folder here, which says itself what sizes are multiples of."""
+    try:
+        return place is not None and Path(place).is_dir()
+    except OSError:  # too long, or in a folder that may not be read
+        return False
 
 
 def refuse(options: argparse.Namespace, names: Iterable[str], why: str) -> None:
@@ -272,7 +282,7 @@ def build_bundle(
     from export.libraries import quiet_libraries
 
     quiet_libraries()
-    from export.build import build, default_shapes
+    from export.build import build, shapes_of
     from export.graphs.tracing import OPSET
     from export.sources.checkpoint import resolve
 
@@ -281,7 +291,8 @@ def build_bundle(
     )
     if options.name is not None:
         source.name = options.name
-    defaults = default_shapes(source.sample_size())
+    parse_ranges(options, source.family.factor)
+    defaults = shapes_of(source)
     shapes = Shapes(
         **{side: envelope(asked.get(side, [getattr(defaults, side)])) for side in ("height", "width", "batch")}
     )
@@ -317,7 +328,9 @@ def build_plans(
     from export.tensorrt import build as to_tensorrt
     from export.tensorrt.compiling import Settings
 
-    shapes, one = Bundle.open(folder, verify=False).shapes, Range(1, 1, 1)
+    bundle, one = Bundle.open(folder, verify=False), Range(1, 1, 1)
+    shapes, family = bundle.shapes, bundle.family
+    parse_ranges(options, family.factor)
     sides = {
         name: Range(best, best, best) for name, best in (("height", shapes.height.opt), ("width", shapes.width.opt))
     }
@@ -325,7 +338,7 @@ def build_plans(
     settings = Settings(level, options.workspace and int(options.workspace * 2**30), options.max_aux_streams)
     to_tensorrt.build_plans(
         folder,
-        profiles(asked, Shapes(**sides, batch=one)),
+        profiles(asked, Shapes(**sides, batch=one), family.most_rows),
         settings,
         components=None if options.components is None else options.components.split(","),
         gpu=gpu,

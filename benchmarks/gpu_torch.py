@@ -122,7 +122,8 @@ def step(source: Source, side: int, mode: str, device: str, repeats: int = 50) -
     """One evaluation of diffusers' U-Net with guidance (2 rows) in fp16 with channels_last, eager or compiled."""
     gpu = device != "cpu"
     dtype = torch.float16 if gpu else torch.float32
-    unet = source.unet().to(device, dtype, memory_format=torch.channels_last).eval()
+    loaded: Any = source.load("unet")
+    unet = loaded.to(device, dtype, memory_format=torch.channels_last).eval()
     text_shape = STABLE_DIFFUSION["denoiser"].shapes(picture_sizes(source, side))["context"]
     sample = torch.randn(2, *STABLE_DIFFUSION.plane(side, side), device=device, dtype=dtype)
     text = torch.randn(text_shape, device=device, dtype=dtype)

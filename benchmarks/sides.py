@@ -124,7 +124,8 @@ class Ours:
         self._sampler = setup.sampler
 
     def picture(self, request: Request) -> dict[str, Any]:
-        self._pipeline._encode.clear()  # every picture pays for its text, as the others' do
+        if self._pipeline._encode is not None:
+            self._pipeline._encode.clear()  # every picture pays for its text, as the others' do
         started = perf_counter()
         result = self._pipeline(
             request.prompt,

@@ -19,11 +19,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .arguments import MAX_PICTURES, parse, program, read_prompts, shorten
 from .commands import show_what_cannot_be_printed
-from .errors import BatchError, EngineError, OutputFileError, SeedError
+from .errors import BatchError, BundleError, EngineError, OutputFileError, SeedError
 from .libraries import install_command, installed
 
 if TYPE_CHECKING:
@@ -40,22 +40,22 @@ def picture(options: argparse.Namespace) -> int:
     """Makes and writes the pictures. Prints their files, the timings and the bundle's differences from diffusers."""
     from .output import check_output
 
-    texts = read_prompts(options.prompt, options.prompts)
-    total = len(texts) * options.count
+    subjects = read_subjects(options)
+    total = len(subjects) * options.count
     if total > MAX_PICTURES:
         raise BatchError(
-            f"{len(texts)} texts with --count {options.count} are {total} pictures; one run makes at most "
+            f"{len(subjects)} texts with --count {options.count} are {total} pictures; one run makes at most "
             f"{MAX_PICTURES}"
         )
     files = check_output(options.output, total)
     wanted = list(
         zip(
-            [text for text in texts for _ in range(options.count)],
-            choose_seeds(options.seed, options.count) * len(texts),
+            [subject for subject in subjects for _ in range(options.count)],
+            choose_seeds(options.seed, options.count) * len(subjects),
             files,
         )
     )
-    bundle = check_call(options, texts)
+    bundle = check_call(options, subjects)
 
     from .pipeline import Pipeline
 
@@ -76,9 +76,43 @@ def picture(options: argparse.Namespace) -> int:
     return 0
 
 
-def make(pipeline: Pipeline, wanted: Sequence[tuple[str, int, Path]], options: argparse.Namespace) -> list[Result]:
-    """Makes the pictures of texts and seeds in as few calls as the bundle allows. Writes the pictures of each call when
-    it ends. Returns the results, without the images."""
+Subject = str | int | None
+"""What a picture is of: a text; a class, or nothing in particular, for a model without texts."""
+
+
+def read_subjects(options: argparse.Namespace) -> Sequence[Subject]:
+    """The texts of the command line. For a model without texts its classes, or one None."""
+    texts = options.prompt or options.prompts or not _is_textless(options.bundle)
+    return read_prompts(options.prompt, options.prompts) if texts else options.class_label or [None]
+
+
+def _is_textless(folder: Path) -> bool:
+    """Whether there is a bundle of a model without texts."""
+    from .manifest import Manifest, read
+
+    try:
+        return not Manifest.of(read(folder)).family.tokenizers
+    except BundleError:  # what is wrong with it is said when it is opened
+        return False
+
+
+def call_arguments(subjects: Sequence[Subject], options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of a call for pictures of these."""
+    if isinstance(subjects[0], str):
+        return {
+            "prompt": subjects,
+            "negative_prompt": options.negative_prompt,
+            "class_labels": options.class_label or None,
+        }
+    negative = options.negative_prompt or None
+    if subjects[0] is None:
+        return {"num_images_per_prompt": len(subjects), "negative_prompt": negative}
+    return {"class_labels": subjects, "negative_prompt": negative}
+
+
+def make(pipeline: Pipeline, wanted: Sequence[tuple[Subject, int, Path]], options: argparse.Namespace) -> list[Result]:
+    """Makes the pictures of texts (or classes) and seeds in as few calls as the bundle allows. Writes the pictures of
+    each call when it ends. Returns the results, without the images."""
     from dataclasses import replace
 
     from .output import write_picture
@@ -86,7 +120,7 @@ def make(pipeline: Pipeline, wanted: Sequence[tuple[str, int, Path]], options: a
     results: list[Result] = []
     made, total, told = 0, len(wanted), not options.quiet
     for size in split(total, call_sizes(pipeline, options, total)):
-        texts, seeds, files = zip(*wanted[made : made + size])
+        subjects, seeds, files = zip(*wanted[made : made + size])
         doing = (
             f"making picture {made + 1} of {total}"
             if size == 1
@@ -94,12 +128,11 @@ def make(pipeline: Pipeline, wanted: Sequence[tuple[str, int, Path]], options: a
         )
         with note_after(WORKING_NOTE, doing, told and not _is_terminal(sys.stderr), WORKING_NOTE):
             result = pipeline(
-                texts,
-                options.height,
-                options.width,
-                options.steps,
-                options.guidance_scale,
-                options.negative_prompt,
+                **call_arguments(subjects, options),
+                height=options.height,
+                width=options.width,
+                num_inference_steps=options.steps,
+                guidance_scale=options.guidance_scale,
                 eta=options.eta,
                 seed=seeds,
                 scheduler=options.scheduler,
@@ -112,13 +145,19 @@ def make(pipeline: Pipeline, wanted: Sequence[tuple[str, int, Path]], options: a
                 timestep_respacing=options.timestep_respacing,
                 sampler_options=dict(options.sampler_option),
             )
-        for text, seed, file, image in zip(texts, seeds, files, result.images):
+        for subject, seed, file, image in zip(subjects, seeds, files, result.images):
             write_picture(image, file)
             if told:
-                say(f"wrote {file}" + (f" (seed {seed}, {shorten(text)})" if total > 1 else ""))
+                say(f"wrote {file}" + (f" (seed {seed}{_named(subject)})" if total > 1 else ""))
         results.append(replace(result, images=None))
         made += size
     return results
+
+
+def _named(subject: Subject) -> str:
+    if subject is None:
+        return ""
+    return f", {shorten(subject)}" if isinstance(subject, str) else f", class {subject}"
 
 
 def choose_seeds(first: int | None, count: int) -> list[int]:
@@ -134,17 +173,21 @@ def choose_seeds(first: int | None, count: int) -> list[int]:
     return list(range(first, first + count))
 
 
-def check_call(options: argparse.Namespace, texts: list[str]) -> Bundle:
+def check_call(options: argparse.Namespace, subjects: Sequence[Subject]) -> Bundle:
     """The bundle, after all checks that need no graph to be loaded. The pipeline checks the rest."""
     from .bundle import Bundle
-    from .checks import check_prompts
+    from .checks import check_class_labels, check_no_text, check_prompts
     from .guidance import check_guidance
     from .request import Sampling
-    from .sampling.schedule import Schedule
 
-    check_prompts(texts, options.negative_prompt)
+    given = call_arguments(subjects, options)
+    if "prompt" in given:
+        check_prompts(subjects, options.negative_prompt)
     bundle = Bundle.open(options.bundle, verify=False)
-    schedule = Schedule.from_config(bundle.scheduler)
+    if not bundle.family.tokenizers:
+        check_no_text(given.get("prompt"), given["negative_prompt"])
+    check_class_labels(given.get("class_labels"), bundle.family.classes)
+    schedule = bundle.schedule()
     sampling = Sampling.check(
         schedule,
         options.scheduler,
@@ -184,7 +227,8 @@ def quickest_backend(bundle: Bundle, device: str | None) -> str | None:
 def call_sizes(pipeline: Pipeline, options: argparse.Namespace, total: int) -> list[int]:
     """How many pictures, up to `total`, one call may make with these options."""
     scale = options.guidance_scale
-    rows = 2 if (max(scale) if isinstance(scale, list) else scale) > 1 else 1
+    guided = (max(scale) if isinstance(scale, list) else scale) > 1
+    rows = pipeline.bundle.family.most_rows if guided else 1
 
     def serves(profile: Shapes, batch: int) -> bool:
         sides = (options.height is None or options.height in profile.height) and (

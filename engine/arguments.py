@@ -89,6 +89,14 @@ def parser() -> argparse.ArgumentParser:
 def _add_picture(c: argparse.ArgumentParser) -> None:
     c.add_argument("prompt", nargs="*", metavar="PROMPT", help="a text in quotes, or several")
     c.add_argument("--prompts", type=path, metavar="FILE", help="more texts, one a line, in UTF-8")
+    c.add_argument(
+        "--class-label",
+        type=whole_number(0, 2**31 - 1),
+        action="append",
+        default=[],
+        metavar="N",
+        help="a class, for a model that has classes instead of texts; may be repeated",
+    )
     c.add_argument("--bundle", type=path, default=Path("engines/demo"), metavar="FOLDER", help="default: engines/demo")
     c.add_argument(
         "--output",

@@ -1,7 +1,7 @@
 """Bundles: a folder with the graphs of one model, and the manifest that says what they are.
 
     <name>/manifest.json            what engine/manifest.py says
-    <name>/tokenizer/tokenizer.json
+    <name>/tokenizer/tokenizer.json   for models with texts
     <name>/onnx/<component>.onnx    and <component>.onnx.data
 
 The manifest is read and checked before any other file is touched. If a builder replaces the bundle during loading,
@@ -33,6 +33,7 @@ from .errors import (
     UnsafePathError,
 )
 from .manifest import FORMAT, MANIFEST, TOKENIZER, File, Manifest, SpecialTokens, own_files, read
+from .sampling.schedule import Schedule
 
 __all__ = ["FORMAT", "MANIFEST", "Bundle", "SpecialTokens", "sha256", "while_replaced"]
 
@@ -116,8 +117,14 @@ class Bundle:
     def scheduler(self) -> Mapping[str, Any]:
         return self.contents.scheduler
 
+    def schedule(self) -> Schedule:
+        """The model's noise and its own sampler's options. SchedulerConfigError if they cannot be used."""
+        return Schedule.from_config(self.scheduler, self.family)
+
     @property
     def special_tokens(self) -> SpecialTokens:
+        """Those of a model with texts."""
+        assert self.contents.tokenizer is not None
         return self.contents.tokenizer
 
     @property

@@ -12,6 +12,7 @@ from .contract import MAX_STEPS, Range, Shapes
 from .errors import (
     BatchError,
     CallbackError,
+    ClassLabelError,
     GuidanceError,
     LatentsError,
     OutputTypeError,
@@ -78,6 +79,36 @@ def check_prompts(prompt: Any, negative_prompt: Any) -> tuple[list[str], list[st
             f"there are {len(negatives)} negative prompts for {len(prompts)} prompts; pass one for all, or one for each"
         )
     return [check_prompt(text) for text in prompts], [check_prompt(text, "negative_prompt") for text in negatives]
+
+
+def check_no_text(prompt: Any, negative_prompt: Any) -> None:
+    """PromptError if a model without texts is given one."""
+    for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        if value is not None:
+            raise PromptError(
+                f"{name} is {shown(value)}, and this model makes pictures without texts; leave it out, and pass "
+                "num_images_per_prompt for the number of pictures"
+            )
+
+
+def check_class_labels(value: Any, classes: int | None) -> list[int | None]:
+    """The class of each picture; [None] for a model without classes. An integer is one picture."""
+    if classes is None:
+        if value is not None:
+            raise ClassLabelError(f"class_labels is {shown(value)}, and this model has no classes; leave it out")
+        return [None]
+    allowed = f"this model has the classes 0 to {classes - 1}"
+    several = isinstance(value, (list, tuple, range)) or (isinstance(value, np.ndarray) and value.ndim == 1)
+    labels = list(value) if several else [value]
+    if value is None or not labels:
+        raise ClassLabelError(
+            f"class_labels is {'missing' if value is None else 'empty'}; {allowed}: pass one for each picture (with "
+            "--class-label N on the command line)"
+        )
+    for label in labels:
+        if not _is_int(label) or not 0 <= label < classes:
+            raise ClassLabelError(f"class label {shown(label)} is not an integer of this model: {allowed}")
+    return [int(label) for label in labels]
 
 
 def check_batch(prompts: int, images_per_prompt: Any) -> int:

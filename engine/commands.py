@@ -36,10 +36,13 @@ def builder() -> str:
 
 
 def build_anything(folder: Path) -> str:
-    """The command for a bundle at `folder` of which only the name is known. The built-in model needs no MODEL."""
+    """The command for a bundle at `folder` of which only the name is known. The built-in models have these names, and
+    the first needs no MODEL."""
     place = f"--output {shlex.quote(str(folder.parent))}"
     if folder.name == "demo":
         return f"{builder()} {place}"
+    if folder.name == "shapes":
+        return f"{builder()} shapes {place}"
     name = shlex.quote(folder.name or "NAME")
     return f"{builder()} MODEL {place} --name {name}, with the model's folder, file or hub id as MODEL"
 
@@ -62,7 +65,7 @@ def build_again(folder: Path, manifest: Manifest, sizes: Mapping[str, Range] = M
 
 def _model(source: Origin) -> list[str]:
     """MODEL and the options that belong to it."""
-    kinds = {"built-in": [], "random": [source.id, "--random-weights"]}
+    kinds = {"built-in": [] if source.id == "demo" else [source.id], "random": [source.id, "--random-weights"]}
     words: list[str] = kinds.get(source.kind, [source.path or source.id])
     for name, value in source.options.items():
         words += [f"--{name}", value]

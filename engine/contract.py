@@ -137,7 +137,7 @@ class Family:
     """A kind of model, and what its bundles hold.
 
     channels: of a latent; factor: pixels per latent element, in both directions; tokenizers: how many a text goes
-    through.
+    through, 0 for a model without texts; classes: how many its pictures are of, None for a model without classes.
     """
 
     name: str
@@ -145,6 +145,7 @@ class Family:
     channels: int
     factor: int
     tokenizers: int = 1
+    classes: int | None = None
 
     def __getitem__(self, name: str) -> Component:
         """The component of that name. KeyError where there is none."""
@@ -156,6 +157,21 @@ class Family:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(component.name for component in self.components)
+
+    @property
+    def most_rows(self) -> int:
+        """The U-Net's rows for a picture: two where guidance has a negative text."""
+        return 2 if self.tokenizers else 1
+
+    @property
+    def clips(self) -> bool:
+        """Whether a sampler may keep the predicted sample within a range."""
+        return "clip" in self["denoiser"].input_names
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the U-Net predicts the variance of a step too."""
+        return "variance" in self["denoiser"].input_names
 
     @property
     def required(self) -> tuple[str, ...]:

@@ -27,7 +27,6 @@ from .errors import EngineError
 from .libraries import import_library, install_command, installed
 from .plans import Machine, Plans, plans_command
 from .sampling.catalog import sampler_name, step_table
-from .sampling.schedule import Schedule
 from .version import __version__
 
 NVIDIA_SMI = [
@@ -211,7 +210,8 @@ def examine(folder: Path, machines: list[Machine], absent: dict[str, str], verif
         return False
     yield title
     complete = yield from _verdict("scheduler", partial(find_scheduler, bundle), folder)
-    complete &= yield from _verdict("tokenizer", partial(find_tokenizer, bundle), folder)
+    if bundle.family.tokenizers:
+        complete &= yield from _verdict("tokenizer", partial(find_tokenizer, bundle), folder)
     runs = False
     for library in ("openvino", "onnxruntime"):
         runs |= yield from _verdict(library, partial(find_cpu_backend, bundle, library, absent), folder)
@@ -241,7 +241,7 @@ def find_scheduler(bundle: Bundle) -> str:
     other = (
         f"name another: python -m engine picture 'a text' --bundle {shlex.quote(str(bundle.folder))} --scheduler euler"
     )
-    schedule = Schedule.from_config(bundle.scheduler)
+    schedule = bundle.schedule()
     try:
         name = sampler_name(None, schedule)
         step_table(name, schedule, min(20, schedule.train_timesteps))

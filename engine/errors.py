@@ -30,7 +30,12 @@ class InputError(EngineError, ValueError):
 
 
 class PromptError(InputError):
-    """A prompt is not a string, not valid Unicode, too long, or does not match the number of negative prompts."""
+    """A prompt is not a string, not valid Unicode, too long, does not match the number of negative prompts, or is given
+    to a model without texts."""
+
+
+class ClassLabelError(InputError):
+    """A class label is not one of the model's, is missing, or is given to a model without classes."""
 
 
 class PromptWeightError(PromptError):

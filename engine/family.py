@@ -7,9 +7,19 @@ denoiser      one whole step: the U-Net on slot 0 of the state, row by row; guid
 vae_decoder   latents become pixels. `magnitude` is a sum over the absolute values before they are clamped: it is finite
               if they all are, which pixels cannot tell
 vae_encoder   pixels become the mean and the standard deviation of latents
+
+Models without texts (DDPM, Improved DDPM, unconditional latent diffusion) have a denoiser of their own:
+
+    next_state = update @ [state; output; noise; clipped]
+
+`clipped` is the predicted clean sample within a range. With a learned variance the U-Net chooses the deviation of
+`noise`, element by element. Their channels, factor and classes are the model's own, so the manifest says them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from .contract import PROMPT_TOKENS, SLOTS, Component, Family, Tensor
 
@@ -17,22 +27,36 @@ LATENT_CHANNELS = 4
 VAE_FACTOR = 8
 
 
-def _autoencoder(channels: int, factor: int) -> tuple[Component, Component]:
-    """A VAE's two graphs."""
-    latents = ("batch", channels, "height", "width")
-    pixels = ("batch", f"{factor}*height", f"{factor}*width", 3)
-    decoder = Component(
+def _pixels(factor: int) -> tuple[int | str, ...]:
+    """The dimensions of pictures."""
+    return ("batch", f"{factor}*height", f"{factor}*width", 3) if factor > 1 else ("batch", "height", "width", 3)
+
+
+def _decoder(channels: int, factor: int) -> Component:
+    return Component(
         "vae_decoder",
-        inputs=(Tensor("latents", latents),),
-        outputs=(Tensor("image", pixels, "uint8"), Tensor("magnitude", ("batch",))),
+        inputs=(Tensor("latents", ("batch", channels, "height", "width")),),
+        outputs=(Tensor("image", _pixels(factor), "uint8"), Tensor("magnitude", ("batch",))),
     )
-    encoder = Component(
+
+
+def _encoder(channels: int, factor: int) -> Component:
+    latents = ("batch", channels, "height", "width")
+    return Component(
         "vae_encoder",
-        inputs=(Tensor("image", pixels, "uint8", below=256),),
+        inputs=(Tensor("image", _pixels(factor), "uint8", below=256),),
         outputs=(Tensor("mean", latents), Tensor("std", latents)),
         required=False,
     )
-    return decoder, encoder
+
+
+def _text_encoder() -> Component:
+    return Component(
+        "text_encoder",
+        inputs=(Tensor("input_ids", ("rows", PROMPT_TOKENS), "int32", below=256),),
+        outputs=(Tensor("context", ("rows", PROMPT_TOKENS, "context_size")),),
+        halves=False,  # it takes a thousandth of a picture's time, and every step sees its errors
+    )
 
 
 def _denoiser(channels: int) -> Component:
@@ -54,22 +78,72 @@ def _denoiser(channels: int) -> Component:
     )
 
 
+def _textless_denoiser(channels: int, classes: int | None, learned_variance: bool) -> Component:
+    """The denoiser of a UNet2DModel. clip: p, q and r of clamp(p x + q output, -r, r). variance: the largest and the
+    smallest logarithm that the U-Net may choose for the variance of a step."""
+    plane = (channels, "height", "width")
+    state = ("batch", SLOTS, *plane)
+    labels = () if classes is None else (Tensor("class_labels", ("rows",), "int32", below=classes),)
+    variance = (Tensor("variance", ("batch", 2), changes="step", solver=True),) if learned_variance else ()
+    return Component(
+        "denoiser",
+        inputs=(
+            Tensor("state", state, changes="step", fed_by="next_state"),
+            Tensor("row_sample", ("rows",), "int32", below="batch"),
+            Tensor("timestep", ("batch",), changes="step", below=1000, exact=True),
+            Tensor("mixing", ("batch", "rows"), changes="step", solver=True),
+            Tensor("rescale", ("batch", "rows"), below=1, solver=True),
+            Tensor("update", ("batch", SLOTS, SLOTS + 3), changes="step", solver=True),
+            Tensor("noise", ("batch", *plane), changes="step", solver=True),
+            Tensor("clip", ("batch", 3), changes="step", solver=True),
+            *labels,
+            *variance,
+        ),
+        outputs=(Tensor("next_state", state),),
+    )
+
+
 STABLE_DIFFUSION = Family(
     "stable-diffusion",
     components=(
-        Component(
-            "text_encoder",
-            inputs=(Tensor("input_ids", ("rows", PROMPT_TOKENS), "int32", below=256),),
-            outputs=(Tensor("context", ("rows", PROMPT_TOKENS, "context_size")),),
-            halves=False,  # it takes a thousandth of a picture's time, and every step sees its errors
-        ),
+        _text_encoder(),
         _denoiser(LATENT_CHANNELS),
-        *_autoencoder(LATENT_CHANNELS, VAE_FACTOR),
+        _decoder(LATENT_CHANNELS, VAE_FACTOR),
+        _encoder(LATENT_CHANNELS, VAE_FACTOR),
     ),
     channels=LATENT_CHANNELS,
     factor=VAE_FACTOR,
 )
-"""Stable Diffusion 1.x and 2.x."""
+"""Stable Diffusion 1.x and 2.x, and latent diffusion with a text: other parts, the same graphs."""
 
 FAMILIES = {family.name: family for family in (STABLE_DIFFUSION,)}
-"""By the name in the manifest."""
+"""Those whose sizes are the same for every model, by the name in the manifest."""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What differs between the models of a kind: channels of a latent, pixels per latent element, the number of classes
+    if they have some, and whether the U-Net predicts the variance too."""
+
+    channels: int
+    factor: int
+    classes: int | None = None
+    learned_variance: bool = False
+
+    @classmethod
+    def of(cls, family: Family) -> Traits:
+        return cls(family.channels, family.factor, family.classes, family.learned_variance)
+
+
+def textless(traits: Traits) -> Family:
+    """Models without texts: DDPM and Improved DDPM (factor 1), unconditional latent diffusion."""
+    channels, factor = traits.channels, traits.factor
+    denoiser = _textless_denoiser(channels, traits.classes, traits.learned_variance)
+    return Family("textless", (denoiser, _decoder(channels, factor)), channels, factor, 0, traits.classes)
+
+
+KINDS: Mapping[str, Callable[[Traits], Family]] = {"textless": textless}
+"""Families that depend on the model, by the name in the manifest."""
+
+COMPONENTS = frozenset(STABLE_DIFFUSION.names)
+"""The names of the components of all families."""

@@ -15,6 +15,10 @@ Scale = float | Sequence[float] | Callable[[int, float], float]
 """A number for all evaluations, a list with one for each step or evaluation, or a function (evaluation, timestep)."""
 
 
+DEFAULT_SCALE = 7.5
+"""What a call without a scale takes."""
+
+
 @dataclass(frozen=True, eq=False)
 class Guidance:
     """Checked guidance.
@@ -63,6 +67,17 @@ def check_guidance(scale: Any, rescale: Any, interval: Any, steps: int, timestep
             )
         scales = np.where(inside, scales, 1.0)
     return Guidance(float(asked.max()), scales, phi, interval, scheduled)
+
+
+def without_text(guidance: Guidance) -> Guidance:
+    """The guidance of a model without texts: none. GuidanceError if a call asked for some."""
+    asked = guidance.used and (guidance.scheduled or guidance.scale != DEFAULT_SCALE)
+    if asked or guidance.rescale or guidance.interval is not None:
+        raise GuidanceError(
+            "this model makes pictures without texts, so there is nothing that guidance could make them follow more "
+            "closely; leave guidance_scale, guidance_rescale and guidance_interval out"
+        )
+    return Guidance(1.0, np.ones_like(guidance.scales))
 
 
 def inside_interval(interval: tuple[float, float], evaluations: int) -> np.ndarray:

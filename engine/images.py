@@ -30,7 +30,7 @@ def parameters(request: Request, bundle: Bundle, index: int) -> str:
     fields: dict[str, Any] = {
         "Steps": request.steps,
         "Sampler": label_of(request.sampling.sampler),
-        **request.guidance.parameters(),
+        **(request.guidance.parameters() if bundle.family.tokenizers else {}),
         "Seed": seeds[index if len(seeds) > 1 else 0],
         "Size": (request.width, request.height),
         "RNG": "CPU",
@@ -39,6 +39,9 @@ def parameters(request: Request, bundle: Bundle, index: int) -> str:
     }
     if request.sampling.schedule_type is not None:
         fields["Schedule type"] = schedule_label(request.sampling.schedule_type)
+    label = request.class_labels[text]
+    if label is not None:
+        fields["Class"] = label
     if len(seeds) == 1 and index > 0:
         fields["Batch index"] = index
     fields["Version"] = f"LatentRT {__version__}"

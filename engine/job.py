@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .contract import Component
 from .sampling.noise import Draws, TorchGenerator
 from .sampling.table import StepTable
 
@@ -94,16 +95,25 @@ class Job:
             self.noise.prepare(index)
 
 
+def step_inputs(table: StepTable, denoiser: Component) -> dict[str, np.ndarray]:
+    """`Job.steps` for a table: the inputs of this denoiser that follow from it."""
+    known = {"timestep": table.timesteps, "update": table.updates, "clip": table.clips, "variance": table.variances}
+    if "clip" in denoiser.input_names:
+        known["update"] = np.concatenate([table.updates, table.clipped[:, :, np.newaxis]], axis=2)
+    return {tensor.name: known[tensor.name].astype(np.float32) for tensor in denoiser.stepped if tensor.name in known}
+
+
+def classed(class_label: int | None) -> tuple[Row, ...]:
+    """The row of one picture of a model without texts."""
+    labels = {} if class_label is None else {"class_labels": np.array(class_label, np.int32)}
+    return (Row(labels, 1.0),)
+
+
 def conditioning_at(texts: Texts, index: int) -> Conditioning:
     """The embedding that counts at an evaluation."""
     if isinstance(texts, Mapping):
         return texts
     return next(conditioning for start, conditioning in reversed(texts) if start <= index)
-
-
-def step_inputs(table: StepTable) -> dict[str, np.ndarray]:
-    """`Job.steps` for a table."""
-    return {"timestep": table.timesteps.astype(np.float32), "update": table.updates.astype(np.float32)}
 
 
 def guided(
@@ -118,6 +128,7 @@ def guided(
 
 def jobs(
     table: StepTable,
+    denoiser: Component,
     rows: Sequence[tuple[Row, ...]],
     seeds: Sequence[int],
     plane: tuple[int, ...],
@@ -125,7 +136,7 @@ def jobs(
 ) -> list[Job]:
     """The jobs of one call. `seeds` has one seed for all pictures, whose noise is then drawn together as in diffusers,
     or one for each. `latents` [B, C, h, w], standard normal, replace the first noise. `plane` is (C, h, w)."""
-    count, steps = len(rows), step_inputs(table)
+    count, steps = len(rows), step_inputs(table, denoiser)
     pictures = [count] if len(seeds) == 1 else [1] * count
     made: list[Job] = []
     for seed, several in zip(seeds, pictures):

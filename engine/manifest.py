@@ -13,13 +13,13 @@ from typing import Any
 
 from .contract import Family, Shapes
 from .errors import BundleNotFoundError, ManifestError, ManifestVersionError, UnsafePathError
-from .family import FAMILIES
+from .family import COMPONENTS, FAMILIES, KINDS, Traits
 from .fields import Field
 
 FORMAT = 4
 """Version of the manifest. It changes whenever an older runtime would misread a newer bundle.
 3: names the family; the denoiser takes a timestep for each sample.
-4: the denoiser takes `rescale`, and its state has five slots."""
+4: the denoiser takes `rescale`, and its state has five slots; models without texts have traits and no tokenizer."""
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer/tokenizer.json"
@@ -28,6 +28,9 @@ PICTURE = "verification.png"
 PRECISIONS = ("fp32", "fp16", "bf16")
 SOURCE_OPTIONS = ("tokenizer", "prediction-type", "scheduler")
 OPENVINO_PRECISIONS = ("fp32", "bf16")
+
+LARGEST_CHANNELS, LARGEST_FACTOR, LARGEST_CLASSES = 1024, 64, 1_000_000
+"""What the traits of a family may be."""
 
 SMALLEST_SIDE, LARGEST_SIDE, LARGEST_BATCH = 16, 16384, 1024
 """Pixels, and pictures in one call. 16 x 16 pixels are 4 channels of 2 x 2 latents: 16 numbers, the fewest that torch
@@ -156,7 +159,7 @@ class Manifest:
     shapes: Shapes
     scheduler: Mapping[str, Any]
     components: Mapping[str, Graph]
-    tokenizer: SpecialTokens
+    tokenizer: SpecialTokens | None
     verification: Verification
     openvino: Mapping[str, Any] | None
     files: Mapping[str, File]
@@ -167,7 +170,7 @@ class Manifest:
     def of(cls, content: Mapping[str, Any]) -> Manifest:
         """The manifest in a JSON object. ManifestError or UnsafePathError for the first field that is wrong."""
         value = Field(content)
-        family = FAMILIES[value["family"].text(tuple(FAMILIES))]
+        family = _family(value)
         files = {name: _file(name, entry) for name, entry in value["files"].items()}
         found = cls(
             value["name"].text(),
@@ -177,14 +180,15 @@ class Manifest:
             _shapes(value["shapes"], family),
             value["scheduler"].object(),
             _components(value["components"], family),
-            SpecialTokens.of(value["tokenizer"]),
+            SpecialTokens.of(value["tokenizer"]) if family.tokenizers else None,
             Verification.of(value["verification"]),
             _openvino(value["openvino"], family) if "openvino" in value else None,
             files,
             value["created"].text() if "created" in value else "",
             {name: one.text() for name, one in value["versions"].items()} if "versions" in value else {},
         )
-        for name in (TOKENIZER, *(graph.onnx for graph in found.components.values())):
+        tokenizer = [TOKENIZER] if family.tokenizers else []
+        for name in (*tokenizer, *(graph.onnx for graph in found.components.values())):
             if name not in files:
                 raise ManifestError(f"files has no SHA-256 for {name!r}, which is used")
         return found
@@ -196,12 +200,13 @@ class Manifest:
             "format": FORMAT,
             "name": self.name,
             "family": self.family.name,
+            "traits": asdict(Traits.of(self.family)) if self.family.name in KINDS else None,
             "source": asdict(self.source),
             "precision": self.precision,
             "shapes": {name: list(side.values()) for name, side in shapes.items()},
             "scheduler": dict(self.scheduler),
             "components": {name: asdict(graph) for name, graph in self.components.items()},
-            "tokenizer": {"file": TOKENIZER, **asdict(self.tokenizer)},
+            "tokenizer": None if self.tokenizer is None else {"file": TOKENIZER, **asdict(self.tokenizer)},
             "verification": asdict(self.verification),
             "openvino": self.openvino,
             "files": {name: asdict(file) for name, file in sorted(self.files.items())},
@@ -300,12 +305,13 @@ def graph_file(component: str) -> str:
 def own_files(family: Family) -> frozenset[str]:
     """Every file that the builder may write into a bundle, besides the plans."""
     graphs = [graph_file(component) for component in family.names]
-    return frozenset([MANIFEST, TOKENIZER, PICTURE, *graphs, *(f"{name}.data" for name in graphs)])
+    tokenizer = [TOKENIZER] if family.tokenizers else []
+    return frozenset([MANIFEST, *tokenizer, PICTURE, *graphs, *(f"{name}.data" for name in graphs)])
 
 
 def holds_graphs(folder: Path) -> bool:
     """Whether a folder holds files that only the builder writes. Its manifest does not matter."""
-    graphs = {graph_file(component) for family in FAMILIES.values() for component in family.names}
+    graphs = {graph_file(component) for component in COMPONENTS}
     return any((folder / name).exists() for name in (TOKENIZER, *graphs))
 
 
@@ -330,6 +336,23 @@ def claimed_origin(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def _given(content: Mapping[str, Any]) -> dict[str, Any]:
     """The content without the fields that are None."""
     return {name: value for name, value in content.items() if value is not None}
+
+
+def _family(value: Field) -> Family:
+    """The family that the manifest names, with the traits that it gives for one that depends on the model."""
+    name = value["family"].text((*FAMILIES, *KINDS))
+    if name in FAMILIES:
+        return FAMILIES[name]
+    given = value["traits"]
+    classes = given["classes"].value
+    return KINDS[name](
+        Traits(
+            given["channels"].integer(1, LARGEST_CHANNELS),
+            given["factor"].integer(1, LARGEST_FACTOR),
+            None if classes is None else given["classes"].integer(1, LARGEST_CLASSES),
+            given["learned_variance"].boolean(),
+        )
+    )
 
 
 def _shapes(value: Field, family: Family) -> Shapes:

@@ -25,12 +25,11 @@ from .errors import (
     PicklingError,
     SchedulerConfigError,
 )
-from .guidance import Scale
+from .guidance import DEFAULT_SCALE, Scale
 from .images import finished_images
-from .job import Conditioning, Job, guided, jobs
+from .job import Conditioning, Job, Row, classed, guided, jobs
 from .request import Limits, Request
 from .result import Clock, Result
-from .sampling.schedule import Schedule
 from .text.conditioning import TextConditioning
 from .text.tokenizer import ClipTokenizer
 
@@ -49,15 +48,23 @@ class Pipeline:
         self.bundle = bundle
         self._backend = backend
         try:
-            schedule = Schedule.from_config(bundle.scheduler)
-            tokenizer = ClipTokenizer(bundle.tokenizer_file, bundle.special_tokens)
+            schedule = bundle.schedule()
+            encode = self._text_conditioning()
         except (SchedulerConfigError, ManifestError) as error:
             raise type(error)(f"{error}. Build the bundle again: {bundle.command()}") from error
-        bundle.recheck_tokenizer()
         self.limits = Limits(bundle.family, schedule, backend.profiles, partial(_build_command, bundle, backend))
-        self._encode = TextConditioning(tokenizer, backend)
+        self._encode = encode
         self._lock = threading.RLock()
         self._busy = self._closed = self._interrupt = False
+
+    def _text_conditioning(self) -> TextConditioning | None:
+        """None for a model without texts. Raises ManifestError."""
+        bundle = self.bundle
+        if not bundle.family.tokenizers:
+            return None
+        tokenizer = ClipTokenizer(bundle.tokenizer_file, bundle.special_tokens)
+        bundle.recheck_tokenizer()
+        return TextConditioning(tokenizer, self._backend)
 
     @classmethod
     def load(
@@ -131,7 +138,8 @@ class Pipeline:
         with self._turn():
             self._closed = True
             self._backend.close()
-            self._encode.clear()
+            if self._encode is not None:
+                self._encode.clear()
 
     @property
     def description(self) -> str:
@@ -155,11 +163,11 @@ class Pipeline:
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
-        guidance_scale: Scale = 7.5,
+        guidance_scale: Scale = DEFAULT_SCALE,
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
@@ -176,9 +184,12 @@ class Pipeline:
         sigmas: Sequence[float] | None = None,
         timestep_respacing: str | None = None,
         sampler_options: Mapping[str, Any] | None = None,
+        class_labels: int | Sequence[int] | None = None,
     ) -> Result:
-        """Makes the picture that diffusers' StableDiffusionPipeline makes from the same arguments.
+        """Makes the picture that the model's pipeline of diffusers makes from the same arguments.
 
+        prompt, negative_prompt: for models with texts; class_labels: for models with classes, one integer for each
+        picture; num_images_per_prompt: pictures of each text or class, or of a model without either;
         height, width: pixels, multiples of 8 (default: what the bundle is best at); guidance_scale: above 1 the
         negative prompt takes part; a list has a number for each step, a function (evaluation, timestep) -> number is
         called before the loop; eta: DDIM's; seed: where diffusers takes a generator on the CPU, one for all pictures or
@@ -195,9 +206,9 @@ class Pipeline:
         started = perf_counter()
         request = Request.check(self.limits, prompt, height, width, num_inference_steps, guidance_scale,
                                 negative_prompt, num_images_per_prompt, eta, seed, latents, output_type,
-                                callback_on_step_end, scheduler, progress, guidance_rescale,
-                                guidance_interval, schedule_type, timesteps, sigmas,
-                                timestep_respacing, sampler_options)  # fmt: skip
+                                callback_on_step_end, scheduler, progress, guidance_rescale, guidance_interval,
+                                schedule_type, timesteps, sigmas, timestep_respacing, sampler_options,
+                                class_labels)  # fmt: skip
         with self._turn():
             self.bundle.recheck_in_place()
             result = self._run(request, started)
@@ -245,15 +256,23 @@ class Pipeline:
         """Encodes the texts of a request and makes one job for each picture. `tokenized` is called after tokenizing.
         Raises ClosedPipelineError."""
         self._require_open()
+        rows = self._rows(request, tokenized)
+        each = [one for one in rows for _ in range(request.images_per_prompt)]
+        plane = self.bundle.family.plane(request.height, request.width)
+        denoiser = self.bundle.family["denoiser"]
+        return jobs(request.table, denoiser, each, request.seeds, plane, request.latents)
+
+    def _rows(self, request: Request, tokenized: Callable[[], None]) -> list[tuple[Row, ...]]:
+        """The rows of a picture of each text or class."""
+        if self._encode is None:
+            tokenized()
+            return [classed(label) for label in request.class_labels]
         texts = [*request.prompts, *(request.negative_prompts if request.guided else ())]
         encoded = self._encode(texts, tokenized)
         count = len(request.prompts)
         negatives: Sequence[Conditioning | None] = encoded[count:] or [None] * count
         scales, rescale = request.guidance.scales, request.guidance.rescale
-        rows = [guided(prompt, negative, scales, rescale) for prompt, negative in zip(encoded, negatives)]
-        each = [one for one in rows for _ in range(request.images_per_prompt)]
-        plane = self.bundle.family.plane(request.height, request.width)
-        return jobs(request.table, each, request.seeds, plane, request.latents)
+        return [guided(prompt, negative, scales, rescale) for prompt, negative in zip(encoded, negatives)]
 
     def lanes(self, count: int, height: int, width: int) -> Lanes:
         """`count` free lanes for pictures of that size in pixels, for a loop of your own. One thread must drive

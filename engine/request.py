@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache, partial
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from . import checks
 from .contract import Family, Shapes
 from .errors import TimestepsError
-from .guidance import Guidance, Scale, check_guidance
+from .guidance import Guidance, Scale, check_guidance, without_text
 from .sampling.catalog import checked_options, sampler_name, schedule_type_name, step_table
 from .sampling.respacing import space_timesteps
 from .sampling.schedule import Schedule
@@ -80,8 +80,9 @@ class Sampling:
             sigmas=self.sigmas,
             options=self.options,
         )
-        for array in (table.timesteps, table.updates, table.draws, table.scales, table.alphas, table.sigmas):
-            array.flags.writeable = False
+        for field in fields(table):
+            if isinstance(array := getattr(table, field.name), np.ndarray):
+                array.flags.writeable = False
         return table
 
 
@@ -106,9 +107,11 @@ class Limits:
 class Request:
     """A checked request for pictures.
 
-    prompts, negative_prompts: one of each for every text, for `images_per_prompt` pictures; guided: whether the
-    negative prompts take part; height, width: pixels; seeds: one for all pictures, or one for each; latents: [B, C, h,
-    w] standard normal float32, or None for noise; sampling: the sampler and its grid, with the `table`.
+    prompts, negative_prompts: one of each for every text, for `images_per_prompt` pictures; a model without texts has
+    an empty prompt for each class, or one; guided: whether the negative prompts take part; class_labels: one for each
+    prompt, None for a model without classes; height, width: pixels; seeds: one for all pictures, or one for each;
+    latents: [B, C, h, w] standard normal float32, or None for noise; sampling: the sampler and its grid, with the
+    `table`.
     """
 
     prompts: tuple[str, ...]
@@ -125,6 +128,7 @@ class Request:
     output_type: str
     callback: Any
     progress: bool
+    class_labels: tuple[int | None, ...]
 
     @property
     def batch(self) -> int:
@@ -140,7 +144,7 @@ class Request:
     def check(
         cls,
         limits: Limits,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None,
         height: int | None,
         width: int | None,
         num_inference_steps: int,
@@ -161,9 +165,16 @@ class Request:
         sigmas: Sequence[float] | None = None,
         timestep_respacing: str | None = None,
         sampler_options: Mapping[str, Any] | None = None,
+        class_labels: int | Sequence[int] | None = None,
     ) -> Request:
         """The arguments of `Pipeline.__call__`, checked. Raises the InputErrors of engine/errors.py."""
-        prompts, negatives = checks.check_prompts(prompt, negative_prompt)
+        labels = checks.check_class_labels(class_labels, limits.family.classes)
+        if limits.family.tokenizers:
+            prompts, negatives = checks.check_prompts(prompt, negative_prompt)
+            labels *= len(prompts)
+        else:
+            checks.check_no_text(prompt, negative_prompt)
+            prompts, negatives = [""] * len(labels), [""] * len(labels)
         batch = checks.check_batch(len(prompts), num_images_per_prompt)
         sampling = Sampling.check(
             limits.schedule,
@@ -178,6 +189,8 @@ class Request:
         )
         table = limits.table(sampling)
         guidance = check_guidance(guidance_scale, guidance_rescale, guidance_interval, sampling.count, table.timesteps)
+        if not limits.family.tokenizers:
+            guidance = without_text(guidance)
         rows = 2 * batch if guidance.used else batch
         height, width = checks.check_shapes(
             height, width, batch, rows, limits.profiles, limits.build_command, limits.family.factor
@@ -202,4 +215,5 @@ class Request:
             output_type=output_type,
             callback=callback,
             progress=progress,
+            class_labels=tuple(labels),
         )

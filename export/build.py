@@ -17,7 +17,6 @@ from engine.backends.openvino.backend import OpenVinoBackend
 from engine.bundle import Bundle, sha256
 from engine.contract import Family, Range, Shapes
 from engine.errors import BundleError, SchedulerConfigError
-from engine.family import STABLE_DIFFUSION
 from engine.manifest import (
     MANIFEST,
     PICTURE,
@@ -31,7 +30,6 @@ from engine.manifest import (
     own_files,
     write,
 )
-from engine.sampling.schedule import Schedule
 from engine.text.tokenizer import ClipTokenizer
 
 from . import targets
@@ -41,11 +39,11 @@ from .component import Exporter, GraphFormat, timed
 from .disk import as_output_errors
 from .errors import UsageError
 from .folders import free_name
-from .graphs.recipes import RECIPES, Recipes
+from .graphs.recipes import Recipes
 from .graphs.tracing import OPSET
 from .reuse import Made, siblings
 from .sources.source import Models, Source
-from .verify import Pictures, Reference, check_picture, seeds_of, with_diffusers
+from .verify import Pictures, Reference, check_picture, seeds_of, subjects_of, with_diffusers
 
 UNVERIFIED = Verification(done=False, reason="--no-verify")
 
@@ -77,6 +75,15 @@ def default_shapes(sample_size: int) -> Shapes:
     return Shapes(height=side, width=side, batch=Range(1, 1, 8))
 
 
+def shapes_of(source: Source) -> Shapes:
+    """The default sizes of a model's bundle: those of `default_shapes`, or for a model without texts, as in diffusers,
+    the one that it was trained at."""
+    size = source.sample_size()
+    if source.family.tokenizers:
+        return default_shapes(size)
+    return Shapes(Range(size, size, size), Range(size, size, size), Range(1, 1, 8))
+
+
 def build(
     source: Source,
     output: Path,
@@ -88,12 +95,12 @@ def build(
     verify: bool = True,
     force: bool = False,
     report: Report = print,
-    family: Family = STABLE_DIFFUSION,
-    recipes: Recipes = RECIPES,
+    family: Family | None = None,
+    recipes: Recipes | None = None,
 ) -> Outcome:
     """Writes `output`/`source.name`, unless it is there already and nothing changed. With `openvino` it is also
     measured which components may run in bf16 there. `family` says which components there are, `recipes` how their
-    graphs are made.
+    graphs are made; None is what the source says.
 
     Raises the errors of export/errors.py; whatever happens, the old bundle stays until the new one is complete.
     """
@@ -101,6 +108,7 @@ def build(
     target = targets.place(output, source.name, source.inputs)
     options, form = Options(shapes, openvino, verify, force), GraphFormat(precision, opset)
     with as_output_errors(output), targets.locked(target, report):
+        family, recipes = family or source.family, recipes or source.recipes
         return BundleBuilder(source, target, family, recipes, form, options, report).build()
 
 
@@ -180,7 +188,7 @@ class BundleBuilder:
         """What the manifest says about the model."""
         parts = sorted({exporter.recipe.part for exporter in self._exporters.values()})
         weights = hashlib.sha256("".join(self._source.fingerprint(part) for part in parts).encode()).hexdigest()
-        tokenizer = self._source.fingerprint("tokenizer")
+        tokenizer = self._source.fingerprint("tokenizer") if self._family.tokenizers else None
         return Origin(**self._source.origin, tokenizer=tokenizer, weights=weights, options=self._source.options)
 
     def _usable(self) -> Made | None:
@@ -189,8 +197,9 @@ class BundleBuilder:
             return None
         try:
             bundle = Bundle.open(self._target)
-            Schedule.from_config(bundle.scheduler)
-            ClipTokenizer(bundle.tokenizer_file, bundle.special_tokens)
+            bundle.schedule()
+            if bundle.family.tokenizers:
+                ClipTokenizer(bundle.tokenizer_file, bundle.special_tokens)
             return Made(self._target, bundle.contents, replaced=True)
         except (BundleError, SchedulerConfigError) as error:
             self._report(f"the old bundle is not usable and will be replaced: {error}")
@@ -207,7 +216,7 @@ class BundleBuilder:
     def _diffusers_pictures(self) -> Pictures:
         """Made first: the models have their own weights until then, and the memory is free again when graphs are
         traced."""
-        self._report("making the pictures of two prompts with diffusers")
+        self._report(f"making the pictures of {subjects_of(self._family)} with diffusers")
         height, width = self._options.shapes.height.opt, self._options.shapes.width.opt
         return with_diffusers(self._source.pipeline(self._models), height, width)
 
@@ -293,11 +302,16 @@ class BundleBuilder:
             content = write(folder, replace(manifest, openvino=self._measure_openvino(folder, progress, theirs)))
         return content
 
-    def _write_tokenizer(self, folder: Path) -> SpecialTokens:
+    def _write_tokenizer(self, folder: Path) -> SpecialTokens | None:
+        if not self._family.tokenizers:
+            return None
         tokenizer = self._source.tokenizer()
         (folder / TOKENIZER).parent.mkdir()
         tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
-        return SpecialTokens(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+        if start is None:  # BERT's words for the same
+            start, end = tokenizer.cls_token_id, tokenizer.sep_token_id
+        return SpecialTokens(start, end, tokenizer.pad_token_id)
 
     def _measure_openvino(self, folder: Path, progress: Progress, theirs: Pictures) -> dict[str, Any]:
         from .openvino import choose_precision

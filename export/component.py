@@ -97,7 +97,8 @@ class Exporter:
 
     def check(self, expected: Reference, folder: Path) -> Mapping[str, Any]:
         """The difference between the graph in `folder` and torch. VerificationError beyond the tolerance."""
-        backend = OnnxRuntimeBackend({self.component.name: folder / graph_file(self.component.name)})
+        graphs = {self.component.name: folder / graph_file(self.component.name)}
+        backend = OnnxRuntimeBackend(graphs, family=self.source.family)
         return as_json(check_component(self.component, backend, expected, self.form.precision))
 
 

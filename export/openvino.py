@@ -33,7 +33,7 @@ def choose_precision(
     that is there.
     """
     bundle = Bundle.open(folder, verify=False)
-    backend = OpenVinoBackend(bundle.graphs)
+    backend = OpenVinoBackend(bundle.graphs, family=bundle.family)
     found, precision, has_bf16 = {}, dict.fromkeys(bundle.graphs, "fp32"), backend.has_bf16()
     for name in bundle.graphs:
         found[name] = _check_both(bundle, name, references[name], has_bf16, report)
@@ -56,10 +56,12 @@ def _check_both(
 ) -> dict[str, dict[str, Any]]:
     """The difference between a component and torch in float32, and in bfloat16 if that is within its tolerance."""
     component = bundle.family[name]
-    exact = verify.check_component(component, OpenVinoBackend(bundle.graphs), expected, bundle.precision)
+    exact = verify.check_component(
+        component, OpenVinoBackend(bundle.graphs, family=bundle.family), expected, bundle.precision
+    )
     found = {"fp32": as_json(exact)}
     if has_bf16 and component.halves:
-        halved = OpenVinoBackend(bundle.graphs, precision={name: "bf16"})
+        halved = OpenVinoBackend(bundle.graphs, precision={name: "bf16"}, family=bundle.family)
         try:
             found["bf16"] = as_json(verify.check_component(component, halved, expected, "bf16"))
         except VerificationError as error:
@@ -88,17 +90,15 @@ def _check_pictures(bundle: Bundle, precision: dict[str, str], steps: int, seeds
 
 def _pictures(bundle: Bundle, precision: dict[str, str], steps: int, seeds: Sequence[int]) -> list[np.ndarray]:
     """Pixels of the verification's prompt for each seed, at the bundle's best size."""
-    backend = OpenVinoBackend(bundle.graphs, bundle.shapes, precision=precision)
+    backend = OpenVinoBackend(bundle.graphs, bundle.shapes, precision=precision, family=bundle.family)
     with Pipeline(bundle, backend) as pipeline:
-        scheduler = verify.scheduler_of(bundle)
+        scheduler, subjects = verify.scheduler_of(bundle), verify.subjects_of(bundle.family)
         return [
             np.asarray(image)
             for seed in seeds
             for image in pipeline(
-                verify.PROMPT,
+                **subjects.call([subjects.values[0]] * bundle.shapes.batch.min),
                 num_inference_steps=steps,
-                guidance_scale=verify.GUIDANCE,
-                num_images_per_prompt=bundle.shapes.batch.min,
                 seed=seed,
                 scheduler=scheduler,
                 progress=False,

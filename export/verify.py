@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import LDMTextToImagePipeline, StableDiffusionPipeline
 from torch import nn
 
 from engine import Pipeline
 from engine.backends.onnxruntime.backend import OnnxRuntimeBackend
 from engine.backends.openvino.backend import OpenVinoBackend
 from engine.bundle import Bundle
-from engine.contract import PROMPT_TOKENS, Component, Range, Sizes
+from engine.contract import PROMPT_TOKENS, Component, Family, Range, Sizes
 from engine.errors import NumericalError
 from engine.picture import Picture, psnr
 from engine.sampling.catalog import sampler_name
-from engine.sampling.schedule import Schedule
 
+from . import latent_diffusion
 from .compare import (
     PICTURE_TOLERANCE,
     Difference,
@@ -33,6 +34,7 @@ from .compare import (
 )
 from .errors import VerificationError
 from .graphs.tracing import EXAMPLE_SIZES
+from .textless import TextlessPipeline
 
 PROMPT = "a large red circle on a blue background"
 PROMPTS = (PROMPT, "a small green star on a white background")
@@ -40,6 +42,35 @@ PROMPTS = (PROMPT, "a small green star on a white background")
 
 SEED = 0
 GUIDANCE = 7.5
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """What is on the pictures of a comparison: an argument of the pipeline's call, with values for one picture each,
+    two of them to find a model that does not react to it. None: a picture is of nothing in particular."""
+
+    argument: str | None
+    values: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        return {"prompt": "two prompts", "class_labels": "two classes"}.get(self.argument or "", "one seed")
+
+    def call(self, values: Sequence[Any]) -> dict[str, Any]:
+        """The arguments of a call that makes the pictures of these values."""
+        if self.argument is None:
+            return {"num_images_per_prompt": len(values)}
+        guidance = {"guidance_scale": GUIDANCE} if self.argument == "prompt" else {}
+        return {self.argument: list(values), **guidance}
+
+
+def subjects_of(family: Family) -> Subjects:
+    if family.tokenizers:
+        return Subjects("prompt", PROMPTS)
+    if family.classes is None:
+        return Subjects(None, (None,))
+    return Subjects("class_labels", tuple(sorted({0, family.classes - 1})))
+
+
 SMALL = 50_000_000
 """Parameters of a U-Net up to which the whole picture is compared over 20 steps; larger ones take two."""
 
@@ -49,8 +80,8 @@ ODD_SIZES = {"batch": 1, "rows": 2, "tokens": 2 * PROMPT_TOKENS, "height": 9, "w
 
 @dataclass(frozen=True)
 class PictureDifference:
-    """The largest differences of the bundle's pictures from diffusers' (float32) with the same seed, over all
-    prompts."""
+    """The largest differences of the bundle's pictures from diffusers' (float32) with the same seed, over all prompts
+    (or classes, as texts)."""
 
     prompts: list[str]
     seed: int
@@ -128,18 +159,20 @@ def _about_overflow(precision: str) -> str:
 
 
 def check_picture(theirs: Pictures, folder: Path, precision: str) -> tuple[PictureDifference, Picture]:
-    """Compares the bundle's pictures of two prompts with diffusers' in float32. Returns the largest differences and the
-    first picture.
+    """Compares the bundle's pictures of the subjects with diffusers' in float32. Returns the largest differences and
+    the first picture.
 
     The calls make as many pictures as the bundle allows, with the model's own scheduler. VerificationError beyond the
-    tolerance, or if the prompt makes no difference.
+    tolerance, or if the subject makes no difference.
     """
     bundle = Bundle.open(folder, verify=False)
     ours, picture = _with_bundle(bundle, theirs, precision)
-    if _is_deaf(ours):
+    subjects = theirs.subjects
+    if _is_deaf(ours, subjects):
         raise VerificationError(
-            f"the bundle does not react to the text: {PROMPTS[0]!r} and {PROMPTS[1]!r} give the same picture, but not "
-            "with diffusers. This is a fault of LatentRT: please report it with the name of the model"
+            f"the bundle does not react to the {_what(subjects)}: {subjects.values[0]!r} and {subjects.values[1]!r} "
+            "give the same picture, but not with diffusers. This is a fault of LatentRT: please report it with the "
+            "name of the model"
         )
     found = _compare(ours, theirs, scheduler_of(bundle))
     if found.psnr_db < PICTURE_TOLERANCE[precision]:
@@ -152,12 +185,13 @@ def check_picture(theirs: Pictures, folder: Path, precision: str) -> tuple[Pictu
 
 def _compare(ours: Sequence[_Made], theirs: Pictures, scheduler: str) -> PictureDifference:
     pairs = list(zip(ours, theirs.made))
+    subjects = theirs.subjects
     return PictureDifference(
-        list(PROMPTS),
+        [str(value) for value in subjects.values] if subjects.argument else [],
         SEED,
         scheduler,
         theirs.steps,
-        GUIDANCE,
+        subjects.call(subjects.values).get("guidance_scale", 1.0),
         theirs.height,
         theirs.width,
         max(difference(our.latents, their.latents).max_abs for our, their in pairs),
@@ -176,12 +210,13 @@ class _Made:
 
 @dataclass(frozen=True)
 class Pictures:
-    """diffusers' pictures, one of each prompt, and how they were made."""
+    """diffusers' pictures, one of each subject, and how they were made."""
 
     made: list[_Made]
     height: int
     width: int
     steps: int
+    subjects: Subjects
 
 
 def seeds_of(pictures: Pictures) -> Sequence[int]:
@@ -189,38 +224,41 @@ def seeds_of(pictures: Pictures) -> Sequence[int]:
     return range(4) if pictures.steps > 2 else [SEED]
 
 
-def _is_deaf(pictures: Sequence[_Made]) -> bool:
-    """Whether the first two prompts gave equal latents."""
-    return np.array_equal(pictures[0].latents, pictures[1].latents)
+def _is_deaf(pictures: Sequence[_Made], subjects: Subjects) -> bool:
+    """Whether the two subjects gave equal latents."""
+    return len(subjects.values) > 1 and np.array_equal(pictures[0].latents, pictures[1].latents)
 
 
-def calls(batch: Range) -> list[list[str]]:
-    """The prompts of each call that makes PROMPTS with a bundle for so many pictures in a call: all in one call, or one
-    a call."""
-    size = min(max(len(PROMPTS), batch.min), batch.max)
-    return [[prompt] for prompt in PROMPTS] if size == 1 else [[PROMPTS[i % len(PROMPTS)] for i in range(size)]]
+def _what(subjects: Subjects) -> str:
+    return "text" if subjects.argument == "prompt" else "class"
+
+
+def calls(batch: Range, values: Sequence[Any] = PROMPTS) -> list[list[Any]]:
+    """The values of each call that makes a picture of each with a bundle for so many pictures in a call: all in one
+    call, or one a call."""
+    size = min(max(len(values), batch.min), batch.max)
+    return [[value] for value in values] if size == 1 else [[values[i % len(values)] for i in range(size)]]
 
 
 def scheduler_of(bundle: Bundle) -> str:
     """The model's own sampler."""
-    return sampler_name(None, Schedule.from_config(bundle.scheduler))
+    return sampler_name(None, bundle.schedule())
 
 
 def _with_bundle(bundle: Bundle, theirs: Pictures, precision: str) -> tuple[list[_Made], Picture]:
-    """The bundle's pictures, one of each prompt at least, and the first one with its parameters."""
+    """The bundle's pictures, one of each subject at least, and the first one with its parameters."""
     made: list[_Made] = []
     pictures: list[Picture] = []
     last: dict[str, np.ndarray] = {}
     try:
         with Pipeline.load(bundle.folder, backend="onnxruntime", verify=False) as pipeline:
-            for prompts in calls(bundle.shapes.batch):
+            for values in calls(bundle.shapes.batch, theirs.subjects.values):
                 images = pipeline(
-                    prompts,
-                    theirs.height,
-                    theirs.width,
-                    theirs.steps,
-                    GUIDANCE,
-                    seed=[SEED] * len(prompts),
+                    **theirs.subjects.call(values),
+                    height=theirs.height,
+                    width=theirs.width,
+                    num_inference_steps=theirs.steps,
+                    seed=[SEED] * len(values),
                     scheduler=scheduler_of(bundle),
                     progress=False,
                     callback_on_step_end=lambda _, i, t, tensors: last.update(tensors),
@@ -232,17 +270,46 @@ def _with_bundle(bundle: Bundle, theirs: Pictures, precision: str) -> tuple[list
     return made, pictures[0]
 
 
-def with_diffusers(pipeline: StableDiffusionPipeline, height: int, width: int) -> Pictures:
-    """diffusers' own pictures. VerificationError if the prompt makes no difference."""
+def with_diffusers(
+    pipeline: StableDiffusionPipeline | LDMTextToImagePipeline | TextlessPipeline, height: int, width: int
+) -> Pictures:
+    """diffusers' own pictures. VerificationError if the subjects make no difference."""
     small = sum(p.numel() for p in pipeline.unet.parameters()) <= SMALL
     steps = 20 if small else 2
-    made = [_draw(pipeline, prompt, height, width, steps) for prompt in PROMPTS]
-    if _is_deaf(made):
-        raise VerificationError(
-            f"the model does not react to the text: {PROMPTS[0]!r} and {PROMPTS[1]!r} give the same picture, with "
-            "diffusers too. Its tokenizer or text encoder is not the one that it was trained with"
+    if isinstance(pipeline, TextlessPipeline):
+        subjects = subjects_of(pipeline.family)
+        made = [_draw_textless(pipeline, value or 0, (height, width), steps) for value in subjects.values]
+    else:
+        subjects = Subjects("prompt", PROMPTS)
+        kind: Any = _draw_latent if isinstance(pipeline, LDMTextToImagePipeline) else _draw
+        made = [kind(pipeline, prompt, height, width, steps) for prompt in PROMPTS]
+    if _is_deaf(made, subjects):
+        cure = (
+            "Its tokenizer or text encoder is not the one that it was trained with" if _what(subjects) == "text" else ""
         )
-    return Pictures(made, height, width, steps)
+        raise VerificationError(
+            f"the model does not react to the {_what(subjects)}: {subjects.values[0]!r} and {subjects.values[1]!r} "
+            f"give the same picture, with diffusers too. {cure}"
+        )
+    return Pictures(made, height, width, steps, subjects)
+
+
+def _draw_textless(pipeline: TextlessPipeline, label: int, size: tuple[int, int], steps: int) -> _Made:
+    sample, pixels = pipeline(label, torch.Generator().manual_seed(SEED), size, steps)
+    return _Made(sample.numpy(), pixels.numpy())
+
+
+def _draw_latent(pipeline: LDMTextToImagePipeline, prompt: str, height: int, width: int, steps: int) -> _Made:
+    latents, values = latent_diffusion.draw(
+        pipeline,
+        prompt,
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=GUIDANCE,
+        generator=torch.Generator().manual_seed(SEED),
+    )
+    return _Made(latents.numpy(), torch.round(values * 255).to(torch.uint8).numpy())
 
 
 @torch.no_grad()

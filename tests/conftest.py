@@ -22,14 +22,15 @@ with suppress(ImportError):
 from engine import Pipeline
 from engine.contract import Range, Shapes
 from export import component as exported
-from export.build import build, default_shapes
+from export.build import build, default_shapes, shapes_of
 from export.sources.checkpoint import DiffusersFolder, resolve
+from export.sources.textless_folder import TextlessFolder
 from export.tensorrt import build as to_tensorrt
 from export.tensorrt import check as to_check
 from export.tensorrt import profiles as to_profiles
 
 from . import fakes
-from .models import write_tiny_model
+from .models import write_textless_model, write_tiny_model
 from .traces import shared_export
 
 ROOT = Path(__file__).parent.parent
@@ -124,6 +125,27 @@ def tiny_sources(tmp_path_factory) -> dict[str, DiffusersFolder]:
 def tiny_bundles(tiny_sources) -> dict[str, Path]:
     """Their bundles in fp32."""
     return {kind: build(source, ENGINES, "fp32", default_shapes(64)).folder for kind, source in tiny_sources.items()}
+
+
+@pytest.fixture(scope="session")
+def textless_sources(tmp_path_factory) -> dict[str, TextlessFolder]:
+    """Random models without texts, of each kind."""
+    folder = tmp_path_factory.mktemp("textless")
+    kinds = ("ddpm", "iddpm", "ldm")
+    return {
+        kind: TextlessFolder(write_textless_model(folder / kind, kind), kind, {"kind": "folder", "id": kind})
+        for kind in kinds
+    }
+
+
+@pytest.fixture(scope="session")
+def textless_bundles(textless_sources) -> dict[str, Path]:
+    """Their bundles in fp32."""
+    quiet = {"report": lambda message: None}
+    return {
+        kind: build(source, ENGINES / "textless", "fp32", shapes_of(source), **quiet).folder
+        for kind, source in textless_sources.items()
+    }
 
 
 @pytest.fixture(scope="session")

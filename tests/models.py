@@ -4,8 +4,22 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    LDMPipeline,
+    LDMTextToImagePipeline,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from export.sources.checkpoint import BUILT_IN
 
@@ -93,3 +107,88 @@ def write_tiny_model(folder: Path, kind: str, seed: int = 0) -> Path:
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({**SCHEDULER, **json.loads(file.read_text())}))
     return folder
+
+
+TEXTLESS_UNET = {
+    "sample_size": 16,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "attention_head_dim": 8,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
+
+
+def tiny_textless(kind: str) -> DiffusionPipeline:
+    """A random model without texts: "ddpm", "iddpm" (classes, learned variance) or "ldm" (a VQ-VAE). The U-Nets of the
+    first and the last are the same."""
+    torch.manual_seed(0)
+    if kind == "iddpm":
+        unet = UNet2DModel(
+            **TEXTLESS_UNET,
+            out_channels=6,
+            num_class_embeds=5,
+            resnet_time_scale_shift="scale_shift",
+            downsample_type="resnet",
+            upsample_type="resnet",
+        )
+        return DDPMPipeline(unet, DDPMScheduler(variance_type="learned_range", beta_schedule="squaredcos_cap_v2"))
+    unet = UNet2DModel(**TEXTLESS_UNET, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1)
+    if kind == "ddpm":
+        return DDPMPipeline(unet, DDPMScheduler())
+    decoder = VQModel(
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        num_vq_embeddings=32,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+    torch.nn.init.normal_(decoder.quantize.embedding.weight, std=3.0)
+    return LDMPipeline(decoder, unet, DDIMScheduler(clip_sample=False))
+
+
+def write_textless_model(folder: Path, kind: str) -> Path:
+    """That of `tiny_textless` as a diffusers folder."""
+    tiny_textless(kind).save_pretrained(folder)
+    return folder
+
+
+MARKS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+PLAIN = ["a", "large", "red", "circle", "on", "blue", "background", "small", "green", "star", "white", "##s"]
+WORDS = [*MARKS, *PLAIN, *(f"word{number}" for number in range(250))]
+
+
+def tiny_latent_diffusion() -> LDMTextToImagePipeline:
+    """Random latent diffusion with a text: BERT, a VQ-VAE, and the U-Net of `tiny_modules("sd1")`."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(**UNET, attention_head_dim=8)
+    bert = LDMBertModel(
+        LDMBertConfig(
+            vocab_size=len(WORDS),
+            d_model=32,
+            encoder_layers=2,
+            encoder_ffn_dim=64,
+            encoder_attention_heads=2,
+            head_dim=16,
+            init_std=0.5,
+        )
+    )
+    decoder = VQModel(
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        norm_num_groups=4,
+        num_vq_embeddings=32,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
+    torch.nn.init.normal_(decoder.quantize.embedding.weight, std=3.0)
+    pipeline = LDMTextToImagePipeline(
+        vqvae=decoder.eval(),
+        bert=bert.eval(),
+        tokenizer=BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)}, model_max_length=77),
+        unet=unet.eval(),
+        scheduler=DDIMScheduler(beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", clip_sample=False),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

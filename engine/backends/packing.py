@@ -142,4 +142,4 @@ def _rounded(rows: int, batch: int) -> int:
         return rows
     step = math.ceil(batch / PARTS)
     rounded = batch + math.ceil((rows - batch) / step) * step
-    return min(rounded, max(rows, 2 * batch))
+    return min(rounded, 2 * batch) if rows <= 2 * batch else rounded

@@ -268,7 +268,7 @@ def checked_options(name: str, schedule_type: str | None, given: Mapping[str, An
             )
         if not known[option].right(value):
             raise SamplerOptionError(f"option {option} of {name} is {shown(value)}; it must be {known[option].rule}")
-    return tuple(given.items())
+    return tuple((option, tuple(value) if isinstance(value, list) else value) for option, value in given.items())
 
 
 def _found(name: str) -> Found:

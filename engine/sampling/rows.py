@@ -26,7 +26,7 @@ from .euler import euler, euler_ancestral
 from .heun import heun, restart
 from .plms import plms, pndm
 from .sa_solver import sa_solver
-from .sampler import ANY, Options, Parameter, Sampler, Webui, number, whole
+from .sampler import ANY, LEARNED_VARIANCES, Options, Parameter, Sampler, Webui, number, whole
 from .singlestep import dpm_fast, dpm_singlestep, dpmpp_singlestep
 from .unipc import unipc
 from .webui_grids import ddim_timesteps_grid, dpm_fast_grid, unipc_grid
@@ -35,8 +35,12 @@ Arguments = dict[str, Any]
 Parameters = Mapping[str, Parameter]
 
 
+def _clip_arguments(config: Mapping[str, Any], steps: int) -> Arguments:
+    return {"clip_range": config["clip_sample_range"] if config["clip_sample"] else None}
+
+
 def _ddpm_arguments(config: Mapping[str, Any], steps: int) -> Arguments:
-    return {"large_variance": config["variance_type"] == "fixed_large"}
+    return {"variance_type": config["variance_type"], **_clip_arguments(config, steps)}
 
 
 def _dpm_arguments(config: Mapping[str, Any], steps: int) -> Arguments:
@@ -103,6 +107,7 @@ _SPACING: Options = {"timestep_spacing": ANY, "steps_offset": ANY}
 _LEVELS: Options = {"use_karras_sigmas": ANY, "use_exponential_sigmas": ANY, "use_beta_sigmas": ANY}
 _FINAL: Options = {"final_sigmas_type": ("zero", "sigma_min")}
 _RANGE: Options = {"sigma_min": ANY, "sigma_max": ANY}
+_CLIPPING: Options = {"clip_sample_range": ANY}
 _FIXED_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
 _SOLVER_TYPES = ("midpoint", "heun", "logrho", "bh1", "bh2")
 """Classes take the names of other classes for their own first one, so that their files can be switched."""
@@ -112,7 +117,7 @@ _MULTISTEP: Options = {
     "solver_type": _SOLVER_TYPES,
     "lower_order_final": ANY,
     "lambda_min_clipped": ANY,
-    "variance_type": (None, *_FIXED_VARIANCES),  # a variance that isn't learned changes nothing
+    "variance_type": (None, *_FIXED_VARIANCES, *LEARNED_VARIANCES),  # it changes nothing
 }
 _DPM: Options = {**_SPACING, **_LEVELS, **_FINAL, **_MULTISTEP, "use_lu_lambdas": ANY, "euler_at_final": ANY}
 _DPM_OF_NOISE: Options = {**_DPM, "final_sigmas_type": ("sigma_min",)}
@@ -136,7 +141,8 @@ ROWS = (
         ddim,
         "DDIMScheduler",
         strided_grid,
-        {**_SPACING, "set_alpha_to_one": ANY},
+        {**_SPACING, **_CLIPPING, "set_alpha_to_one": ANY},
+        arguments=_clip_arguments,
         eta="eta",
         webui=Webui(grid=ddim_timesteps_grid),
     ),
@@ -146,7 +152,7 @@ ROWS = (
         ddpm,
         "DDPMScheduler",
         successive_grid,
-        {**_SPACING, "variance_type": _FIXED_VARIANCES},
+        {**_SPACING, **_CLIPPING, "variance_type": (*_FIXED_VARIANCES, *LEARNED_VARIANCES)},
         arguments=_ddpm_arguments,
     ),
     Sampler(

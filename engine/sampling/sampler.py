@@ -20,8 +20,11 @@ Options = Mapping[str, tuple[Any, ...]]
 ANY: tuple[Any, ...] = ()
 """Every value that schedule.OPTIONS allows."""
 
-_GRID_FLAGS = frozenset({*FLAGS.values(), "timestep_spacing"})
-"""What `schedule_type` says in a call."""
+LEARNED_VARIANCES = ("learned", "learned_range")
+"""For models that have outputs for it."""
+
+_NOT_IN_A_CALL = frozenset({*FLAGS.values(), "timestep_spacing", "clip_sample_range"})
+"""`schedule_type` says these in a call, and the range belongs to the model."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class Sampler:
         own = self.class_options
         self.refuse_unknown(schedule.config)
         for option, value in schedule.config.items():
-            self._check(option, value)
+            self._check(option, value, schedule.learned_variance)
         if schedule.zero_snr and "rescale_betas_zero_snr" not in own:
             raise SchedulerConfigError(
                 f"{self.name} ({self.scheduler_class}) cannot do a zero terminal SNR (rescale_betas_zero_snr=true): it "
@@ -134,11 +137,18 @@ class Sampler:
             )
         betas = {option: own[option] for option in BETAS if option in own and option not in schedule.config}
         if any(value != BETAS[option] for option, value in betas.items()):
-            schedule = Schedule.from_config({**betas, **schedule.config})
+            made = Schedule.from_config({**betas, **schedule.config, "clip_sample": False})
+            schedule = replace(schedule, alphas_cumprod=made.alphas_cumprod)
         # sigma_min and sigma_max count for any class that makes levels from them, as in diffusers' from_config.
         kept = {*own, *FORWARD_OPTIONS, "sigma_min", "sigma_max"}
         given = {option: value for option, value in schedule.config.items() if option in kept}
-        return replace(schedule, config={**own, **given, **(chosen or {}), **self.preset})
+        config = {**own, **given, **(chosen or {}), **self.preset}
+        if config.get("clip_sample") and "clip_sample" in own and "clip_sample_range" not in self.options:
+            raise SchedulerConfigError(
+                f"scheduler option clip_sample=True is not supported by {self.name}; set it to false in "
+                "scheduler_config.json, or take ddim or ddpm"
+            )
+        return replace(schedule, config=config)
 
     def refuse_unknown(self, config: Mapping[str, Any]) -> None:
         """SchedulerConfigError for an option that no class of diffusers has. Names that begin with "_" are diffusers'
@@ -151,13 +161,15 @@ class Sampler:
                     f"from scheduler_config.json, or correct its name; {self.name} knows: {', '.join(self._known())}"
                 )
 
-    def _check(self, option: str, value: Any) -> None:
+    def _check(self, option: str, value: Any, learned_variance: bool) -> None:
         """Options of other classes don't count, as in diffusers' `from_config`."""
         own = self.class_options
         if option not in own or option in FORWARD_OPTIONS or option in self.preset or option in self.ignores:
             return
         default = own[option]
         allowed = self.options.get(option, (default, None) if default is False else (default,))
+        if not learned_variance:
+            allowed = tuple(one for one in allowed if one not in LEARNED_VARIANCES)
         if allowed != ANY and value not in allowed:
             raise SchedulerConfigError(
                 f"scheduler option {option}={shown(value)} is not supported by {self.name}; supported: "
@@ -181,4 +193,4 @@ class Sampler:
     @property
     def config_parameters(self) -> tuple[str, ...]:
         """The options of scheduler_config.json that a call may choose too."""
-        return tuple(option for option in self.options if option not in _GRID_FLAGS and option not in self.preset)
+        return tuple(option for option in self.options if option not in _NOT_IN_A_CALL and option not in self.preset)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..contract import Family
 from ..errors import SchedulerConfigError, shown
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -35,7 +36,7 @@ def _are_betas(value: Any) -> bool:
 
 
 def _are_indices(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_integer(0, MAX_TRAIN_TIMESTEPS), value))
+    return isinstance(value, (list, tuple)) and all(map(_is_integer(0, MAX_TRAIN_TIMESTEPS), value))
 
 
 OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -52,6 +53,7 @@ OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "timestep_scaling": ("a number above 0", _is_number(0, math.inf)),
     "disable_corrector": ("a list of integers from 0 up", _are_indices),
     "sigma_min": ("a number above 0", _is_number(0, math.inf)),
+    "clip_sample_range": ("a number above 0", _is_number(0, math.inf)),
     "sigma_max": ("a number above 0", _is_number(0, math.inf)),
     "lambda_min_clipped": (
         "a number or -Infinity",
@@ -116,29 +118,35 @@ FORWARD_OPTIONS = frozenset(
 
 @dataclass(frozen=True)
 class Schedule:
-    """The forward process and the shipped options of a model. `config` is its scheduler_config.json."""
+    """The forward process and the shipped options of a model. `config` is its scheduler_config.json. learned_variance:
+    the U-Net has outputs for it."""
 
     config: Mapping[str, Any]
     alphas_cumprod: np.ndarray
     prediction_type: str
+    learned_variance: bool = False
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Schedule:
-        """Reads betas and prediction type as diffusers does; SchedulerConfigError for what is not known here or is of
-        the wrong type."""
+    def from_config(cls, config: Mapping[str, Any], family: Family | None = None) -> Schedule:
+        """Reads betas and prediction type as diffusers does; SchedulerConfigError for what is not known here, is of the
+        wrong type, or is not for models of the family. None is a family whose samples are not clipped."""
         config = _checked(config)
         prediction_type = config.get("prediction_type", "epsilon")
         if prediction_type not in PREDICTION_TYPES:
             raise SchedulerConfigError(
                 f"prediction_type {prediction_type!r} is not known; known: {', '.join(PREDICTION_TYPES)}"
             )
-        for option in ("clip_sample", "thresholding"):
+        clips = family is not None and family.clips
+        for option in ("thresholding",) if clips else ("clip_sample", "thresholding"):
             if config.get(option):
                 raise SchedulerConfigError(
-                    f"{option}=true clamps the latents, which no latent diffusion model needs and no sampler "
-                    f"here supports; set it to false in scheduler_config.json"
+                    f"{option}=true clamps the {'samples' if clips else 'latents'}, which no sampler here supports for "
+                    "this kind of model; set it to false in scheduler_config.json"
                 )
-        return cls(config, _alphas_cumprod(config), prediction_type)
+        if not clips:
+            config["clip_sample"] = False
+        learned_variance = family is not None and family.learned_variance
+        return cls(config, _alphas_cumprod(config), prediction_type, learned_variance)
 
     @property
     def train_timesteps(self) -> int:

@@ -1,20 +1,20 @@
-"""Samplers as step tables: for every U-Net evaluation a timestep and a K x (K+2) matrix, computed in float64.
+"""Samplers as step tables: for every U-Net evaluation a timestep and a matrix, computed in float64.
 
 The state has K = SLOTS slots. Slot 0 is the latent x that the U-Net sees, VP-scaled: x = alpha x0 + sigma noise. One
 evaluation does
 
-    state' = update @ [state; output; noise]
+    state' = update @ [state; output; noise; clipped]
 
-with `output` the guided output of the U-Net and `noise` standard normal. A row of an update is a `Linear`, so a solver
-writes its paper's equations with `X`, `OUTPUT`, `NOISE` and `PAST`, and makes updates of them with `single`,
-`multistep` or `keep`.
+with `output` the guided output of the U-Net, `noise` standard normal, and `clipped` the predicted clean sample within a
+range, for models on pixels. A row of an update is a `Linear`, so a solver writes its paper's equations with `X`,
+`OUTPUT`, `NOISE`, `CLIPPED` and `PAST`, and makes updates of them with `single`, `multistep` or `keep`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -23,23 +23,50 @@ from ..contract import SLOTS
 from ..errors import SchedulerConfigError
 
 Linear: TypeAlias = np.ndarray
-"""[K+2] float64: a quantity as a linear combination of the state's slots, the output and the noise. Sums of these and
-their products with numbers are NumPy's."""
+"""[K+3] float64: a quantity as a linear combination of the state's slots, the output, the noise and the clipped
+prediction. Sums of these and their products with numbers are NumPy's."""
 
-_BASIS = np.eye(SLOTS + 2)
+COLUMNS = SLOTS + 3
+_BASIS = np.eye(COLUMNS)
 _BASIS.flags.writeable = False
 X: Linear = _BASIS[0]
 PAST: Sequence[Linear] = tuple(_BASIS[1:SLOTS])
 """What the slots from 1 on remember; after `multistep`, the values that it pushed, newest first."""
 OUTPUT: Linear = _BASIS[SLOTS]
 NOISE: Linear = _BASIS[SLOTS + 1]
+CLIPPED: Linear = _BASIS[SLOTS + 2]
+"""The quantity that an evaluation's `Clip` names, within its range."""
 
-_SHIFT = np.eye(SLOTS, SLOTS + 2, k=-1)
+_SHIFT = np.eye(SLOTS, COLUMNS, k=-1)
 """The update that moves every slot into the next one."""
 
 
 class SolverError(ArithmeticError):
     """A solver made a table that is not finite in float32. The grid was in order, so this is a bug in the solver."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What CLIPPED stands for in an evaluation: clamp(x X + output OUTPUT, -limit, limit)."""
+
+    x: float
+    output: float
+    limit: float
+
+    @classmethod
+    def of(cls, value: Linear, limit: float) -> Clip:
+        """`value`, a combination of X and OUTPUT, within +-limit."""
+        return cls(float(value[0]), float(value[SLOTS]), limit)
+
+
+NO_CLIP = Clip(0.0, 0.0, 0.0)
+
+LogVariances: TypeAlias = tuple[float, float]
+"""The largest and the smallest logarithm of a learned variance. The U-Net's second output v in -1..1 chooses between
+them, element by element, and NOISE is multiplied by the deviation (arXiv 2102.09672, equation 15)."""
+
+UNIT_VARIANCE: LogVariances = 0.0, 0.0
+"""Leaves NOISE as it is."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +76,9 @@ class StepTable:
     timesteps [E] and updates [E, K, K+2], float64, one of each per U-Net evaluation; draws [E] says where diffusers
     draws noise (also where its factor is zero, so that the random numbers stay in step); scales [E] are the factors
     that turn the latents after each evaluation into diffusers', which are not VP-scaled for every sampler.
+
+    clipped [E, K]: what each slot takes of the clipped prediction, the last column of the updates; clips [E, 3]: what
+    that is, the numbers of a `Clip`; variances [E, 2]: `LogVariances`. These are for models on pixels.
 
     alphas [E] and sigmas [E], alpha^2 + sigma^2 = 1, describe the noise in the latents that each evaluation sees. The
     state is VP-scaled at a late start too: from an image x0 a loop starts at alphas[0] x0 + sigmas[0] noise, whether
@@ -62,6 +92,9 @@ class StepTable:
     scales: np.ndarray
     alphas: np.ndarray
     sigmas: np.ndarray
+    clipped: np.ndarray
+    clips: np.ndarray
+    variances: np.ndarray
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -76,20 +109,35 @@ class TableBuilder:
         self._draws: list[bool] = []
         self._scales: list[float] = []
         self._noise: list[tuple[float, float]] = []
+        self._clips: list[Clip] = []
+        self._variances: list[LogVariances] = []
 
-    def add(self, timestep: float, s: float, update: np.ndarray, draw: bool = False, scale: float = 1.0) -> None:
+    def add(
+        self,
+        timestep: float,
+        s: float,
+        update: np.ndarray,
+        draw: bool = False,
+        scale: float = 1.0,
+        clip: Clip = NO_CLIP,
+        variance: LogVariances = UNIT_VARIANCE,
+    ) -> None:
         """One evaluation at a timestep and the noise level s."""
         self._timesteps.append(timestep)
         self._updates.append(update)
         self._draws.append(draw)
         self._scales.append(scale)
         self._noise.append(vp(s))
+        self._clips.append(clip)
+        self._variances.append(variance)
 
     def table(self, initial_scale: float) -> StepTable:
         """All evaluations; SolverError for numbers that are not finite in float32."""
         updates, scales = np.stack(self._updates), np.array(self._scales)
+        clips, variances = np.array([astuple(clip) for clip in self._clips]), np.array(self._variances)
         # The largest number is NaN if one is, and a comparison with NaN is false.
-        largest = np.maximum(np.abs(updates).max(axis=(1, 2)), np.abs(scales))
+        numbers = (updates.reshape(len(updates), -1), scales[:, None], clips, variances)
+        largest = np.abs(np.concatenate(numbers, axis=1)).max(axis=1)
         finite = largest <= np.finfo(np.float32).max
         if not finite.all():
             i = int(np.argmin(finite))
@@ -99,13 +147,22 @@ class TableBuilder:
             )
         alphas, sigmas = np.array(self._noise).T
         return StepTable(
-            np.array(self._timesteps, np.float64), updates, np.array(self._draws), initial_scale, scales, alphas, sigmas
+            np.array(self._timesteps, np.float64),
+            np.ascontiguousarray(updates[:, :, :-1]),
+            np.array(self._draws),
+            initial_scale,
+            scales,
+            alphas,
+            sigmas,
+            np.ascontiguousarray(updates[:, :, -1]),
+            clips,
+            variances,
         )
 
 
 def single(x_next: Linear) -> np.ndarray:
     """The update of a solver without memory."""
-    update = np.zeros((SLOTS, SLOTS + 2))
+    update = np.zeros((SLOTS, COLUMNS))
     update[0] = x_next
     return update
 

@@ -1,4 +1,4 @@
-"""CLIP tokens: a text becomes 77 token ids."""
+"""Tokens: a text becomes 77 token ids, for CLIP and for the BERT of latent diffusion."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from ..errors import ManifestError
 END_OF_WORD = "</w>"
 """The end of a word in CLIP's byte pairs."""
 
+MARK = r"<.+>|\[.+\]"
+"""CLIP's marks are like <|startoftext|>, and BERT's like [CLS]."""
+
 SHOWN_CHARACTERS = 300
 """The most characters of cut-off text that the warning shows."""
 
@@ -23,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 
 class ClipTokenizer:
-    """Gives the ids of the model's `transformers.CLIPTokenizer`, from the bundle's tokenizer.json."""
+    """Gives the ids of the model's `transformers.CLIPTokenizer` or `BertTokenizer`, from the bundle's
+    tokenizer.json."""
 
     def __init__(self, file: Path, special: SpecialTokens) -> None:
         try:
@@ -63,7 +67,7 @@ class ClipTokenizer:
         """ManifestError unless start and end are two different marks of the vocabulary, and the padding is a token of
         it."""
         start, end, pad = (self._encoder.id_to_token(number) for number in (special.start, special.end, special.pad))
-        if start == end or pad is None or not all(mark and re.fullmatch("<.+>", mark) for mark in (start, end)):
+        if start == end or pad is None or not all(mark and re.fullmatch(MARK, mark) for mark in (start, end)):
             raise ManifestError(
                 f"the manifest has the tokens start={special.start}, end={special.end} and pad={special.pad}, which "
                 f"are {start!r}, {end!r} and "

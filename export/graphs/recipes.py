@@ -14,10 +14,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from .bert import BertEncoder
 from .denoiser import Denoiser
 from .text_encoder import TextEncoder
 from .tracing import ATTENTION_OPSET
-from .vae import VaeDecoder, VaeEncoder
+from .unet2d import TextlessDenoiser
+from .vae import KlDecoder, PixelDecoder, VaeDecoder, VaeEncoder, VqDecoder
 
 
 class GraphModule(Protocol):
@@ -51,3 +53,25 @@ RECIPES: Recipes = {
     "denoiser": Recipe("unet", Denoiser, fuses=True),
 }
 """In the order in which they are traced: the largest last, when the memory of the others is free again."""
+
+PIXELS: Recipes = {
+    "vae_decoder": Recipe("unet", PixelDecoder),
+    "denoiser": Recipe("unet", TextlessDenoiser, fuses=True),
+}
+"""DDPM and Improved DDPM: a UNet2DModel alone."""
+VQ_LATENTS: Recipes = {**PIXELS, "vae_decoder": Recipe("vqvae", VqDecoder)}
+KL_LATENTS: Recipes = {**PIXELS, "vae_decoder": Recipe("vqvae", KlDecoder)}
+"""Unconditional latent diffusion, with a VQ-VAE and with a VAE."""
+
+BERT_KL: Recipes = {
+    "text_encoder": Recipe("bert", BertEncoder),
+    "vae_decoder": Recipe("vqvae", VaeDecoder),
+    "vae_encoder": Recipe("vqvae", VaeEncoder),
+    "denoiser": RECIPES["denoiser"],
+}
+BERT_VQ: Recipes = {
+    "text_encoder": Recipe("bert", BertEncoder),
+    "vae_decoder": Recipe("vqvae", VqDecoder),
+    "denoiser": RECIPES["denoiser"],
+}
+"""Latent diffusion with a text, with a VAE and with a VQ-VAE."""

@@ -10,15 +10,22 @@ from pathlib import Path
 from engine.errors import shown
 
 from ..errors import UnknownModelError, UsageError
-from . import schedulers, weights
+from . import latent_folder, schedulers, textless_folder, weights
 from .diffusers_folder import DiffusersFolder
 from .hub import download
+from .latent_folder import LatentFolder
 from .presets import ARCHITECTURES
 from .random_weights import BUILT_IN, RandomWeights
+from .reading import read_object, reading
 from .single_file import CompVisFile
 from .source import Source
+from .textless_file import TextlessFile, is_textless
+from .textless_folder import TextlessFolder
 
-__all__ = ["BUILT_IN", "CompVisFile", "DiffusersFolder", "RandomWeights", "Source", "resolve"]
+SHAPES = BUILT_IN.with_name("shapes")
+"""The second built-in model, a diffusers folder: classes instead of texts, on pixels."""
+
+__all__ = ["BUILT_IN", "SHAPES", "CompVisFile", "DiffusersFolder", "RandomWeights", "Source", "resolve"]
 
 
 def resolve(
@@ -28,8 +35,8 @@ def resolve(
     prediction_type: str | None = None,
     scheduler: str | None = None,
 ) -> Source:
-    """The source that MODEL stands for. `tokenizer` and `prediction_type` are for single files. `scheduler`, a name in
-    engine.sampling.catalog.SAMPLERS or a diffusers class name, replaces the model's own.
+    """The source that MODEL stands for. `tokenizer` and `prediction_type` are for single files of Stable Diffusion.
+    `scheduler`, a name in engine.sampling.catalog.SAMPLERS or a diffusers class name, replaces the model's own.
 
     Raises UnknownModelError, UnreadableModelError, UnsupportedModelError, UnsafePickleError, NoNetworkError or
     UsageError.
@@ -61,6 +68,9 @@ def _resolve(
         _refuse_file_options(f"{model} --random-weights", tokenizer, prediction_type)
         return RandomWeights(model, sampler=sampler)
     if model is not None and (file := _checkpoint(model)) is not None:
+        if is_textless(file):
+            _refuse_file_options(f"{model}, a model without texts,", tokenizer, prediction_type)
+            return TextlessFile(file, sampler)
         return CompVisFile(file, tokenizer, prediction_type, sampler)
     _refuse_file_options("the built-in model" if model is None else model, tokenizer, prediction_type)
     if model is None:
@@ -68,19 +78,37 @@ def _resolve(
     path = Path(model)
     if path.is_dir():
         name = path.resolve().name
-        return DiffusersFolder(path, name, {"kind": "folder", "id": name, "path": str(path.resolve())}, sampler)
+        return open_folder(path, name, {"kind": "folder", "id": name, "path": str(path.resolve())}, sampler)
+    if model == SHAPES.name:
+        return open_folder(SHAPES, model, {"kind": "built-in", "id": model}, sampler)
     if model in ARCHITECTURES:
         raise UnknownModelError(
             f"{model} is an architecture, not a model; add --random-weights to build it without trained weights"
         )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not path.parent.is_dir():
-        return DiffusersFolder(download(model), model.split("/")[1], {"kind": "hub", "id": model}, sampler)
+        return open_folder(download(model), model.split("/")[1], {"kind": "hub", "id": model}, sampler)
     if {"/", os.sep} & set(model):
         raise UnknownModelError(f"there is no file or folder {model}; check the path, or pass a hub id like owner/name")
     raise UnknownModelError(
-        f"{model!r} is no folder or file here, and not a hub id like owner/name; known architectures for "
-        f"--random-weights: {', '.join(ARCHITECTURES)}"
+        f"{model!r} is no folder or file here, and not a hub id like owner/name; the second built-in "
+        f"model is {SHAPES.name}; known architectures for --random-weights: {', '.join(ARCHITECTURES)}"
     )
+
+
+def open_folder(folder: Path, name: str, origin: dict[str, str], sampler: str | None) -> Source:
+    """The model in a diffusers folder, of the kind that its model_index.json names."""
+    kind = reading(folder, lambda: _kind(folder / "model_index.json"))
+    if kind in textless_folder.PIPELINES:
+        return TextlessFolder(folder, name, origin, sampler)
+    if kind == latent_folder.PIPELINE:
+        return LatentFolder(folder, name, origin, sampler)
+    return DiffusersFolder(folder, name, origin, sampler)
+
+
+def _kind(index: Path) -> str:
+    """The `_class_name` in a model_index.json. "" where there is none, which `DiffusersFolder` explains."""
+    found = read_object(index).get("_class_name") if index.is_file() else None
+    return found if isinstance(found, str) else ""
 
 
 def _checkpoint(model: str) -> Path | None:
@@ -112,10 +140,10 @@ def _suffixes() -> str:
 
 
 def _refuse_file_options(what: str, tokenizer: Path | None, prediction_type: str | None) -> None:
-    """UsageError for options that are only for single files."""
+    """UsageError for options that are only for single files of Stable Diffusion."""
     for option, value in (("--tokenizer", tokenizer), ("--prediction-type", prediction_type)):
         if value is not None:
             raise UsageError(
-                f"{option} {value} is for a single file ({_suffixes()}); {what} says this itself, so leave the option "
-                "out"
+                f"{option} {value} is for a single file of Stable Diffusion ({_suffixes()}); {what} says this itself, "
+                "or has no use for it, so leave the option out"
             )

@@ -22,6 +22,9 @@ CHANNELS, FACTOR = STABLE_DIFFUSION.channels, STABLE_DIFFUSION.factor
 
 MODELS = "text-to-image models of Stable Diffusion 1.x and 2.x"
 
+EARLIER = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "LDMPipeline", "LDMTextToImagePipeline")
+"""The kinds of models from before Stable Diffusion that are supported too."""
+
 UNUSED_INPUTS = (
     "class_embed_type",
     "addition_embed_type",

@@ -58,14 +58,14 @@ def architecture(weights: dict[str, Tensor], file: Path, prediction_type: str | 
     unet["upcast_attention"] = second and prediction_type == "v_prediction"
     return Architecture(
         unet,
-        {**preset.vae, **_vae_config(weights), "sample_size": 8 * unet["sample_size"]},
+        {**preset.vae, **vae_config(weights), "sample_size": 8 * unet["sample_size"]},
         _text_config(weights, second, preset),
         {**preset.scheduler, "prediction_type": prediction_type},
         preset.pad_token,
     )
 
 
-def _count(weights: dict[str, Tensor], pattern: str) -> int:
+def count(weights: dict[str, Tensor], pattern: str) -> int:
     """One more than the highest number that the group of `pattern` matches among the names."""
     return 1 + max((int(match[1]) for name in weights if (match := re.match(pattern, name))), default=-1)
 
@@ -76,7 +76,7 @@ def _unet_config(weights: dict[str, Tensor]) -> dict[str, Any]:
     layers: list[int] = [0]
     context = 0
     linear = False
-    for i in range(1, _count(weights, re.escape(UNET) + r"input_blocks\.(\d+)\.")):
+    for i in range(1, count(weights, re.escape(UNET) + r"input_blocks\.(\d+)\.")):
         block = f"{UNET}input_blocks.{i}."
         if block + "0.op.weight" in weights:
             layers.append(0)
@@ -100,11 +100,11 @@ def _unet_config(weights: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _vae_config(weights: dict[str, Tensor]) -> dict[str, Any]:
-    levels = _count(weights, re.escape(VAE) + r"encoder\.down\.(\d+)\.")
+def vae_config(weights: dict[str, Tensor]) -> dict[str, Any]:
+    levels = count(weights, re.escape(VAE) + r"encoder\.down\.(\d+)\.")
     return {
         "block_out_channels": [weights[f"{VAE}encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)],
-        "layers_per_block": _count(weights, re.escape(VAE) + r"encoder\.down\.0\.block\.(\d+)\."),
+        "layers_per_block": count(weights, re.escape(VAE) + r"encoder\.down\.0\.block\.(\d+)\."),
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
     }
@@ -114,7 +114,7 @@ def _text_config(weights: dict[str, Tensor], second: bool, preset: Architecture)
     if second:
         vocabulary, width = weights[OPEN_CLIP + "token_embedding.weight"].shape
         layers = (
-            _count(weights, re.escape(OPEN_CLIP) + r"transformer\.resblocks\.(\d+)\.") - 1
+            count(weights, re.escape(OPEN_CLIP) + r"transformer\.resblocks\.(\d+)\.") - 1
         )  # the last block is not used
         inner = weights[OPEN_CLIP + "transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
     else:
@@ -124,7 +124,7 @@ def _text_config(weights: dict[str, Tensor], second: bool, preset: Architecture)
                 f"the checkpoint has neither {prefix}* (SD 1.x) nor {OPEN_CLIP}* (SD 2.x): its text encoder is not CLIP"
             )
         vocabulary, width = weights[prefix + "embeddings.token_embedding.weight"].shape
-        layers = _count(weights, re.escape(prefix) + r"encoder\.layers\.(\d+)\.")
+        layers = count(weights, re.escape(prefix) + r"encoder\.layers\.(\d+)\.")
         inner = weights[prefix + "encoder.layers.0.mlp.fc1.weight"].shape[0]
     return {
         **preset.text_encoder,
@@ -140,13 +140,13 @@ def _text_config(weights: dict[str, Tensor], second: bool, preset: Architecture)
 
 def unet(file: Path, weights: dict[str, Tensor], known: Architecture) -> UNet2DConditionModel:
     model = UNet2DConditionModel(**known.unet)
-    _fill(file, model, convert_ldm_unet_checkpoint(dict(weights), dict(model.config)))
+    fill(file, model, convert_ldm_unet_checkpoint(dict(weights), dict(model.config)))
     return model
 
 
 def vae(file: Path, weights: dict[str, Tensor], known: Architecture) -> AutoencoderKL:
     model = AutoencoderKL(**known.vae)
-    _fill(file, model, convert_ldm_vae_checkpoint(dict(weights), dict(model.config)))
+    fill(file, model, convert_ldm_vae_checkpoint(dict(weights), dict(model.config)))
     return model
 
 
@@ -160,7 +160,7 @@ def text_encoder(file: Path, weights: dict[str, Tensor], known: Architecture) ->
     else:
         converted = convert_ldm_clip_checkpoint(weights)
     named = {name.removeprefix("text_model."): value for name, value in converted.items()}
-    _fill(
+    fill(
         file,
         model,
         {
@@ -172,7 +172,7 @@ def text_encoder(file: Path, weights: dict[str, Tensor], known: Architecture) ->
     return model
 
 
-def _fill(file: Path, model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
+def fill(file: Path, model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
     """Fills exactly the weights of the model, as float32. UnreadableModelError names those that do not fit."""
     wanted = {name: value.shape for name, value in model.state_dict().items()}
     mismatched = [

@@ -19,7 +19,7 @@ from engine.family import STABLE_DIFFUSION
 from ..errors import UnreadableModelError, UnsupportedModelError
 from . import checks, schedulers, weights
 from .reading import read_object, reading
-from .source import PARTS, Source
+from .source import PARTS, TextToImage
 
 HASHED = {".json", ".txt", ".safetensors", ".bin"}
 """Suffixes of the files that a part of a diffusers folder is made of."""
@@ -33,7 +33,7 @@ CLASSES = {
 """The library and class of each part in the model_index.json of a supported model."""
 
 
-class DiffusersFolder(Source):
+class DiffusersFolder(TextToImage):
     """A folder as diffusers' `save_pretrained` writes it."""
 
     def __init__(self, folder: Path, name: str, origin: Mapping[str, str], sampler: str | None = None) -> None:
@@ -56,25 +56,7 @@ class DiffusersFolder(Source):
         return index
 
     def _load(self, cls: Any, part: str, safetensors: str, pickle: str, **options: Any) -> Any:
-        folder = self.folder / part
-        chosen = reading(folder, lambda: weights.choose(folder, safetensors, pickle))
-        for file in chosen.files:
-            weights.check_floats(file)
-        model, info = reading(
-            folder,
-            lambda: cls.from_pretrained(
-                folder,
-                torch_dtype=torch.float32,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **chosen.options,
-                **options,
-            ),
-        )
-        weights.check_loading(folder, info)
-        weights.check_finite(folder, model)
-        return model
+        return load_weights(self.folder / part, cls, safetensors, pickle, **options)
 
     def text_encoder(self) -> CLIPTextModel:
         return self._load(CLIPTextModel, "text_encoder", "model.safetensors", "pytorch_model.bin")
@@ -103,14 +85,7 @@ class DiffusersFolder(Source):
         return checks.with_defaults(UNet2DConditionModel if part == "unet" else AutoencoderKL, given)
 
     def scheduler_config(self) -> dict[str, Any]:
-        file = self.folder / "scheduler" / "scheduler_config.json"
-        config, named = read_object(file), self._index["scheduler"][1]
-        if self._sampler is None and config.get("_class_name", named) != named:
-            raise UnreadableModelError(
-                f"{file} has _class_name={shown(config['_class_name'])} and model_index.json {named}; make them the "
-                "same, or ship "
-                f"another scheduler with --scheduler NAME"
-            )
+        config, file = read_scheduler(self.folder / "scheduler", self._index, self._sampler)
         return schedulers.shipped(config, str(file), self._sampler)
 
     def sample_size(self) -> int:
@@ -126,21 +101,64 @@ def _check_index(index: Mapping[str, Any], file: Path) -> None:
     pipeline = index.get("_class_name")
     if pipeline not in PIPELINES or "text_encoder_2" in index:
         raise UnsupportedModelError(
-            f"{file} is of a {shown(pipeline)}; supported are {checks.MODELS} ({' or '.join(PIPELINES)})"
+            f"{file} is of a {shown(pipeline)}; supported are {checks.MODELS} ({' or '.join(PIPELINES)}), "
+            f"and {', '.join(checks.EARLIER)}"
         )
     for part in PARTS:
-        entry = index.get(part)
-        if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(name, str) for name in entry)):
-            raise UnreadableModelError(
-                f"{file} has {part}={shown(entry)}; it must be the library and the class, "
-                f"for example {json.dumps(CLASSES.get(part, ('diffusers', 'DDIMScheduler')))}"
-            )
+        check_entry(index, part, file)
     for part, expected in CLASSES.items():
         if index[part][1] != expected[1]:
             raise UnsupportedModelError(
                 f"{file} is of a {pipeline} with {part}={index[part][1]}; supported are {checks.MODELS} "
                 f"({part}={expected[1]}, one text encoder)"
             )
+
+
+def check_entry(index: Mapping[str, Any], part: str, file: Path) -> None:
+    """UnreadableModelError unless a part of model_index.json has a library and a class."""
+    entry = index.get(part)
+    if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(name, str) for name in entry)):
+        raise UnreadableModelError(
+            f"{file} has {part}={shown(entry)}; it must be the library and the class, "
+            f"for example {json.dumps(CLASSES.get(part, ('diffusers', 'DDIMScheduler')))}"
+        )
+
+
+def load_weights(folder: Path, cls: Any, safetensors: str, pickle: str, **options: Any) -> Any:
+    """A part of a model in a folder, float32, from files of these names. Raises UnreadableModelError or
+    UnsafePickleError."""
+    chosen = reading(folder, lambda: weights.choose(folder, safetensors, pickle))
+    for file in chosen.files:
+        weights.check_floats(file)
+    model, info = reading(
+        folder,
+        lambda: cls.from_pretrained(
+            folder,
+            torch_dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **chosen.options,
+            **options,
+        ),
+    )
+    weights.check_loading(folder, info)
+    weights.check_finite(folder, model)
+    return model
+
+
+def read_scheduler(folder: Path, index: Mapping[str, Any], sampler: str | None) -> tuple[dict[str, Any], Path]:
+    """The scheduler_config.json in a folder and its path. UnreadableModelError where it and model_index.json disagree,
+    unless another `sampler` replaces it."""
+    file = folder / "scheduler_config.json"
+    config, named = read_object(file), index["scheduler"][1]
+    if sampler is None and config.get("_class_name", named) != named:
+        raise UnreadableModelError(
+            f"{file} has _class_name={shown(config['_class_name'])} and model_index.json {named}; make them the "
+            "same, or ship "
+            f"another scheduler with --scheduler NAME"
+        )
+    return config, file
 
 
 def hash_files(folder: Path, root: Path, suffixes: set[str]) -> str:

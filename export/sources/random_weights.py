@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from . import checks, schedulers
 from .presets import ARCHITECTURES, CLIP_VOCABULARY, Architecture
-from .source import Load, Source
+from .source import Load, TextToImage
 
 BUILT_IN = Path(__file__).parents[1] / "demo" / "model"
 """The built-in model, a diffusers folder."""
@@ -22,7 +22,7 @@ BUILT_IN = Path(__file__).parents[1] / "demo" / "model"
 T = TypeVar("T")
 
 
-class RandomWeights(Source):
+class RandomWeights(TextToImage):
     """A known architecture with seeded random weights: for sizes, speed and tests, not for pictures that mean
     something."""
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import diffusers
 
+from engine.contract import Family
 from engine.errors import EngineError, shown
 from engine.sampling.catalog import SAMPLERS, sampler_name, step_table
 from engine.sampling.schedule import FORWARD_OPTIONS, Schedule, wrong_option
+from engine.sampling.scheduler_classes import CLASSES
 
 from ..errors import UnreadableModelError, UnsupportedModelError, UsageError
 from .reading import cause
@@ -31,6 +33,8 @@ SHIPPED = tuple(
 """The samplers that a bundle may ship. PNDM's Runge-Kutta steps need more steps than the verification takes;
 IPNDMScheduler starts differently and DPMSolverSDEScheduler draws its noise from another library, so neither gives
 diffusers' picture."""
+SAMPLE_OPTIONS = ("clip_sample", "clip_sample_range", "variance_type")
+"""What else describes a model on pixels."""
 
 STEPS = (2, 20, 50)
 """Numbers of steps that must work: the verification's, and what a call without num_inference_steps takes."""
@@ -56,19 +60,40 @@ def shipped(config: Mapping[str, Any], where: str, sampler: str | None = None) -
     """scheduler_config.json as diffusers' StableDiffusionPipeline uses it (steps_offset 1, nothing clipped), or that of
     another sampler with the noise and the grid that it describes. Raises UnreadableModelError or UnsupportedModelError
     where a picture cannot be made with it."""
-    if sampler is not None:
-        row = SAMPLERS[sampler]
-        config = {
-            "_class_name": row.scheduler_class,
-            **{option: config[option] for option in NOISE_OPTIONS if option in config},
-            **row.preset,
-        }
+    config = _with_sampler(config, sampler, NOISE_OPTIONS)
     _check_class(config, where)
     _check_values(config, where)
     config = {**config, "steps_offset": 1, "clip_sample": False}
     _check_sampler(config, where)
     _check_diffusers(config, where)
     return config
+
+
+def kept(config: Mapping[str, Any], where: str, sampler: str | None, family: Family) -> dict[str, Any]:
+    """scheduler_config.json as diffusers' pipelines before Stable Diffusion use it: as it is, or that of another
+    sampler. Raises the errors of `shipped`."""
+    config = _with_sampler(config, sampler, (*NOISE_OPTIONS, *SAMPLE_OPTIONS) if family.clips else NOISE_OPTIONS)
+    if not family.clips:  # what is not there is true in DDIM and DDPM, and would clip the latents
+        config = {**_clip_default(config), **config} if sampler is None else {**config, "clip_sample": False}
+    _check_class(config, where)
+    _check_values(config, where)
+    _check_sampler(config, where, family)
+    _check_diffusers(config, where)
+    return config
+
+
+def _clip_default(config: Mapping[str, Any]) -> dict[str, Any]:
+    own = CLASSES.get(str(config.get("_class_name")), {})
+    return {"clip_sample": own["clip_sample"]} if "clip_sample" in own else {}
+
+
+def _with_sampler(config: Mapping[str, Any], sampler: str | None, options: tuple[str, ...]) -> dict[str, Any]:
+    """The configuration of another sampler with these options of the model's, if there is another."""
+    if sampler is None:
+        return dict(config)
+    row = SAMPLERS[sampler]
+    own = {option: config[option] for option in options if option in config}
+    return {"_class_name": row.scheduler_class, **own, **row.preset}
 
 
 def _check_class(config: Mapping[str, Any], where: str) -> None:
@@ -105,10 +130,10 @@ def _check_values(config: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _check_sampler(config: Mapping[str, Any], where: str) -> None:
+def _check_sampler(config: Mapping[str, Any], where: str, family: Family | None = None) -> None:
     """Checks that the runtime can make a table with it."""
     try:
-        schedule = Schedule.from_config(config)
+        schedule = Schedule.from_config(config, family)
         for steps in STEPS:
             step_table(sampler_name(None, schedule), schedule, steps)
     except EngineError as error:

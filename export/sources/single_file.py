@@ -20,13 +20,13 @@ from .diffusers_folder import hash_files, read_tokenizer
 from .hub import download
 from .random_weights import config_of
 from .reading import reading
-from .source import Source
+from .source import TextToImage
 
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
-class CompVisFile(Source):
+class CompVisFile(TextToImage):
     """A single .safetensors or .ckpt file with the names of the CompVis and Stability repositories."""
 
     def __init__(

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
@@ -17,25 +18,107 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from engine.contract import Family
+from engine.family import STABLE_DIFFUSION
+
+from ..graphs.recipes import RECIPES, Recipes
 from . import checks
 from .reading import reading
 
 PARTS = ("text_encoder", "unet", "vae", "tokenizer", "scheduler")
-MODELS = {"text_encoder": "text encoder", "vae": "VAE", "unet": "U-Net"}
-"""The parts with weights, as messages call them."""
+"""Of a text-to-image model."""
 
 Load = Callable[[str], Any]
-"""Returns one of MODELS."""
+"""Returns a part with weights."""
 
 
 class Source(ABC):
     """A model. name: of its bundle. origin: the manifest's entry about where the model came from. inputs: the files and
     folders that it is read from. options: the builder's options about the model, by their names on the command line."""
 
+    models: Mapping[str, str]
+    """The parts with weights, and what messages call them."""
+
     def __init__(self, name: str, origin: Mapping[str, str], inputs: tuple[Path, ...] = ()) -> None:
         self.name, self.origin, self.inputs = name, dict(origin), inputs
         self.options: dict[str, str] = {}
         self._fingerprints: dict[str, str] = {}
+
+    @property
+    @abstractmethod
+    def family(self) -> Family:
+        """What the bundle of this model holds."""
+
+    @property
+    @abstractmethod
+    def recipes(self) -> Recipes:
+        """How the graphs are made of the parts."""
+
+    @abstractmethod
+    def load(self, part: str) -> nn.Module:
+        """A new model of one of `models`, float32 on the CPU."""
+
+    @abstractmethod
+    def config(self, part: str) -> dict[str, Any]:
+        """The configuration of one of `models`, with its defaults."""
+
+    @abstractmethod
+    def scheduler_config(self) -> dict[str, Any]:
+        """scheduler_config.json as the bundle has it: the runtime can make pictures with it."""
+
+    @abstractmethod
+    def sample_size(self) -> int:
+        """Height and width in pixels that the model was trained at."""
+
+    @abstractmethod
+    def pipeline(self, load: Load | None = None) -> Any:
+        """What makes the model's pictures with diffusers, float32 on the CPU: the oracle. Parts are asked of `load`."""
+
+    @abstractmethod
+    def check_configs(self) -> None:
+        """Checks configurations, scheduler and tokenizer: the errors of `check`."""
+
+    @abstractmethod
+    def _fingerprint(self, part: str) -> str: ...
+
+    def fingerprint(self, part: str) -> str:
+        """A hash of everything that determines a part, the tokenizer or the scheduler. It is computed once: files that
+        change later are seen by a new Source."""
+        if part not in self._fingerprints:
+            self._fingerprints[part] = self._fingerprint(part)
+        return self._fingerprints[part]
+
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers; None for a model without texts."""
+        return None
+
+    def sizes(self) -> dict[str, int]:
+        """The sizes of the graphs' dimensions that are the model's, by name."""
+        return {}
+
+    def check(self, load: Load | None = None) -> None:
+        """Checks that a bundle of this model can be built and will run: configurations, scheduler, tokenizer, then
+        every tensor.
+
+        Raises UnreadableModelError, UnsupportedModelError, UnsafePickleError or UsageError. Parts are asked of `load`;
+        without one they are loaded and dropped one by one.
+        """
+        self.check_configs()
+        self._check_weights(load or self.load)
+
+    def _check_weights(self, load: Load) -> None:
+        """Loads every part and runs it once on a small input, because options that a constructor accepts may still fail
+        there."""
+        for part, what in self.models.items():
+            model = load(part)
+            reading(f"the {what} of {self.name}", partial(checks.run_once, model))
+            del model
+
+
+class TextToImage(Source):
+    """A model of Stable Diffusion 1.x or 2.x."""
+
+    models = MappingProxyType({"text_encoder": "text encoder", "vae": "VAE", "unet": "U-Net"})
 
     @abstractmethod
     def text_encoder(self) -> CLIPTextModel: ...
@@ -49,43 +132,21 @@ class Source(ABC):
     @abstractmethod
     def tokenizer(self) -> CLIPTokenizer: ...
 
-    @abstractmethod
-    def config(self, part: str) -> dict[str, Any]:
-        """The configuration of "text_encoder", "unet" or "vae", with its defaults."""
+    @property
+    def family(self) -> Family:
+        return STABLE_DIFFUSION
 
-    @abstractmethod
-    def scheduler_config(self) -> dict[str, Any]:
-        """scheduler_config.json as the bundle has it: the runtime can make pictures with it."""
-
-    @abstractmethod
-    def sample_size(self) -> int:
-        """Height and width in pixels that the model was trained at."""
-
-    @abstractmethod
-    def _fingerprint(self, part: str) -> str: ...
-
-    def fingerprint(self, part: str) -> str:
-        """A hash of everything that determines one of PARTS. It is computed once: files that change later are seen by a
-        new Source."""
-        if part not in self._fingerprints:
-            self._fingerprints[part] = self._fingerprint(part)
-        return self._fingerprints[part]
+    @property
+    def recipes(self) -> Recipes:
+        return RECIPES
 
     def sizes(self) -> dict[str, int]:
-        """The sizes of the graphs' dimensions that are the model's, by name."""
         return {"context_size": int(self.config("unet")["cross_attention_dim"])}
 
     def load(self, part: str) -> nn.Module:
-        """A new model of one of MODELS: "text_encoder", "unet" or "vae", float32 on the CPU."""
         return {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}[part]()
 
-    def check(self, load: Load | None = None) -> None:
-        """Checks that a bundle of this model can be built and will run: configurations, scheduler, tokenizer, then
-        every tensor.
-
-        Raises UnreadableModelError, UnsupportedModelError, UnsafePickleError or UsageError. Parts are asked of `load`;
-        without one they are loaded and dropped one by one.
-        """
+    def check_configs(self) -> None:
         unet, text_encoder = self.config("unet"), self.config("text_encoder")
         checks.check_unet(unet)
         checks.check_vae(self.config("vae"))
@@ -94,21 +155,11 @@ class Source(ABC):
         self.sample_size()
         self.scheduler_config()
         checks.check_tokenizer(self.tokenizer(), self._tokenizer_name(), text_encoder["vocab_size"])
-        self._check_weights(load or self.load)
 
     def _tokenizer_name(self) -> str:
         return "the tokenizer"
 
-    def _check_weights(self, load: Load) -> None:
-        """Loads every part and runs it once on a small input, because options that a constructor accepts may still fail
-        there."""
-        for part, what in MODELS.items():
-            model = load(part)
-            reading(f"the {what} of {self.name}", partial(checks.run_once, model))
-            del model
-
     def pipeline(self, load: Load | None = None) -> StableDiffusionPipeline:
-        """diffusers' own pipeline of the model, float32 on the CPU: the oracle. Parts are asked of `load`."""
         config, load = self.scheduler_config(), load or self.load
         pipeline = StableDiffusionPipeline(
             vae=load("vae"),

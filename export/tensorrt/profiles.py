@@ -18,10 +18,12 @@ PIXELS_PER_DECODE = 1024 * 1024
 ONE = Range(1, 1, 1)
 
 
-def with_rows(shapes: Shapes) -> list[Shapes]:
+def with_rows(shapes: Shapes, most_rows: int = 2) -> list[Shapes]:
     """Profiles for the U-Net's rows with and without guidance: two for a fixed number of pictures, since fixed sizes
-    are the fastest, one for a range."""
+    are the fastest, one for a range. `most_rows` are the family's for a picture; a model without texts has one."""
     batch = shapes.batch
+    if most_rows == 1:
+        return [Shapes(shapes.height, shapes.width, batch, batch)]
     fixed, ranged = (
         [Range(n, n, n) for n in (2 * batch.opt, batch.opt)],
         [Range(batch.min, 2 * batch.opt, 2 * batch.max)],

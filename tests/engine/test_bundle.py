@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from engine import Bundle, Pipeline
+from engine.bundle import FORMAT
 from engine.errors import (
     BackendError,
     BundleError,
@@ -54,10 +55,9 @@ def test_a_garbled_manifest_is_refused(bundle, content):
 
 
 def test_a_manifest_of_a_newer_version_says_so(bundle, edit_manifest):
-    edit_manifest(bundle, format=4)
-    with pytest.raises(
-        ManifestVersionError, match=r"format 4, which is newer than this version reads \(3\); update LatentRT"
-    ):
+    edit_manifest(bundle, format=FORMAT + 1)
+    words = rf"format {FORMAT + 1}, which is newer than this version reads \({FORMAT}\); update LatentRT"
+    with pytest.raises(ManifestVersionError, match=words):
         Bundle.open(bundle)
 
 

@@ -190,6 +190,7 @@ def message(demo, error, **arguments):
         ({"output_type": np.array(["pil", "np"])}, e.OutputTypeError, "must be one of"),
         ({"latents": np.full((1, 4, 8, 8), 1e300)}, e.LatentsError, "values up to 1.0e+300; at most 1e+06"),
         ({"latents": np.ma.masked_array(np.zeros((1, 4, 8, 8), np.float32), True)}, e.LatentsError, "a MaskedArray"),
+        ({"class_labels": 3}, e.ClassLabelError, "class_labels is 3, and this model has no classes; leave it out"),
         ({"scheduler": np.array(["a", "b"])}, e.UnknownSchedulerError, "is not known"),
     ],
 )
@@ -217,6 +218,11 @@ def test_every_input_error_was_produced_here():
 def test_a_calls_own_timesteps_say_how_many_steps_there_are(demo):
     for grid in ({"timesteps": [900, 500, 100]}, {"sigmas": [10.0, 1.0, 0.1, 0.0]}, {"timestep_respacing": "3"}):
         assert demo("a ring", num_inference_steps=20, seed=0, scheduler="euler", **grid).evaluations == 3
+
+
+def test_an_option_may_be_a_list(demo):
+    options = {"disable_corrector": [0, 1], "solver_type": "bh1"}
+    assert demo("a ring", num_inference_steps=2, seed=0, scheduler="unipc", sampler_options=options).evaluations == 2
 
 
 def test_a_picture_says_which_sampler_and_schedule_type_made_it(demo):

@@ -127,9 +127,10 @@ class OpenVinoBackend:
             best = shapes.sizes(self.family.factor)
             pictures = 1 if self.is_large("denoiser") else best["batch"]
             height, width = shapes.height.opt, shapes.width.opt
-            batch, rows = smallest(pictures, 2 * pictures, height, width, self.profiles)
+            batch, rows = smallest(pictures, self.family.most_rows * pictures, height, width, self.profiles)
             self.call({**best, "batch": batch, "rows": rows})
-            self.runner("text_encoder", {})
+            if self.family.tokenizers:
+                self.runner("text_encoder", {})
             together = decoded_together(best["height"], best["width"], self.family.factor)
             self.runner("vae_decoder", {**best, "batch": min(best["batch"], together)})
 
@@ -156,7 +157,8 @@ class OpenVinoBackend:
 
     def call(self, sizes: Sizes) -> Call:
         """The denoiser at these sizes, with its buffers."""
-        return self._calls.get(tuple(sizes[name] for name in DYNAMIC), lambda: self._compile_parts(sizes))
+        key = tuple(sizes[name] for name in DYNAMIC if name in self.family["denoiser"].dimensions)
+        return self._calls.get(key, lambda: self._compile_parts(sizes))
 
     def keep_steps(self, count: int) -> None:
         """The denoiser stays compiled for so many sizes from now on."""

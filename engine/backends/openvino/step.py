@@ -139,7 +139,8 @@ class OpenVinoLanes(HostLanes):
     def decode(self, lanes: Sequence[int]) -> Callable[[], Decoded]:
         if self._together:
             return super().decode(lanes)
-        self._backend.rest("text_encoder", "denoiser")  # type: ignore[attr-defined]
+        before = [name for name in self._backend.family.required if name != "vae_decoder"]
+        self._backend.rest(*before)  # type: ignore[attr-defined]
         decoded = super().decode(lanes)
         self._backend.rest("vae_decoder")  # type: ignore[attr-defined]
         return decoded

@@ -22,6 +22,15 @@ def test_the_smallest_call_that_fits_is_taken():
     assert smallest(3, 4, 64, 64, []) == (3, 4)
 
 
+def test_a_number_of_pictures_has_five_sizes_of_call_between_one_row_and_two_for_each():
+    """So that pictures that switch guidance on and off at different steps return to sizes that are ready."""
+    for batch in range(1, 33):
+        sizes = {smallest(batch, rows, 64, 64, []) for rows in range(batch, 2 * batch + 1)}
+        assert len(sizes) <= 5
+        assert {(batch, batch), (batch, 2 * batch)} <= sizes
+    assert [smallest(8, rows, 64, 64, [])[1] for rows in (8, 9, 10, 15, 16, 17)] == [8, 10, 10, 16, 16, 18]
+
+
 @pytest.mark.parametrize("asked", [(5, 5, 64, 64), (1, 9, 64, 64), (1, 2, 32, 64), (1, 2, 64, 136)])
 def test_what_no_profile_serves_is_an_error(asked):
     with pytest.raises(BackendError, match=r"fit no profile; served: 64:64:128 x 64:64:128, batch 4, 8 U-Net rows; "):

@@ -73,7 +73,7 @@ def test_eta_is_an_argument_and_not_an_option(name):
 
 
 UNSUPPORTED = {
-    "ddim": {"clip_sample_range": 2.0, "sample_max_value": 2.0},
+    "ddim": {"sample_max_value": 2.0},
     "euler": {"interpolation_type": "cubic", "timestep_type": "odd", "final_sigmas_type": "none"},
     "dpmpp_2m": {
         "use_flow_sigmas": True,
@@ -191,7 +191,7 @@ def test_a_start_outside_of_the_loop_is_refused(name, start):
 def test_a_failure_inside_a_solver_is_raised_as_itself(error, monkeypatch):
     """It isn't the user's mistake, so that nothing tells them to take fewer steps."""
 
-    def solver(grid, eta):
+    def solver(grid, eta, clip_range):
         raise error("a bug")
 
     monkeypatch.setitem(SAMPLERS, "ddim", dataclasses.replace(SAMPLERS["ddim"], solver=solver))
@@ -300,7 +300,7 @@ def test_a_wrong_value_of_every_option_is_refused(name):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_table_of_50_steps_takes_less_than_20_milliseconds(name):
     times = []
-    for _ in range(5):
+    for _ in range(3):
         started = perf_counter()
         table_of(name, 50)
         times.append(perf_counter() - started)

@@ -97,7 +97,7 @@ def initial(scheduler, grid):
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:numpy")
-STEPS = [1, 2, 5, 10, 20, 50]
+STEPS = [1, 2, 7, 20]
 
 
 def kinds(name):
@@ -111,7 +111,7 @@ def spacings(name):
 @pytest.mark.parametrize("name", BY_TIMESTEP)
 def test_every_grid_of_a_class_is_that_of_diffusers(name):
     for kind in kinds(name):
-        for spacing in spacings(name):
+        for spacing in spacings(name) if kind is None or name not in ONE_MORE else [None]:
             options = {"timestep_spacing": spacing} if spacing else {}
             for steps in STEPS:
                 check(name, steps, **options, **({FLAGS[kind]: True} if kind else {}))

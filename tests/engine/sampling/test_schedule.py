@@ -44,7 +44,7 @@ def test_beta_schedules_are_those_of_diffusers(scheduler, name, count):
     theirs = getattr(diffusers, scheduler).from_config(config)
     np.testing.assert_allclose(
         np.log(Schedule.from_config(config).alphas_cumprod),
-        np.log(theirs.alphas_cumprod.double()),
+        np.log(theirs.alphas_cumprod.double().numpy()),
         rtol=2e-4,
         atol=1e-6,
     )

@@ -8,7 +8,20 @@ import pytest
 from engine.contract import SLOTS
 from engine.sampling.catalog import SAMPLERS, step_table
 from engine.sampling.schedule import Schedule
-from engine.sampling.table import NOISE, OUTPUT, PAST, SolverError, TableBuilder, X, keep, multistep, single, vp
+from engine.sampling.table import (
+    CLIPPED,
+    COLUMNS,
+    NOISE,
+    OUTPUT,
+    PAST,
+    SolverError,
+    TableBuilder,
+    X,
+    keep,
+    multistep,
+    single,
+    vp,
+)
 
 from .test_samplers import SD1
 
@@ -42,9 +55,9 @@ def test_a_late_start_draws_noise_for_what_is_left():
 
 def test_an_update_computes_what_its_equation_says():
     """`x` is slot 0, `PAST` the others; multistep pushes the newest value, and keep says what each slot remembers."""
-    state = np.array([2.0, 3.0, 5.0, 7.0, *[0.0] * (SLOTS - 4), 11.0, 13.0])
-    assert (single(0.5 * X + 2 * OUTPUT + NOISE) @ state)[:4].tolist() == [1 + 22 + 13, 0, 0, 0]
-    assert (multistep(X - PAST[2], OUTPUT) @ state)[:4].tolist() == [2 - 7, 11, 3, 5]
+    state = np.array([2.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 17.0])
+    assert (single(0.5 * X + 2 * OUTPUT + NOISE - CLIPPED) @ state).tolist() == [1 + 22 + 13 - 17, 0, 0, 0, 0]
+    assert (multistep(X - PAST[2], OUTPUT) @ state).tolist() == [2 - 7, 11, 3, 5, 7]
     assert (keep(NOISE, PAST[1], X) @ state)[:4].tolist() == [13, 5, 2, 0]
 
 
@@ -57,6 +70,6 @@ def test_infinite_noise_is_noise_alone():
 def test_a_table_that_is_not_finite_is_the_solvers_bug(bad):
     builder = TableBuilder()
     builder.add(981.0, 14.0, single(X))
-    builder.add(961.0, 12.0, np.full((SLOTS, SLOTS + 2), bad))
+    builder.add(961.0, 12.0, np.full((SLOTS, COLUMNS), bad))
     with pytest.raises(SolverError, match=r"evaluation 1 \(timestep 961\) is not finite in float32; this is a bug"):
         builder.table(1.0)

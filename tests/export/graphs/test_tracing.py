@@ -77,6 +77,6 @@ def test_random_inputs_show_every_index_and_the_whole_range():
     inputs = random_inputs(STABLE_DIFFUSION["denoiser"], {**EXAMPLE_SIZES, "context_size": 32, "rows": 5})
     assert inputs["row_sample"].tolist() == [0, 1, 0, 1, 0]
     assert inputs["timestep"].tolist() == [999.0, 3.5]
-    assert (inputs["update"][:, 0] == [0, 0, 0, 0, 1, 0]).all()
+    assert (inputs["update"][:, 0] == [0, 0, 0, 0, 0, 1, 0]).all()
     ids = random_inputs(STABLE_DIFFUSION["text_encoder"], EXAMPLE_SIZES)["input_ids"]
     assert (ids.min() >= 0, ids.max() < 256, ids.dtype) == (True, True, "int32")

@@ -55,7 +55,7 @@ def _unet(state: dict, layers: int) -> dict:
     return {f"model.diffusion_model.{name}": value for name, value in made.items()}
 
 
-def _vae(state: dict, levels: int) -> dict:
+def vae_names(state: dict, levels: int) -> dict:
     made = {}
     attention = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
     for name, value in state.items():
@@ -123,7 +123,7 @@ def compvis_state_dict(modules: dict) -> dict:
     """The single-file form of the components of tests/models.py."""
     unet, vae, text = modules["unet"], modules["vae"], modules["text_encoder"]
     made = _unet(unet.state_dict(), unet.config.layers_per_block)
-    made |= _vae(vae.state_dict(), len(vae.config.block_out_channels))
+    made |= vae_names(vae.state_dict(), len(vae.config.block_out_channels))
     if text.config.hidden_act == "gelu":
         made |= _open_clip(text.state_dict(), text.config.num_hidden_layers)
     else:

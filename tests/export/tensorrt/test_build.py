@@ -18,7 +18,7 @@ import build_engines
 from engine import Pipeline
 from engine.backends.tensorrt import versions as tensorrt_versions
 from engine.backends.tensorrt.runtime import TensorRtRuntime
-from engine.contract import Range, Shapes
+from engine.contract import SLOTS, Range, Shapes
 from engine.errors import BackendError, BundleNotFoundError, CudaMemoryError, PlanNotFoundError, TensorRtError
 from engine.family import STABLE_DIFFUSION
 from export.build import build
@@ -121,7 +121,7 @@ def test_8_keeps_the_timestep_and_what_follows_the_last_convolution_in_float32(b
     kinds = Counter(operators[name] for name in pinned["denoiser"])
     assert kinds["MATRIX_MULTIPLY"] == 4  # two of the timestep's embedding, guidance, sampler
     assert not kinds.keys() & {"NORMALIZATION", "SOFTMAX", "CONVOLUTION"}
-    assert len(pinned["denoiser"]) < 20
+    assert len(pinned["denoiser"]) < 30
     assert pinned["text_encoder"] == {}
     assert any(re.fullmatch(r".* denoiser: \d+ of \d+ layers pinned to float32", line) for line in lines)
 
@@ -160,7 +160,7 @@ def test_a_normalization_that_8_refuses(bundle):
 def test_fixed_sizes_are_fixed_in_the_network(bundle, machine):
     build_plans(bundle, PROFILES, compare=False, report=lambda message: None)
     inputs = {name: shape for name, _, shape in header(plan_folder(bundle) / "denoiser.plan")["inputs"]}
-    assert inputs["state"] == [1, 4, 4, 8, 8]
+    assert inputs["state"] == [1, SLOTS, 4, 8, 8]
     assert inputs["context"][:2] == [2, 77]
 
 
@@ -168,7 +168,7 @@ def test_a_size_that_varies_between_profiles_is_left_open(bundle, machine):
     build_plans(bundle, with_rows(Shapes(FIXED, FIXED, ONE)), compare=False, report=lambda message: None)
     inputs = {name: shape for name, _, shape in header(plan_folder(bundle) / "denoiser.plan")["inputs"]}
     assert inputs["row_sample"] == [-1]
-    assert inputs["state"] == [1, 4, 4, 8, 8]
+    assert inputs["state"] == [1, SLOTS, 4, 8, 8]
 
 
 def test_settings_reach_the_builder(bundle, machine):
