@@ -275,7 +275,8 @@ def check_guidance_rescale(value: Any) -> float:
 
 def check_guidance_interval(value: Any) -> tuple[float, float]:
     """Two numbers, 0 <= start <= end <= 1."""
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
+    pair = isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim == 1)
+    if not pair or len(value) != 2:
         raise GuidanceError(
             f"guidance_interval is {shown(value)}; it must be (start, end), parts of the loop from 0 to 1, such as "
             "(0.2, 0.8), or None for all of it"

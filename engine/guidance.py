@@ -91,7 +91,7 @@ def _scales(scale: Any, steps: int, timesteps: np.ndarray) -> tuple[np.ndarray, 
     """The scale that was asked for at each evaluation, and whether it was a schedule."""
     if callable(scale):
         return _called(scale, timesteps), True
-    if isinstance(scale, (list, tuple)) or (isinstance(scale, np.ndarray) and scale.ndim == 1):
+    if isinstance(scale, (list, tuple, range)) or (isinstance(scale, np.ndarray) and scale.ndim == 1):
         return _listed(scale, steps, len(timesteps)), True
     return np.full(len(timesteps), checks.check_guidance_scale(scale)), False
 

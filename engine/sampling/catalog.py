@@ -22,6 +22,7 @@ from .meaning import Asked, diffusers_plan, webui_plan
 from .rows import ROWS
 from .sampler import ANY, Parameter, Sampler, number
 from .schedule import OPTIONS, SPACINGS, Schedule
+from .scheduler_classes import CLASSES
 from .table import StepTable
 
 SAMPLERS: Mapping[str, Sampler] = {row.name: row for row in ROWS}
@@ -31,7 +32,7 @@ _CLASSES = tuple(dict.fromkeys(row.scheduler_class for row in ROWS if row.schedu
 
 _BY_LABEL = {row.label.casefold(): row for row in reversed(ROWS)}
 
-_TYPE_LABELS = {rule.label: name for name, rule in RULES.items()}
+_TYPE_LABELS: Mapping[str, str | None] = {**{rule.label: name for name, rule in RULES.items()}, "Automatic": None}
 
 SCHEDULE_TYPES = tuple(dict.fromkeys((*SPACINGS, *RULES, *FLAGS)))
 """The schedule types that some sampler has, by our names."""
@@ -39,7 +40,6 @@ SCHEDULE_TYPES = tuple(dict.fromkeys((*SPACINGS, *RULES, *FLAGS)))
 _SPELLINGS: Mapping[str, str | None] = {
     **{name: name for name in SCHEDULE_TYPES},
     **{label.casefold().replace(" ", "_"): name for label, name in _TYPE_LABELS.items()},
-    "automatic": None,
 }
 
 
@@ -86,17 +86,23 @@ def found_row(row: Sampler) -> Found:
 
 
 def row_of_class(scheduler_class: str, config: Mapping[str, Any]) -> Sampler:
-    """What a class of diffusers means with a model's options: the row of it whose preset agrees most with them.
-    SchedulerConfigError where the options ask for something that no row is."""
+    """What a class of diffusers means with a model's options and its defaults: the row with the largest preset that
+    agrees with them. SchedulerConfigError where the options ask for something that no row is."""
     rows = [row for row in ROWS if row.scheduler_class == scheduler_class and row.fixed_type is None]
-    agreeing = [row for row in rows if all(config.get(option, value) == value for option, value in row.preset.items())]
-    if not agreeing:
-        options = dict.fromkeys(option for row in rows for option in row.preset if option in config)
+    defaults = CLASSES[scheduler_class]
+    meant = {**defaults, **config}
+    if meant.get("algorithm_type") == "deis":  # so that DEIS's file can be switched to DPM-Solver
+        meant["algorithm_type"] = defaults["algorithm_type"]
+    wrong = {row.name: [option for option, value in row.preset.items() if meant[option] != value] for row in rows}
+    nearest = min(rows, key=lambda row: (len(wrong[row.name]), -len(row.preset)))
+    if wrong[nearest.name]:
+        given = ", ".join(f"{option}={shown(meant[option])}" for option in nearest.preset)
+        needed = " and ".join(f"{option}={shown(nearest.preset[option])}" for option in wrong[nearest.name])
         raise SchedulerConfigError(
-            f"{scheduler_class} with {', '.join(f'{option}={shown(config[option])}' for option in options)} is not "
-            f"supported; take another scheduler by name, for example {rows[0].name}"
+            f"{scheduler_class} with {given} is not supported; the nearest that is has {needed} "
+            f"(scheduler_config.json, or scheduler={nearest.name!r})"
         )
-    return max(agreeing, key=lambda row: sum(option in config for option in row.preset))
+    return nearest
 
 
 def takes_types(row: Sampler) -> bool:
@@ -233,16 +239,21 @@ def _check_grid(name: str, found: Found, asked: Asked, most: int) -> None:
     if kind is not None and kind not in known:
         listed = ", ".join(known) or "none, its grid is its own"
         raise ScheduleTypeError(f"{name} cannot use schedule_type {kind!r}; it can use: {listed}")
-    takes_own = {
-        "timesteps": found.sampler.own_timesteps and bool(known) and found.said_type is None,
-        "sigmas": found.sampler.levels and bool(known) and found.said_type is None,
-    }
+    free = found.said_type is None and (takes_types(found.sampler) or not found.webui)
+    takes_own = {"timesteps": free and found.sampler.own_timesteps, "sigmas": free and found.sampler.levels}
     for what, takes in takes_own.items():
         if what in said and not takes:
             raise TimestepsError(
-                f"{name} cannot use {what} of a call: its steps depend on a grid of its own; leave {what} out, or take "
-                f"another sampler, for example euler"
+                f"{name} cannot use {what} of a call: {_why_not(found)}; leave {what} out, or take another sampler, "
+                f"for example euler"
             )
+
+
+def _why_not(found: Found) -> str:
+    """Why a sampler has no other grid."""
+    if found.said_type is None:
+        return "its steps depend on a grid of its own"
+    return f"its name says the grid, {found.said_type}"
 
 
 def checked_options(name: str, schedule_type: str | None, given: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:

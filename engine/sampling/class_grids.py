@@ -116,8 +116,7 @@ def fractional_grid(schedule: Schedule, steps: int, timesteps: Timesteps = None)
     chosen, sigmas = _fractional(schedule, steps, timesteps)
     kind = _kind(schedule, timesteps)
     if kind is not None:
-        sigmas = _levels(schedule, kind, sigmas[-1], sigmas[0], steps)
-        chosen = sigma_to_timestep(sigmas, schedule.sigmas())
+        return _kind_grid(schedule, kind, sigmas[-1], sigmas[0], steps)
     return _ve_grid(schedule, chosen, sigmas, _final_sigma(schedule))
 
 
@@ -131,18 +130,34 @@ def midpoint_grid(schedule: Schedule, steps: int, timesteps: Timesteps = None) -
 def euler_grid(schedule: Schedule, steps: int, timesteps: Timesteps = None) -> Grid:
     """`fractional_grid` for EulerDiscreteScheduler, with its options. interpolation_type "log_linear": levels evenly
     spaced in log s, for one step more, beside the timesteps that there are; the last step goes to the lowest of them.
+    Another rule then goes over the whole range.
     timestep_type "continuous": a model that predicts v is told log(s) / 4."""
-    config = schedule.config
-    if config["interpolation_type"] == "log_linear" and _kind(schedule, timesteps) is None:
-        chosen, _ = _fractional(schedule, steps, timesteps)
-        levels = schedule.sigmas()
-        sigmas = exponential_sigmas(levels[0], levels[-1], steps + 1)
-        grid = _ve_grid(schedule, chosen, sigmas[:-1], float(sigmas[-1]))
+    if schedule.config["interpolation_type"] == "log_linear":
+        grid = _log_linear_grid(schedule, steps, timesteps)
     else:
         grid = fractional_grid(schedule, steps, timesteps)
-    if config["timestep_type"] == "continuous" and schedule.prediction_type == "v_prediction":
+    return continuous(schedule, grid)
+
+
+def continuous(schedule: Schedule, grid: Grid) -> Grid:
+    """The grid with the timesteps of timestep_type "continuous", where the model is trained on those."""
+    if schedule.config.get("timestep_type") == "continuous" and schedule.prediction_type == "v_prediction":
         return replace(grid, timesteps=0.25 * np.log(grid.sigmas))
     return grid
+
+
+def _log_linear_grid(schedule: Schedule, steps: int, timesteps: Timesteps) -> Grid:
+    levels, kind = schedule.sigmas(), _kind(schedule, timesteps)
+    if kind is not None:
+        return _kind_grid(schedule, kind, levels[0], levels[-1], steps)
+    chosen, _ = _fractional(schedule, steps, timesteps)
+    sigmas = exponential_sigmas(levels[0], levels[-1], steps + 1)
+    return _ve_grid(schedule, chosen, sigmas[:-1], float(sigmas[-1]))
+
+
+def _kind_grid(schedule: Schedule, kind: str, low: float, high: float, steps: int) -> Grid:
+    sigmas = _levels(schedule, kind, low, high, steps)
+    return _ve_grid(schedule, sigma_to_timestep(sigmas, schedule.sigmas()), sigmas, _final_sigma(schedule))
 
 
 def _fractional(schedule: Schedule, steps: int, timesteps: Timesteps) -> tuple[np.ndarray, np.ndarray]:
@@ -186,8 +201,7 @@ def _last_target(schedule: Schedule, kind: str | None, sigmas: np.ndarray) -> fl
     DPM-Solver at the lowest level of all."""
     final = _final_sigma(schedule, "sigma_min")
     dpm_solver = "final_sigmas_type" in schedule.config and "predict_x0" not in schedule.config
-    ends_there = final > 0 and kind is not None and not dpm_solver
-    return float(sigmas[-1]) if ends_there or math.isclose(final, sigmas[-1], rel_tol=1e-9) else final
+    return float(sigmas[-1]) if final > 0 and kind is not None and not dpm_solver else final
 
 
 def _keeps_fractions(schedule: Schedule) -> bool:

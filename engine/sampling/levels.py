@@ -35,12 +35,21 @@ def timestep_to_sigma(timesteps: np.ndarray, levels: np.ndarray) -> np.ndarray:
 def karras_sigmas(sigma_min: float, sigma_max: float, steps: int, rho: float = 7.0) -> np.ndarray:
     """arXiv 2206.00364, equation 5."""
     ramp = np.linspace(0, 1, steps)
-    return (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+    sigmas = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+    return _with_ends(sigmas, sigma_min, sigma_max)
 
 
 def exponential_sigmas(sigma_min: float, sigma_max: float, steps: int) -> np.ndarray:
     """Evenly spaced in log s, and so in lambda = -log s (arXiv 2206.00927, section 3.3)."""
-    return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), steps))
+    sigmas = np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), steps))
+    return _with_ends(sigmas, sigma_min, sigma_max)
+
+
+def _with_ends(sigmas: np.ndarray, sigma_min: float, sigma_max: float) -> np.ndarray:
+    """Without the rounding errors of the ends, which would put the lowest level below where the last step goes."""
+    sigmas[-1] = sigma_min
+    sigmas[0] = sigma_max
+    return sigmas
 
 
 def beta_sigmas(sigma_min: float, sigma_max: float, steps: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import TimestepsError
-from .class_grids import FLAGS
+from .class_grids import FLAGS, continuous
 from .grids import Grid, falling, level_grid
 from .levels import RULES, timestep_to_sigma
 from .sampler import Sampler
@@ -48,7 +48,7 @@ def diffusers_plan(row: Sampler, schedule: Schedule, asked: Asked) -> Plan:
     else:
         levels = configured.sigmas()
         unit = 1.0 if configured.config.get("timestep_spacing") == "leading" else None
-        grid = level_grid(_sigmas(levels, asked), levels, schedule.prediction_type, unit)
+        grid = continuous(configured, level_grid(_sigmas(levels, asked), levels, schedule.prediction_type, unit))
     return grid, row.arguments(configured.config, len(grid))
 
 

@@ -203,7 +203,6 @@ ROWS = (
         preset={"algorithm_type": "dpmsolver++", "use_karras_sigmas": True},
         arguments=_dpm_arguments,
     ),
-    # Every Stable Diffusion model ships skip_prk_steps=true; a file that lacks it means the same.
     Sampler(
         "pndm",
         "PLMS",
@@ -218,7 +217,7 @@ ROWS = (
     ),
     Sampler(
         "pndm_prk",
-        "PNDM",
+        "PNDM PRK",
         pndm,
         "PNDMScheduler",
         strided_grid,

@@ -24,7 +24,7 @@ def test_an_interval_holds_the_evaluations_whose_part_of_the_loop_is_in_it():
     """Both ends belong to it."""
     assert scales(3.0, (0.2, 0.6)) == [1.0, 3.0, 3.0, 3.0, 1.0]
     assert scales(3.0, (0.0, 0.0)) == [3.0, 1.0, 1.0, 1.0, 1.0]
-    assert scales(3.0, (0.0, 1.0)) == [3.0] * 5
+    assert scales(3.0, (0.0, 1.0)) == scales(3.0, np.array([0, 1])) == [3.0] * 5
     for evaluations in (10, 20, 30, 50, 999):
         wanted = [0.2 <= i / evaluations <= 0.8 for i in range(evaluations)]
         assert inside_interval((0.2, 0.8), evaluations).tolist() == wanted
@@ -35,6 +35,7 @@ def test_a_list_has_a_number_for_each_step_or_for_each_evaluation():
     assert scales((5, 4, 3, 2), steps=4) == [5, 5, 4, 3, 2]  # as PLMS: its first step has two evaluations
     assert scales(np.array([5.0, 4.0, 3.0, 2.0, 1.5]), steps=4) == [5, 4, 3, 2, 1.5]
     assert scales([9.0, 5.0, 0.5], steps=3) == [9, 9, 5, 5, 1]
+    assert scales(range(6, 1, -1)) == [6, 5, 4, 3, 2]
 
 
 def test_a_function_is_called_once_for_each_evaluation():

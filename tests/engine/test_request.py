@@ -143,7 +143,12 @@ def message(demo, error, **arguments):
         ({"timesteps": ["7"]}, e.TimestepsError, "timesteps are ['7']"),
         ({"timesteps": [float("nan")]}, e.TimestepsError, "timesteps are [nan]"),
         ({"timesteps": [10**400]}, e.TimestepsError, "timesteps are [1000"),
-        ({"timesteps": [7], "scheduler": "pndm"}, e.TimestepsError, "pndm cannot use timesteps of a call"),
+        ({"timesteps": [7], "scheduler": "pndm"}, e.TimestepsError, "pndm cannot use timesteps of a call: its steps"),
+        (
+            {"sigmas": [7, 0], "scheduler": "Euler Karras"},
+            e.TimestepsError,
+            "Euler Karras cannot use sigmas of a call: its name says the grid, karras; leave sigmas out, or take",
+        ),
         ({"timesteps": [7], "schedule_type": "karras"}, e.TimestepsError, "schedule_type and timesteps all say which"),
         ({"timesteps": [7], "timestep_respacing": "5"}, e.TimestepsError, "timesteps and timestep_respacing both say"),
         ({"timestep_respacing": "ddim7,7"}, e.TimestepsError, "no whole stride leaves so many of 1000 timesteps"),

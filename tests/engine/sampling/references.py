@@ -79,9 +79,12 @@ def table_latents(table, x, noise=None, model=toy_model):
     return np.stack(latents)
 
 
-def set_steps(scheduler, steps):
-    """Sets a scheduler to that many steps, in float64."""
-    scheduler.set_timesteps(steps)
+def set_steps(scheduler, steps, timesteps=None):
+    """Sets a scheduler to that many steps, or to these timesteps, in float64."""
+    if timesteps is None:
+        scheduler.set_timesteps(steps)
+    else:
+        scheduler.set_timesteps(timesteps=list(map(int, timesteps)))
     for name in ("sigmas", "sigmas_interpol", "alphas_cumprod", "final_alpha_cumprod"):
         if hasattr(scheduler, name):
             setattr(scheduler, name, getattr(scheduler, name).double())

@@ -216,6 +216,7 @@ def test_a_class_of_diffusers_means_its_first_row(row):
         ("euler A", "Euler a"),
         ("  DPM++   2m  karras ", "DPM++ 2M Karras"),
         ("DPM++ 2M SGM Uniform", "DPM++ 2M SGM Uniform"),
+        ("DPM++ 2M Automatic", "DPM++ 2M"),
         ("Euler Align Your Steps", "Euler Align Your Steps"),
         ("ddim", "ddim"),
         ("DDIM", "DDIM"),
@@ -332,6 +333,8 @@ def test_the_list_says_what_each_sampler_takes(name):
         ({"algorithm_type": "sde-dpmsolver++", "solver_order": 3}, "dpmpp_3m_sde"),
         ({"solver_order": 3}, "dpmpp_3m"),
         ({"use_karras_sigmas": True}, "dpmpp_2m"),  # which takes other schedule types too
+        ({"final_sigmas_type": "sigma_min"}, "dpmpp_2m"),
+        ({"algorithm_type": "deis"}, "dpmpp_2m"),  # as diffusers reads DEIS's file
         ({"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}, "dpm_2m"),
     ],
 )
@@ -341,14 +344,19 @@ def test_a_class_means_the_row_that_agrees_with_the_file(config, name):
 
 
 def test_pndm_without_its_runge_kutta_steps_is_plms():
-    for skips, name in ((True, "pndm"), (False, "pndm_prk")):
-        assert sampler_name("PNDMScheduler", Schedule.from_config({**SD1, "skip_prk_steps": skips})) == name
+    for options, name in (
+        ({"skip_prk_steps": True}, "pndm"),
+        ({"skip_prk_steps": False}, "pndm_prk"),
+        ({}, "pndm_prk"),
+    ):
+        assert sampler_name("PNDMScheduler", Schedule.from_config(options)) == name
 
 
 def test_a_class_whose_options_no_row_has_is_refused():
     """diffusers refuses this one too."""
     schedule = Schedule.from_config({**SD1, "algorithm_type": "dpmsolver", "final_sigmas_type": "zero"})
-    with pytest.raises(SchedulerConfigError, match=r"with algorithm_type='dpmsolver', final_sigmas_type='zero' is not"):
+    words = r"'dpmsolver', final_sigmas_type='zero' is not supported; the nearest .* has final_sigmas_type='sigma_min'"
+    with pytest.raises(SchedulerConfigError, match=words):
         sampler_name("DPMSolverMultistepScheduler", schedule)
 
 
@@ -379,6 +387,16 @@ def test_own_sigmas_and_timesteps_equal_diffusers_euler(steps):
         {"timesteps": [900, 500, 300, 200, 1][:steps]},
     ):
         scheduler.set_timesteps(**own)
-        table = step_table("euler", SCHEDULE, 20, **{what: tuple(values) for what, values in own.items()})
+        table = step_table(
+            "euler", Schedule.from_config(config), 20, **{what: tuple(values) for what, values in own.items()}
+        )
         np.testing.assert_allclose(table.timesteps, scheduler.timesteps, atol=2e-2)
         np.testing.assert_allclose(table.sigmas / table.alphas, scheduler.sigmas[:-1], rtol=2e-5)
+
+
+def test_a_model_with_continuous_timesteps_is_told_those_of_its_own_sigmas():
+    config = {**SD1, "timestep_type": "continuous", "prediction_type": "v_prediction"}
+    scheduler = diffusers.EulerDiscreteScheduler.from_config(config)
+    scheduler.set_timesteps(sigmas=[14.0, 3.0, 0.0])
+    table = step_table("euler", Schedule.from_config(config), 20, sigmas=(14.0, 3.0, 0.0))
+    np.testing.assert_allclose(table.timesteps, scheduler.timesteps, rtol=1e-6)

@@ -129,7 +129,10 @@ def test_whole_timesteps_are_those_of_diffusers(name, steps):
     [
         ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}),
         ("EulerDiscreteScheduler", {"interpolation_type": "log_linear"}),
-        ("EulerDiscreteScheduler", {"interpolation_type": "log_linear", "use_karras_sigmas": True}),
+        (
+            "EulerDiscreteScheduler",
+            {"interpolation_type": "log_linear", "use_karras_sigmas": True, "timestep_spacing": "leading"},
+        ),
         ("EulerDiscreteScheduler", {"timestep_type": "continuous", "prediction_type": "v_prediction"}),
         ("EulerDiscreteScheduler", {"timestep_type": "continuous"}),
         *(
@@ -153,6 +156,19 @@ def test_whole_timesteps_are_those_of_diffusers(name, steps):
 def test_options_of_the_grid_equal_diffusers(name, options):
     for steps in (3, 20):
         check(name, steps, **options)
+
+
+def test_a_step_from_the_lowest_level_to_the_lowest_is_no_step_up():
+    """Rounding errors put the lowest of Karras's levels below it."""
+    grid = ours(
+        "EulerDiscreteScheduler",
+        10,
+        num_train_timesteps=2000,
+        beta_schedule="squaredcos_cap_v2",
+        use_karras_sigmas=True,
+        final_sigmas_type="sigma_min",
+    )
+    assert grid.targets[-1] == grid.sigmas[-1] == grid.levels[0]
 
 
 OWN = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]

@@ -1,6 +1,7 @@
 """Every sampler on every grid that diffusers has for it: the latents after a whole loop of a non-linear toy model, in
 float64, from the options of scheduler_config.json to the end."""
 
+import inspect
 from functools import cache
 
 import diffusers
@@ -40,17 +41,17 @@ def options_of(row, schedule_type):
     return {**flags, **({"timestep_spacing": schedule_type} if schedule_type in SPACINGS else {})}
 
 
-def check(name, prediction_type, steps, schedule_type):
+def check(name, prediction_type, steps, schedule_type=None, timesteps=None):
     scheduler, row = scheduler_of(name), SAMPLERS[name]
     scheduler.register_to_config(**row.class_options)
     scheduler.register_to_config(**{**CONFIG, **row.preset, "prediction_type": prediction_type})
     scheduler.register_to_config(**options_of(row, schedule_type))
-    set_steps(scheduler, steps)
+    set_steps(scheduler, steps, timesteps)
     noise = Brownian if hasattr(scheduler, "noise_sampler") else Noise
     ours, theirs = noise(), noise()
     eta = {} if row.eta is None else {"eta": 0.3}
     expected = run_diffusers(scheduler, latent(), theirs, **eta)
-    table = step_table(name, SCHEDULE[prediction_type], steps, schedule_type=schedule_type, **eta)
+    table = step_table(name, SCHEDULE[prediction_type], steps, schedule_type=schedule_type, timesteps=timesteps, **eta)
     np.testing.assert_allclose(table.timesteps, scheduler.timesteps, atol=2e-3, err_msg=f"{schedule_type} {steps}")
     actual = run_table(table, latent(), ours)
     scale = max(1.0, np.abs(expected).max())
@@ -78,3 +79,17 @@ def test_every_grid_of_a_sampler_equals_diffusers(name, prediction_type):
     for schedule_type in (None, *(row.own_types if FIRST[row.scheduler_class] == name else ())):
         for steps in steps_of(name, prediction_type, schedule_type):
             check(name, prediction_type, steps, schedule_type)
+
+
+OWN = (999.0, 850.0, 545.0, 233.0, 24.0)
+TAKE_OWN = [
+    name
+    for scheduler_class, name in FIRST.items()
+    if scheduler_class is not None
+    and "timesteps" in inspect.signature(getattr(diffusers, scheduler_class).set_timesteps).parameters
+]
+
+
+@pytest.mark.parametrize("name", TAKE_OWN)
+def test_timesteps_of_a_call_equal_diffusers(name):
+    check(name, "v_prediction", len(OWN), timesteps=OWN)
