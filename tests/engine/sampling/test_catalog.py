@@ -388,7 +388,7 @@ def test_own_sigmas_and_timesteps_equal_diffusers_euler(steps):
     ):
         scheduler.set_timesteps(**own)
         table = step_table(
-            "euler", Schedule.from_config(config), 20, **{what: tuple(values) for what, values in own.items()}
+            "euler", Schedule.from_config(SD1), 20, **{what: tuple(values) for what, values in own.items()}
         )
         np.testing.assert_allclose(table.timesteps, scheduler.timesteps, atol=2e-2)
         np.testing.assert_allclose(table.sigmas / table.alphas, scheduler.sigmas[:-1], rtol=2e-5)
