@@ -288,7 +288,7 @@ def test_an_option_that_a_sampler_does_not_have_is_named_with_those_that_it_has(
         assert option in str(raised.value)
 
 
-@pytest.mark.parametrize("name", [*SAMPLERS, *{row.label for row in SAMPLERS.values() if row.webui}])
+@pytest.mark.parametrize("name", [*SAMPLERS, *dict.fromkeys(row.label for row in SAMPLERS.values() if row.webui)])
 def test_a_wrong_value_of_every_option_is_refused(name):
     for option, parameter in sampler_parameters(find(name), None).items():
         for wrong in ("odd", None, -1e9, [1]):
