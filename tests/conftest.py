@@ -122,6 +122,12 @@ def tiny_sources(tmp_path_factory) -> dict[str, DiffusersFolder]:
 
 
 @pytest.fixture(scope="session")
+def wide_source(tmp_path_factory) -> DiffusersFolder:
+    """One with the heads that fused attention wants; what is traced of it at opset 23 is shared."""
+    return tiny_source(tmp_path_factory.mktemp("wide"), "wide")
+
+
+@pytest.fixture(scope="session")
 def tiny_bundles(tiny_sources) -> dict[str, Path]:
     """Their bundles in fp32."""
     return {kind: build(source, ENGINES, "fp32", default_shapes(64)).folder for kind, source in tiny_sources.items()}

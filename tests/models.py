@@ -48,14 +48,14 @@ UNET = {
 
 def tiny_modules(kind: str, seed: int = 0) -> dict:
     """Random components of the SD 1.x or SD 2.x kind ("sd1", "sd2"): heads, projections, activation and prediction type
-    differ."""
+    differ. "wide" is SD 1.x with heads of 16 and 32, as TensorRT's fused attention wants them."""
     torch.manual_seed(seed)
     second = kind == "sd2"
     tokenizer = CLIPTokenizer.from_pretrained(BUILT_IN / "tokenizer", pad_token="!" if second else "<|endoftext|>")
     unet = (
         UNet2DConditionModel(**UNET, attention_head_dim=(2, 4), use_linear_projection=True, upcast_attention=True)
         if second
-        else UNet2DConditionModel(**UNET, attention_head_dim=8)
+        else UNet2DConditionModel(**UNET, attention_head_dim=2 if kind == "wide" else 8)
     )
     vae = AutoencoderKL(
         block_out_channels=(8, 16, 16, 16),

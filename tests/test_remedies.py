@@ -35,8 +35,9 @@ def remedy_of(action) -> str:
 
 
 def run(command: str) -> None:
+    """Runs the command without the comparison with diffusers, which is not the remedy and takes half of the time."""
     words = shlex.split(command)
-    assert build_engines.main([*words[len(shlex.split(builder())) :], "--quiet"]) == 0
+    assert build_engines.main([*words[len(shlex.split(builder())) :], "--quiet", "--no-verify"]) == 0
 
 
 def draw(bundle: Path, backend: str = "onnxruntime", **options) -> None:
@@ -69,13 +70,14 @@ def halved(tiny_sources, tiny_fp16, tmp_path, edit_manifest):
         yield moved(tiny_fp16, tiny_sources["sd1"].folder, tmp_path, edit_manifest)
 
 
-@pytest.mark.parametrize("options", [{"height": 136}, {"width": 136}, {"num_images_per_prompt": 9}], ids=str)
+@pytest.mark.parametrize("options", [{"width": 136}, {"num_images_per_prompt": 9}], ids=str)
 def test_a_bundle_is_built_for_a_size_that_it_lacked(bundle, options):
     run(remedy_of(lambda: draw(bundle, **options)))
     draw(bundle, **options)
 
 
 def test_the_command_can_be_pasted_into_a_shell(bundle):
+    """For a height that the bundle lacked."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     command = remedy_of(lambda: draw(bundle, height=136))
     done = subprocess.run(

@@ -17,7 +17,7 @@ from .latent_folder import LatentFolder
 from .presets import ARCHITECTURES
 from .random_weights import BUILT_IN, RandomWeights
 from .reading import read_object, reading
-from .single_file import CompVisFile
+from .single_file import CompVisFile, check_options
 from .source import Source
 from .textless_file import TextlessFile, is_textless
 from .textless_folder import TextlessFolder
@@ -68,6 +68,7 @@ def _resolve(
         _refuse_file_options(f"{model} --random-weights", tokenizer, prediction_type)
         return RandomWeights(model, sampler=sampler)
     if model is not None and (file := _checkpoint(model)) is not None:
+        check_options(tokenizer, prediction_type)
         if is_textless(file):
             _refuse_file_options(f"{model}, a model without texts,", tokenizer, prediction_type)
             return TextlessFile(file, sampler)

@@ -26,20 +26,24 @@ CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
+def check_options(tokenizer: Path | None, prediction_type: str | None) -> None:
+    """UsageError for a tokenizer that is no folder and a prediction type that is none."""
+    if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
+        raise UsageError(f"--prediction-type is {prediction_type!r}; it must be {' or '.join(PREDICTION_TYPES)}")
+    if tokenizer is not None and not tokenizer.is_dir():
+        raise UsageError(
+            f"--tokenizer {tokenizer} is {'not a folder' if tokenizer.exists() else 'not there'}; pass the folder of a "
+            "CLIP tokenizer (tokenizer.json, or vocab.json and merges.txt)"
+        )
+
+
 class CompVisFile(TextToImage):
     """A single .safetensors or .ckpt file with the names of the CompVis and Stability repositories."""
 
     def __init__(
         self, file: Path, tokenizer: Path | None, prediction_type: str | None, sampler: str | None = None
     ) -> None:
-        if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
-            raise UsageError(f"--prediction-type is {prediction_type!r}; it must be {' or '.join(PREDICTION_TYPES)}")
-        if tokenizer is not None and not tokenizer.is_dir():
-            raise UsageError(
-                f"--tokenizer {tokenizer} is {'not a folder' if tokenizer.exists() else 'not there'}; pass the folder "
-                "of a CLIP tokenizer "
-                f"(tokenizer.json, or vocab.json and merges.txt)"
-            )
+        check_options(tokenizer, prediction_type)
         if tokenizer is not None:
             read_tokenizer(tokenizer)
         super().__init__(

@@ -1,13 +1,17 @@
 """The GPU's one command, tried out on the fake GPU with torch on the CPU."""
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import onnx
@@ -16,24 +20,59 @@ import torch
 from torch import nn
 
 import build_engines
-from benchmarks import gpu, gpu_background, gpu_graphs, gpu_profile, page
+from benchmarks import gpu, gpu_background, gpu_graphs, gpu_profile, gpu_torch, page
 from benchmarks.report import conditions
 from engine.family import STABLE_DIFFUSION
 from export import build
 from export.compare import difference, random_inputs
 from export.graphs.denoiser import Denoiser
+from tests import fakes
 from tests.models import tiny_modules
 
 ROOT = Path(__file__).parents[2]
 
 
+class PartsHere(gpu.Benchmark):
+    """Runs each part in this process, which has imported torch and diffusers already. --tensorrt-python is the fake's
+    version. That parts run in processes of their own is shown by the tests of those that fail or take too long."""
+
+    def run_torch(self, *arguments: str) -> dict:
+        return self.here(arguments)
+
+    def run_tensorrt(self, *arguments: str) -> dict:
+        with fakes.install(self.options.tensorrt_python):
+            return self.here(arguments)
+
+    def here(self, arguments: tuple[str, ...]) -> dict:
+        printed = io.StringIO()
+        with redirect_stdout(printed):
+            if arguments[0] == "-m":
+                with patch.object(sys, "argv", [*arguments[1:]]):
+                    import_module(arguments[1]).main()
+            else:
+                assert build_engines.main(list(arguments[1:])) == 0
+        lines = printed.getvalue().strip().splitlines()
+        return json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """run_here(argument, ...): the command's status and what it printed, its parts run in this process."""
+    monkeypatch.setattr(gpu, "Benchmark", PartsHere)
+    monkeypatch.chdir(ROOT)
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", *arguments])
+        status = gpu.main()
+        return status, capsys.readouterr().out
+
+    return run
+
+
 @pytest.mark.slow
-def test_every_part_runs_and_leaves_its_numbers(demo_fp16, tmp_path):
+def test_every_part_runs_and_leaves_its_numbers(demo_fp16, run_here, tmp_path):
     shutil.copytree(demo_fp16, tmp_path / "demo", ignore=shutil.ignore_patterns("plans"))
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.gpu",
+    status, printed = run_here(
         "--models",
         "demo",
         "--output",
@@ -50,10 +89,9 @@ def test_every_part_runs_and_leaves_its_numbers(demo_fp16, tmp_path):
         "cpu",
         "--with-timing-cache",
         "--tensorrt-python",
-        f"{sys.executable} -m tests.fakes 8.6.0",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
+        "8.6.0",
+    )
+    assert status == 0, printed
     results = json.loads((tmp_path / "gpu.json").read_text())
     parts = results["models"]["demo"]
     assert set(parts) == {"build", "check", "picture", "latency", "layers", "eager"}
@@ -70,8 +108,8 @@ def test_every_part_runs_and_leaves_its_numbers(demo_fp16, tmp_path):
     assert parts["build"]["with_timing_cache"]["components"]["denoiser"]["saved_by_timing_cache"] is not None
     assert {"processor", "versions", "command", "commit", "time"} <= results.keys()
     assert (tmp_path / "demo.png").is_file()
-    assert "faster than eager; the goal of 2.5x is" in done.stdout
-    assert "the host's share of a step is" in done.stdout
+    assert "faster than eager; the goal of 2.5x is" in printed
+    assert "the host's share of a step is" in printed
 
 
 NCU = """#!/bin/sh
@@ -84,17 +122,15 @@ echo '"2","1","sm90_xmma_fprop","gpu__time_duration.sum","nsecond","1,000,000"'
 
 
 @pytest.mark.slow
-def test_profile_tries_settings_and_graphs_on_the_denoiser(demo_fp16, tmp_path):
+def test_profile_tries_settings_and_graphs_on_the_denoiser(demo_fp16, run_here, tmp_path, monkeypatch):
     """Dry run on the fake: a setting of the builder, and another graph."""
     shutil.copytree(demo_fp16, tmp_path / "demo", ignore=shutil.ignore_patterns("plans"))
     ncu = tmp_path / "bin" / "ncu"
     ncu.parent.mkdir()
     ncu.write_text(NCU)
     ncu.chmod(0o755)
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.gpu",
+    monkeypatch.setenv("PATH", f"{ncu.parent}:{os.environ['PATH']}")
+    status, printed = run_here(
         "--profile",
         "--models",
         "demo",
@@ -107,16 +143,9 @@ def test_profile_tries_settings_and_graphs_on_the_denoiser(demo_fp16, tmp_path):
         "--variants",
         "no auxiliary streams,softmax in half",
         "--tensorrt-python",
-        f"{sys.executable} -m tests.fakes 8.6.0",
-    ]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PATH": f"{ncu.parent}:{os.environ['PATH']}"},
+        "8.6.0",
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert status == 0, printed
     found = json.loads((tmp_path / "gpu.json").read_text())["models"]["demo"]["profile"]
     variants = found["variants"]
     assert found["torch"]["step_ms"] > 0
@@ -132,35 +161,34 @@ def test_profile_tries_settings_and_graphs_on_the_denoiser(demo_fp16, tmp_path):
     assert (tmp_path / "demo" / "onnx" / "denoiser.onnx").read_bytes() == (
         demo_fp16 / "onnx" / "denoiser.onnx"
     ).read_bytes()
-    assert "torch, eager" in done.stdout
-    assert "no auxiliary streams" in done.stdout
+    assert "torch, eager" in printed
+    assert "no auxiliary streams" in printed
 
 
 @pytest.mark.slow
-def test_graphs_that_torch_traces_again_are_profiled_too(tiny_fp16, tmp_path, monkeypatch, capsys):
-    """Of the tiny model's U-Net, which is traced in half the time."""
+def test_graphs_that_torch_traces_again_are_profiled_too(tiny_fp16, wide_source, run_here, tmp_path, monkeypatch):
+    """Of a tiny model, whose trace at opset 23 the builder's tests take too."""
+    for module in (gpu_graphs, gpu_torch):
+        monkeypatch.setattr(module, "resolve", lambda *arguments: wide_source)
     monkeypatch.setitem(gpu.MODELS, "tiny", gpu.Model(("tiny", "--random-weights"), 64))
     shutil.copytree(tiny_fp16, tmp_path / "tiny", ignore=shutil.ignore_patterns("plans"))
-    benchmark = gpu.Benchmark(
-        options(
-            tmp_path,
-            "--profile",
-            "--models",
-            "tiny",
-            "--torch-device",
-            "cpu",
-            "--compile-mode",
-            "eager",
-            "--variants",
-            "opset 23,one time projection",
-            "--torch-python",
-            f"{sys.executable} -m tests.tiny_torch",
-            "--tensorrt-python",
-            f"{sys.executable} -m tests.fakes 10.16.1",
-        )
+    status, printed = run_here(
+        "--profile",
+        "--models",
+        "tiny",
+        "--output",
+        str(tmp_path),
+        "--torch-device",
+        "cpu",
+        "--compile-mode",
+        "eager",
+        "--variants",
+        "opset 23,one time projection",
+        "--tensorrt-python",
+        "10.16.1",
     )
-    assert benchmark.run(), capsys.readouterr().out
-    variants = benchmark.results["models"]["tiny"]["profile"]["variants"]
+    assert status == 0, printed
+    variants = json.loads((tmp_path / "gpu.json").read_text())["models"]["tiny"]["profile"]["variants"]
     assert not [name for name, one in variants.items() if "failed" in one], variants
     assert variants["opset 23"]["kinds"].get("SOFTMAX", 0) == 0
 

@@ -261,9 +261,9 @@ def test_what_may_not_be_read_is_named(demo_bundle, tmp_path):
 
 def test_a_scheduler_that_no_sampler_is_for(demo_bundle, tmp_path, edit_manifest):
     bundle = copy_bundle(demo_bundle, tmp_path)
-    edit_manifest(bundle, scheduler={"_class_name": "UniPCMultistepScheduler"})
+    edit_manifest(bundle, scheduler={"_class_name": "VQDiffusionScheduler"})
     told = report(bundle)
-    assert "  scheduler: not usable: the model's own scheduler 'UniPCMultistepScheduler' is not known" in told
+    assert "  scheduler: not usable: the model's own scheduler 'VQDiffusionScheduler' is not known" in told
     assert f"; name another: python -m engine picture 'a text' --bundle {bundle} --scheduler euler\n" in told
     assert "  onnxruntime: usable" in told
     assert main(["doctor", "--bundles", str(bundle)]) == 1

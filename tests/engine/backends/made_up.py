@@ -5,6 +5,7 @@ import inspect
 import numpy as np
 
 from engine.contract import SLOTS
+from engine.family import STABLE_DIFFUSION
 from engine.job import Job, Row, step_inputs
 from engine.request import Request
 from engine.sampling.noise import Draws, TorchGenerator
@@ -19,14 +20,15 @@ def made_up_job(rows=2, height=8, width=8, evaluations=3, noise=False, seed=0, c
         updates[..., -1] = 0.0  # as in every table of a sampler that draws none
     ones = np.ones(evaluations)
     timesteps = np.linspace(900.5, 3.0, evaluations)
-    table = StepTable(timesteps, updates, np.full(evaluations, noise), 1.0, ones, ones, ones)
+    unclipped = {name: np.zeros((evaluations, n)) for name, n in (("clipped", SLOTS), ("clips", 3), ("variances", 2))}
+    table = StepTable(timesteps, updates, np.full(evaluations, noise), 1.0, ones, ones, ones, **unclipped)
     texts = [
         Row({"context": random.standard_normal((77, channels)).astype(np.float32)}, float(weight))
         for weight in random.standard_normal(rows)
     ]
     draws = Draws(TorchGenerator(seed), (1, 4, height, width), table.draws) if noise else None
     latents = random.standard_normal((4, height, width)).astype(np.float32)
-    return Job(latents, table, tuple(texts), step_inputs(table), draws)
+    return Job(latents, table, tuple(texts), step_inputs(table, STABLE_DIFFUSION["denoiser"]), draws)
 
 
 def start(backend, jobs):

@@ -259,9 +259,9 @@ SCHEDULERS: dict[str, tuple[Damage, str]] = {
     **{
         name: (
             another_scheduler(name),
-            f"has the scheduler '{name}' .*does not have; ship another with --scheduler NAME: ddim, ddpm, euler, ",
+            f"has the scheduler '{name}' .*a bundle cannot ship; ship another with --scheduler NAME: ddim, ddpm, ",
         )
-        for name in ("UniPCMultistepScheduler", "LMSDiscreteScheduler", "HeunDiscreteScheduler", "Nope", "ddim")
+        for name in ("VQDiffusionScheduler", "ScoreSdeVeScheduler", "IPNDMScheduler", "Nope", "ddim")
     },
     **{
         f"_class_name {name!r}": (
