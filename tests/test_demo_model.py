@@ -32,7 +32,7 @@ def test_a_third_of_the_scenes_were_never_seen():
 @pytest.mark.slow
 def test_ours_draws_95_percent_rightly(demo_bundle):
     """On the backend that a user gets: OpenVINO takes a third of ONNX Runtime's time."""
-    with Pipeline.load(demo_bundle) as pipeline:
+    with Pipeline.load(demo_bundle, threads=1) as pipeline:
         pictures = make(pipeline, SCENES, STEPS, guidance_scale=5.0)
     assert share_right(pictures) >= 0.95
     unseen = [judge(image).agrees(scene) for scene, image in zip(SCENES, pictures) if scene.triple in held_out()]
@@ -69,6 +69,7 @@ def test_other_wordings_are_understood(demo, words):
     assert verdict.colour in named
 
 
+@pytest.mark.slow
 def test_the_vae_is_crisp():
     assert peak_signal_to_noise(resolve(None).vae().eval(), seed=5) >= 32.0
 
@@ -127,6 +128,7 @@ def test_the_words_of_the_task_are_all_there():
         assert len(set(part)) in (6, 8)
 
 
+@pytest.mark.slow
 def test_training_starts_and_resumes(tmp_path):
     """Three steps of each stage, stopped after the VAE and taken up again."""
     import dataclasses

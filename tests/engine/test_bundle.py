@@ -127,6 +127,7 @@ def test_a_symbolic_link_is_refused(bundle):
         Bundle.open(bundle)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_is_none_is_named(bundle, edit_manifest):
     (bundle / "tokenizer" / "tokenizer.json").write_text("{}")
     files = json.loads((bundle / "manifest.json").read_text())["files"]
@@ -136,6 +137,7 @@ def test_a_tokenizer_that_is_none_is_named(bundle, edit_manifest):
         Pipeline.load(bundle, verify=False)
 
 
+@pytest.mark.slow
 def test_a_graph_that_onnxruntime_does_not_load_is_named(bundle, edit_manifest):
     (bundle / "onnx" / "text_encoder.onnx").unlink()
     (bundle / "onnx" / "text_encoder.onnx").write_bytes(b"not a graph")

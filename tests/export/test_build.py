@@ -97,6 +97,7 @@ def test_a_second_build_does_nothing(copied):
     assert said == [f"{engines / 'sd1'} is up to date"]
 
 
+@pytest.mark.slow
 def test_other_shapes_trace_nothing_again(copied):
     source, engines = copied
     before = stamps(engines)
@@ -106,6 +107,7 @@ def test_other_shapes_trace_nothing_again(copied):
     assert Bundle.open(engines / "sd1").shapes.height == Range(64, 64, 64)
 
 
+@pytest.mark.slow
 def test_a_changed_vae_leaves_the_other_graphs(copied):
     source, engines = copied
     before = stamps(engines)
@@ -122,6 +124,7 @@ def test_a_changed_vae_leaves_the_other_graphs(copied):
     assert set(outcome.manifest["verification"]["components"]) == set(COMPONENTS)
 
 
+@pytest.mark.slow
 def test_a_changed_scheduler_changes_the_manifest_only(copied):
     source, engines = copied
     file = source.folder / "scheduler" / "scheduler_config.json"
@@ -195,6 +198,7 @@ def test_bf16_is_refused_where_it_cannot_be_verified(built, tmp_path):
         build(source, tmp_path, "bf16", SHAPES)
 
 
+@pytest.mark.slow
 def test_beyond_tolerance_the_build_fails_and_the_old_bundle_stays(copied, monkeypatch):
     source, engines = copied
     before = stamps(engines)
