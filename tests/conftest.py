@@ -200,7 +200,7 @@ def turn(item: pytest.Item) -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `pytest -n`, which gives files to its workers in this order: the longest come first, so that no worker is left
+    """For `pytest -n`, which gives files to its workers in this order: the longest first, so that no worker is left
     with one at the end. The tests of a file stay together: they share fixtures, and some read others' results."""
     slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
     items.sort(key=lambda item: (turn(item), item.path not in slow))

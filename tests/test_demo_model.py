@@ -54,6 +54,7 @@ def test_diffusers_draws_95_percent_rightly():
     assert share_right(pictures) >= 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

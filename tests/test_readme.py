@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 import build_engines
@@ -14,6 +15,7 @@ PAGES = {
 README = PAGES["README.md"]
 
 
+@pytest.mark.slow
 def test_the_python_examples_make_pictures(demo_bundle, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for page in ("README.md", "python.md", "samplers.md"):

@@ -28,6 +28,7 @@ def share_right(labels, pictures) -> float:
 # ---------------------------------------------------------------------------------------------------- the model
 
 
+@pytest.mark.slow
 def test_diffusers_draws_every_class():
     pipeline = DDPMPipeline.from_pretrained(train_shapes.FOLDER)
     assert share_right(LABELS, train_shapes.make(pipeline.unet, pipeline.scheduler, LABELS, steps=25)) >= 0.9

@@ -273,6 +273,7 @@ def test_a_bundle_is_called_as_its_model_is(model, tmp_path, monkeypatch):
     assert written == [benchmark.bundle(model)]
 
 
+@pytest.mark.slow
 def test_a_build_that_was_stopped_goes_on_and_a_finished_one_starts_anew(demo_fp16, tmp_path):
     shutil.copytree(demo_fp16, tmp_path / "demo", ignore=shutil.ignore_patterns("plans"))
     fake = f"{sys.executable} -m tests.fakes 10.16.1"

@@ -147,6 +147,7 @@ def test_latents_from_a_callback_are_checked(demo):
         )
 
 
+@pytest.mark.slow
 def test_embeddings_are_kept_by_what_they_were_computed_from(demo_bundle):
     with Pipeline.load(demo_bundle) as pipeline:
         calls = []
@@ -346,6 +347,7 @@ def test_a_signal_handler_that_closes_the_pipeline_gets_an_error_and_does_not_ha
             signal.signal(signal.SIGUSR1, before)
 
 
+@pytest.mark.slow
 def test_whether_a_run_was_interrupted_belongs_to_its_own_call(demo):
     wrong = []
 
@@ -419,6 +421,7 @@ def overwrite(bundle, other):
             stream.write(b"\0" * file.stat().st_size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("change", [replace, delete, overwrite])
 def test_a_bundle_that_changes_under_a_pipeline_is_an_error_or_does_not_matter(

@@ -30,6 +30,7 @@ assert not loaded, loaded
 """
 
 
+@pytest.mark.slow
 def test_a_whole_picture_with_torch_forbidden(demo_bundle, tmp_path):
     subprocess.run([sys.executable, "-c", SCRIPT, str(demo_bundle), str(tmp_path / "a.png")], check=True, cwd=ROOT)
     assert (tmp_path / "a.png").stat().st_size > 100

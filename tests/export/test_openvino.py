@@ -15,6 +15,8 @@ from export.errors import VerificationError
 
 pytest.importorskip("openvino")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def output(tiny_bundles, tmp_path_factory):

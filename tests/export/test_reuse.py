@@ -15,6 +15,8 @@ from export.sources.checkpoint import DiffusersFolder
 
 from ..conftest import copy_bundle
 
+pytestmark = pytest.mark.slow
+
 SHAPES = default_shapes(64)
 
 

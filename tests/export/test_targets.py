@@ -23,6 +23,8 @@ from export.errors import OutputError
 from export.folders import carry_over, exchange, files_of, recover, swap
 from export.sources.checkpoint import DiffusersFolder
 
+pytestmark = pytest.mark.slow
+
 SHAPES = default_shapes(64)
 OTHER = replace(SHAPES, height=Range(64, 64, 64))
 

@@ -21,6 +21,8 @@ from export.sources.schedulers import SHIPPED
 from ..conftest import copy_bundle
 from .sources.damage import SCHEDULER, TEXT_WEIGHTS, copy_model, edit, edit_weights
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):

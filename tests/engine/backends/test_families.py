@@ -11,6 +11,8 @@ from tests import fakes
 from tests.engine.backends.made_up import request_of
 from tests.families import build_bundle, known, tinted_family, without_encoder_family
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a large red circle on a blue background"
 OPTIONS = {"prompt": PROMPT, "num_inference_steps": 3, "seed": 0, "scheduler": "euler_a"}
 BACKENDS = ("onnxruntime", "openvino", "tensorrt")

@@ -59,6 +59,7 @@ def pair(request, tiny_bundles, tmp_path, edit_manifest):
         pipeline.close()
 
 
+@pytest.mark.slow
 def test_a_picture_alone_in_a_call_for_two_is_the_same(pair):
     two, any_number = pair
     expected = any_number(**OPTIONS, output_type="latent", progress=False).images[0]

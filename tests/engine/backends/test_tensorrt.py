@@ -18,6 +18,8 @@ from tests import fakes
 from tests.conftest import copy_bundle
 from tests.fakes.cuda_types import CUresult
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a large red circle on a blue background"
 FAST = {"num_inference_steps": 6, "seed": 0, "guidance_scale": 5.0, "progress": False}
 VERSION = "10.16.1"

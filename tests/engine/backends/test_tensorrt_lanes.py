@@ -20,6 +20,8 @@ from tests.conftest import copy_bundle
 from tests.engine.backends.made_up import request_of
 from tests.fakes.cuda_types import CUresult
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a large red circle on a blue background"
 STEPS = 6
 VERSION = "10.16.1"

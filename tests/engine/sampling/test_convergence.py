@@ -70,6 +70,7 @@ def test_the_third_order_of_diffusers_sde_solver_is_a_first_order():
     assert convergence.slope(errors) == pytest.approx(1, abs=0.3)
 
 
+@pytest.mark.slow
 def test_the_command_draws_the_errors(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(convergence, "STEPS", (16, 32, 64))  # a fifth of the time
     picture = tmp_path / "convergence.png"

@@ -72,6 +72,7 @@ def steps_of(name, prediction_type, schedule_type):
     return STEPS[:4] if seldom else STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("name", ROWS)
 def test_every_grid_of_a_sampler_equals_diffusers(name, prediction_type):

@@ -128,6 +128,7 @@ def test_a_product_in_half_costs_what_it_costs_models_that_do_not_overflow(size)
     assert np.isnan(plain) if size == 300 else ours < 1.6 * plain
 
 
+@pytest.mark.slow
 def test_the_graph_does_the_same_and_every_tensorrt_reads_it(tmp_path):
     file = tmp_path / "denoiser.onnx"
     export_onnx(DENOISER, Denoiser(changed_unet(with_much_in_common), torch.float16), SIZES, file)

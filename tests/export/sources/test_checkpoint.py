@@ -175,6 +175,7 @@ def test_random_weights_need_a_known_architecture():
         resolve("sdxl", random_weights=True)
 
 
+@pytest.mark.slow
 def test_no_network_is_said_in_one_line(tmp_path):
     """A fresh process, because the hub's library reads its settings when it is imported."""
     code = (
