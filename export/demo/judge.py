@@ -95,8 +95,8 @@ LEAST_CONTRAST = 100.0
 """Sum of the channels' differences from the background, from which on something is drawn there: half of the faintest
 colour, green on grey."""
 
-MOST_TINT = 48.0
-"""Difference of a background's channels up to which it counts as grey, dark or light: no class says how light."""
+MOST_TINT = 24.0
+"""How far the channels of a background may be from grey's."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,11 @@ def judge_class(picture: np.ndarray) -> ClassVerdict:
 
 
 def _background(border: np.ndarray) -> str:
-    """The name of grey for every grey, else of the nearest colour."""
-    tint = float(np.ptp(np.median(border.reshape(-1, 3), axis=0)))
-    return classes.BACKGROUND if tint <= MOST_TINT else _nearest_colour(border)
+    """The name of the nearest colour; "tinted" for one near grey, but not near enough."""
+    middle = np.median(border.reshape(-1, 3), axis=0)
+    name = _nearest_colour(border, classes.INKS)
+    off = float(np.abs(middle - classes.INKS[classes.BACKGROUND]).max())
+    return "tinted" if name == classes.BACKGROUND and off > MOST_TINT else name
 
 
 def _overlap(one: np.ndarray, other: np.ndarray) -> float:
