@@ -144,6 +144,8 @@ def make(pipeline: Pipeline, wanted: Sequence[tuple[Subject, int, Path]], option
                 sigmas=options.sigmas,
                 timestep_respacing=options.timestep_respacing,
                 sampler_options=dict(options.sampler_option),
+                image=options.image,
+                strength=options.strength,
             )
         for subject, seed, file, image in zip(subjects, seeds, files, result.images):
             write_picture(image, file)
@@ -178,7 +180,8 @@ def check_call(options: argparse.Namespace, subjects: Sequence[Subject]) -> Bund
     from .bundle import Bundle
     from .checks import check_class_labels, check_no_text, check_prompts
     from .guidance import check_guidance
-    from .request import Sampling
+    from .init_image import InitImage
+    from .request import Sampling, late
 
     given = call_arguments(subjects, options)
     if "prompt" in given:
@@ -199,9 +202,10 @@ def check_call(options: argparse.Namespace, subjects: Sequence[Subject]) -> Bund
         options.timestep_respacing,
         dict(options.sampler_option),
     )
+    sampling = late(sampling, InitImage.check(options.image, options.strength, bundle.family))
     table = sampling.table(schedule)
     check_guidance(
-        options.guidance_scale, options.guidance_rescale, options.guidance_interval, sampling.count, table.timesteps
+        options.guidance_scale, options.guidance_rescale, options.guidance_interval, sampling.run, table.timesteps
     )
     return bundle
 

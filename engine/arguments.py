@@ -97,6 +97,10 @@ def _add_picture(c: argparse.ArgumentParser) -> None:
         metavar="N",
         help="a class, for a model that has classes instead of texts; may be repeated",
     )
+    c.add_argument("--image", type=path, metavar="FILE", help="a picture to start from")
+    c.add_argument(
+        "--strength", type=number(low=0.0), metavar="S", help="how much of --image changes, 0 to 1 (default: 0.8)"
+    )
     c.add_argument("--bundle", type=path, default=Path("engines/demo"), metavar="FOLDER", help="default: engines/demo")
     c.add_argument(
         "--output",

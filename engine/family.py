@@ -6,7 +6,7 @@ denoiser      one whole step: the U-Net on slot 0 of the state, row by row; guid
               `next_state = update @ [state; output; noise]`
 vae_decoder   latents become pixels. `magnitude` is a sum over the absolute values before they are clamped: it is finite
               if they all are, which pixels cannot tell
-vae_encoder   pixels become the mean and the standard deviation of latents
+vae_encoder   pixels in -1..1 become the mean and the standard deviation of latents
 
 Models without texts (DDPM, Improved DDPM, unconditional latent diffusion) have a denoiser of their own:
 
@@ -44,7 +44,7 @@ def _encoder(channels: int, factor: int) -> Component:
     latents = ("batch", channels, "height", "width")
     return Component(
         "vae_encoder",
-        inputs=(Tensor("image", _pixels(factor), "uint8", below=256),),
+        inputs=(Tensor("image", _pixels(factor), below=1),),
         outputs=(Tensor("mean", latents), Tensor("std", latents)),
         required=False,
     )

@@ -39,6 +39,8 @@ def parameters(request: Request, bundle: Bundle, index: int) -> str:
     }
     if request.sampling.schedule_type is not None:
         fields["Schedule type"] = schedule_label(request.sampling.schedule_type)
+    if request.init is not None:
+        fields["Denoising strength"] = request.init.strength
     label = request.class_labels[text]
     if label is not None:
         fields["Class"] = label

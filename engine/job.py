@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .contract import Component
+from .init_image import Encoded
 from .sampling.noise import Draws, TorchGenerator
 from .sampling.table import StepTable
 
@@ -126,6 +127,13 @@ def guided(
     return Row(negative, 1 - scales), Row(prompt, scales, rescale)
 
 
+def noised(clean: np.ndarray, noise: np.ndarray, table: StepTable) -> np.ndarray:
+    """Latents with the noise of a table's first level."""
+    alpha, sigma = np.float32(table.alphas[0]), np.float32(table.sigmas[0])
+    mixed: np.ndarray = alpha * clean + sigma * noise
+    return mixed
+
+
 def jobs(
     table: StepTable,
     denoiser: Component,
@@ -133,18 +141,21 @@ def jobs(
     seeds: Sequence[int],
     plane: tuple[int, ...],
     latents: np.ndarray | None,
+    encoded: Encoded | None = None,
 ) -> list[Job]:
     """The jobs of one call. `seeds` has one seed for all pictures, whose noise is then drawn together as in diffusers,
-    or one for each. `latents` [B, C, h, w], standard normal, replace the first noise. `plane` is (C, h, w)."""
+    or one for each. `latents` [B, C, h, w], standard normal, replace the first noise. `plane` is (C, h, w). With
+    `encoded` images the loop starts from those, with noise of the table's first level."""
     count, steps = len(rows), step_inputs(table, denoiser)
     pictures = [count] if len(seeds) == 1 else [1] * count
     made: list[Job] = []
     for seed, several in zip(seeds, pictures):
         generator = TorchGenerator(seed)
         first = len(made)
+        clean = None if encoded is None else encoded.draw(generator, range(first, first + several))
         start = generator.randn((several, *plane)) if latents is None else latents[first : first + several]
         noise = Draws(generator, (several, *plane), table.draws) if table.draws.any() else None
+        scaled = start * np.float32(table.initial_scale) if clean is None else noised(clean, start, table)
         for picture in range(several):
-            scaled = start[picture] * np.float32(table.initial_scale)
-            made.append(Job(scaled, table, rows[first + picture], steps, noise, picture))
+            made.append(Job(scaled[picture], table, rows[first + picture], steps, noise, picture))
     return made

@@ -27,6 +27,7 @@ from .errors import (
 )
 from .guidance import DEFAULT_SCALE, Scale
 from .images import finished_images
+from .init_image import Encoded
 from .job import Conditioning, Job, Row, classed, guided, jobs
 from .request import Limits, Request
 from .result import Clock, Result
@@ -52,7 +53,9 @@ class Pipeline:
             encode = self._text_conditioning()
         except (SchedulerConfigError, ManifestError) as error:
             raise type(error)(f"{error}. Build the bundle again: {bundle.command()}") from error
-        self.limits = Limits(bundle.family, schedule, backend.profiles, partial(_build_command, bundle, backend))
+        self.limits = Limits(
+            bundle.family, schedule, backend.profiles, partial(_build_command, bundle, backend), backend.encodes_images
+        )
         self._encode = encode
         self._lock = threading.RLock()
         self._busy = self._closed = self._interrupt = False
@@ -185,6 +188,8 @@ class Pipeline:
         timestep_respacing: str | None = None,
         sampler_options: Mapping[str, Any] | None = None,
         class_labels: int | Sequence[int] | None = None,
+        image: Any = None,
+        strength: float | None = None,
     ) -> Result:
         """Makes the picture that the model's pipeline of diffusers makes from the same arguments.
 
@@ -199,16 +204,18 @@ class Pipeline:
         (None: the model's own); progress: show a bar; guidance_rescale: phi of arXiv 2305.08891; guidance_interval:
         (start, end), evaluation i of E has guidance if start <= i / E <= end, the others run without the negative
         prompt; schedule_type, timesteps, sigmas, timestep_respacing: the sampler's grid; sampler_options: its options
-        by name (docs/samplers.md). Raises the InputErrors of engine/errors.py before any work, NumericalError and not
-        a black picture, BundleChangedError where the bundle's files were written to, ClosedPipelineError, and
-        BusyPipelineError in a callback.
+        by name (docs/samplers.md); image: what to start from, a path, a PIL image, an array [H, W, 3] of uint8 or of
+        float in 0..1, latents [n, C, h, w], or a list: one for all pictures, for each text or for each picture;
+        strength: how much of it changes, the share of the steps that are run (default: 0.8). Raises the InputErrors of
+        engine/errors.py before any work, NumericalError and not a black picture, BundleChangedError where the bundle's
+        files were written to, ClosedPipelineError, and BusyPipelineError in a callback.
         """
         started = perf_counter()
         request = Request.check(self.limits, prompt, height, width, num_inference_steps, guidance_scale,
                                 negative_prompt, num_images_per_prompt, eta, seed, latents, output_type,
                                 callback_on_step_end, scheduler, progress, guidance_rescale, guidance_interval,
                                 schedule_type, timesteps, sigmas, timestep_respacing, sampler_options,
-                                class_labels)  # fmt: skip
+                                class_labels, image, strength)  # fmt: skip
         with self._turn():
             self.bundle.recheck_in_place()
             result = self._run(request, started)
@@ -260,7 +267,18 @@ class Pipeline:
         each = [one for one in rows for _ in range(request.images_per_prompt)]
         plane = self.bundle.family.plane(request.height, request.width)
         denoiser = self.bundle.family["denoiser"]
-        return jobs(request.table, denoiser, each, request.seeds, plane, request.latents)
+        return jobs(request.table, denoiser, each, request.seeds, plane, request.latents, self._encoded(request))
+
+    def _encoded(self, request: Request) -> Encoded | None:
+        """The images that a request starts from, through the VAE encoder."""
+        init = request.init
+        if init is None:
+            return None
+        of = init.of(len(request.prompts), request.images_per_prompt)
+        if init.latents is not None:
+            return Encoded(init.latents, None, of)
+        mean, std = self._backend.encode_image(init.pixels(request.height, request.width))
+        return Encoded(mean, std, of)
 
     def _rows(self, request: Request, tokenized: Callable[[], None]) -> list[tuple[Row, ...]]:
         """The rows of a picture of each text or class."""

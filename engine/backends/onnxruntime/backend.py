@@ -18,7 +18,7 @@ from ...errors import BackendError
 from ...family import STABLE_DIFFUSION
 from ...job import Conditioning
 from ...libraries import import_library, install_command
-from ..interface import Decoded, HostStopwatch
+from ..interface import Decoded, HostStopwatch, encode_in_parts
 from ..recent import Recent
 from .call import Call, DeviceCall, OnnxRuntimeLanes
 from .device import Copier, DeviceArray
@@ -170,6 +170,17 @@ class OnnxRuntimeBackend:
             {name: DeviceArray(value, tuple(value.shape()[1:]), i) for name, value in found.items()}
             for i in range(count)
         ]
+
+    @property
+    def encodes_images(self) -> bool:
+        """See `Backend.encodes_images`."""
+        return "vae_encoder" in self._graphs
+
+    def encode_image(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `Backend.encode_image`."""
+        factor = self.family.factor
+        together = decoded_together(images.shape[1] // factor, images.shape[2] // factor, factor)
+        return encode_in_parts(lambda some: self.run("vae_encoder", {"image": some}), images, together)
 
     def lanes(self, count: int, height: int, width: int) -> OnnxRuntimeLanes:
         """So many free lanes for latents of h x w elements."""

@@ -14,7 +14,7 @@ from ...errors import BackendError
 from ...family import STABLE_DIFFUSION
 from ...job import Conditioning
 from ...libraries import import_library, install_command
-from ..interface import Decoded, HostStopwatch
+from ..interface import Decoded, HostStopwatch, encode_in_parts
 from ..onnxruntime.backend import LARGE_GRAPH, decoded_together, unchecked
 from ..packing import smallest
 from ..recent import Recent
@@ -205,6 +205,17 @@ class OpenVinoBackend:
         """See `Backend.encode_text`."""
         names = self.family["text_encoder"].output_names
         return [dict(zip(names, one)) for one in zip(*self.run("text_encoder", dict(inputs)))]
+
+    @property
+    def encodes_images(self) -> bool:
+        """See `Backend.encodes_images`."""
+        return "vae_encoder" in self._graphs
+
+    def encode_image(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `Backend.encode_image`."""
+        factor = self.family.factor
+        together = decoded_together(images.shape[1] // factor, images.shape[2] // factor, factor)
+        return encode_in_parts(lambda some: self.run("vae_encoder", {"image": some}), images, together)
 
     def lanes(self, count: int, height: int, width: int) -> OpenVinoLanes:
         """See `Backend.lanes`."""
