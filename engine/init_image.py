@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,6 @@ from .checks import check_latents
 from .contract import Family
 from .errors import ImageError, StrengthError, shown
 from .pixels import Readable, read_image, resized, size_of
-from .sampling.noise import TorchGenerator
 
 DEFAULT_STRENGTH = 0.8
 
@@ -78,24 +76,6 @@ class InitImage:
             allowed = " or ".join(map(str, sorted({1, prompts, batch})))
             raise ImageError(f"there are {len(self)} images for {batch} pictures; pass {allowed}")
         return tuple(choices[len(self)])
-
-
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """Images as distributions of latents: mean and std [n, C, h, w], std None for latents that are known; of: the image
-    of each picture."""
-
-    mean: np.ndarray
-    std: np.ndarray | None
-    of: tuple[int, ...]
-
-    def draw(self, generator: TorchGenerator, pictures: Sequence[int]) -> np.ndarray:
-        """The latents of these pictures' images, drawn as diffusers draws them: one of each image, all at once."""
-        images = sorted({self.of[picture] for picture in pictures})
-        drawn = self.mean[images]
-        if self.std is not None:
-            drawn = drawn + self.std[images] * generator.randn(drawn.shape)
-        return drawn[[images.index(self.of[picture]) for picture in pictures]]
 
 
 def _is_latents(image: Any, channels: int) -> bool:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from .contract import Component
-from .init_image import Encoded
 from .sampling.noise import Draws, TorchGenerator
 from .sampling.table import StepTable
 
@@ -94,6 +93,24 @@ class Job:
         one."""
         if self.noise is not None and index < len(self.table) and self.table.draws[index]:
             self.noise.prepare(index)
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Images as distributions of latents: mean and std [n, C, h, w], std None for latents that are known; of: the image
+    of each picture."""
+
+    mean: np.ndarray
+    std: np.ndarray | None
+    of: tuple[int, ...]
+
+    def draw(self, generator: TorchGenerator, pictures: Sequence[int]) -> np.ndarray:
+        """The latents of these pictures' images, drawn as diffusers draws them: one of each image, all at once."""
+        images = sorted({self.of[picture] for picture in pictures})
+        drawn = self.mean[images]
+        if self.std is not None:
+            drawn = drawn + self.std[images] * generator.randn(drawn.shape)
+        return drawn[[images.index(self.of[picture]) for picture in pictures]]
 
 
 def step_inputs(table: StepTable, denoiser: Component) -> dict[str, np.ndarray]:

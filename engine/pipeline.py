@@ -27,8 +27,7 @@ from .errors import (
 )
 from .guidance import DEFAULT_SCALE, Scale
 from .images import finished_images
-from .init_image import Encoded
-from .job import Conditioning, Job, Row, classed, guided, jobs
+from .job import Conditioning, Encoded, Job, Row, classed, guided, jobs
 from .request import Limits, Request
 from .result import Clock, Result
 from .text.conditioning import TextConditioning
