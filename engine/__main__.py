@@ -146,6 +146,9 @@ def make(pipeline: Pipeline, wanted: Sequence[tuple[Subject, int, Path]], option
                 sampler_options=dict(options.sampler_option),
                 image=options.image,
                 strength=options.strength,
+                mask_image=options.mask,
+                composite=options.composite,
+                padding_mask_crop=options.padding_mask_crop,
             )
         for subject, seed, file, image in zip(subjects, seeds, files, result.images):
             write_picture(image, file)
@@ -180,7 +183,9 @@ def check_call(options: argparse.Namespace, subjects: Sequence[Subject]) -> Bund
     from .bundle import Bundle
     from .checks import check_class_labels, check_no_text, check_prompts
     from .guidance import check_guidance
-    from .init_image import InitImage
+    from .init_image import DEFAULT_STRENGTH, InitImage
+    from .inpainting import DEFAULT_STRENGTH as INPAINT_STRENGTH
+    from .inpainting import Inpaint
     from .request import Sampling, late
 
     given = call_arguments(subjects, options)
@@ -202,7 +207,10 @@ def check_call(options: argparse.Namespace, subjects: Sequence[Subject]) -> Bund
         options.timestep_respacing,
         dict(options.sampler_option),
     )
-    sampling = late(sampling, InitImage.check(options.image, options.strength, bundle.family))
+    strength = INPAINT_STRENGTH if options.mask else DEFAULT_STRENGTH
+    init = InitImage.check(options.image, options.strength, bundle.family, strength)
+    Inpaint.check(bundle.family, init, options.mask, options.composite, options.padding_mask_crop)
+    sampling = late(sampling, init)
     table = sampling.table(schedule)
     check_guidance(
         options.guidance_scale, options.guidance_rescale, options.guidance_interval, sampling.run, table.timesteps

@@ -24,13 +24,14 @@ class InitImage:
     strength: float
 
     @classmethod
-    def check(cls, image: Any, strength: Any, family: Family) -> InitImage | None:
-        """`image` and `strength` of a call. ImageError, StrengthError or LatentsError."""
+    def check(cls, image: Any, strength: Any, family: Family, default: float = DEFAULT_STRENGTH) -> InitImage | None:
+        """`image` and `strength` of a call; without a strength it is `default`. ImageError, StrengthError or
+        LatentsError."""
         if image is None:
             if strength is not None:
                 raise StrengthError("strength says how much of an image changes; pass image too, or leave it out")
             return None
-        share = DEFAULT_STRENGTH if strength is None else strength
+        share = default if strength is None else strength
         if not isinstance(share, (int, float, np.number)) or isinstance(share, bool) or not 0 <= share <= 1:
             raise StrengthError(f"strength is {shown(strength)}; it must be a number from 0 to 1, such as 0.8")
         if _is_latents(image, family.channels):
@@ -48,10 +49,14 @@ class InitImage:
     def size(self, factor: int) -> tuple[int, int]:
         """Height and width in pixels of the pictures to make: as in diffusers the images', rounded down to multiples of
         the factor."""
+        height, width = self.full_size(factor)
+        return height // factor * factor, width // factor * factor
+
+    def full_size(self, factor: int) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
         if self.latents is not None:
             return self.latents.shape[2] * factor, self.latents.shape[3] * factor
-        height, width = size_of(self.pictures[0])
-        return height // factor * factor, width // factor * factor
+        return size_of(self.pictures[0])
 
     def first_step(self, steps: int) -> int:
         """Where the loop starts, as in diffusers. StrengthError if no step is left."""
@@ -68,14 +73,19 @@ class InitImage:
         return np.stack([resized(picture, height, width) for picture in self.pictures])
 
     def of(self, prompts: int, images_per_prompt: int) -> tuple[int, ...]:
-        """Which image each picture of a call starts from: the only one, its text's, or its own. ImageError where
-        there is another number of them."""
-        batch = prompts * images_per_prompt
-        choices = {1: [0] * batch, prompts: [i // images_per_prompt for i in range(batch)], batch: list(range(batch))}
-        if len(self) not in choices:
-            allowed = " or ".join(map(str, sorted({1, prompts, batch})))
-            raise ImageError(f"there are {len(self)} images for {batch} pictures; pass {allowed}")
-        return tuple(choices[len(self)])
+        """Which image each picture of a call starts from; see `each_of`."""
+        return each_of("images", len(self), prompts, images_per_prompt)
+
+
+def each_of(what: str, count: int, prompts: int, images_per_prompt: int) -> tuple[int, ...]:
+    """Which of `count` images, or masks, each picture of a call has: the only one, its text's, or its own. ImageError
+    where there is another number of them."""
+    batch = prompts * images_per_prompt
+    choices = {1: [0] * batch, prompts: [i // images_per_prompt for i in range(batch)], batch: list(range(batch))}
+    if count not in choices:
+        allowed = " or ".join(map(str, sorted({1, prompts, batch})))
+        raise ImageError(f"there are {count} {what} for {batch} pictures; pass {allowed}")
+    return tuple(choices[count])
 
 
 def _is_latents(image: Any, channels: int) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .beginnings import Begin
 from .contract import Component
 from .sampling.noise import Draws, TorchGenerator
 from .sampling.table import StepTable
@@ -95,30 +96,17 @@ class Job:
             self.noise.prepare(index)
 
 
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """Images as distributions of latents: mean and std [n, C, h, w], std None for latents that are known; of: the image
-    of each picture."""
-
-    mean: np.ndarray
-    std: np.ndarray | None
-    of: tuple[int, ...]
-
-    def draw(self, generator: TorchGenerator, pictures: Sequence[int]) -> np.ndarray:
-        """The latents of these pictures' images, drawn as diffusers draws them: one of each image, all at once."""
-        images = sorted({self.of[picture] for picture in pictures})
-        drawn = self.mean[images]
-        if self.std is not None:
-            drawn = drawn + self.std[images] * generator.randn(drawn.shape)
-        return drawn[[images.index(self.of[picture]) for picture in pictures]]
-
-
 def step_inputs(table: StepTable, denoiser: Component) -> dict[str, np.ndarray]:
     """`Job.steps` for a table: the inputs of this denoiser that follow from it."""
     known = {"timestep": table.timesteps, "update": table.updates, "clip": table.clips, "variance": table.variances}
     if "clip" in denoiser.input_names:
         known["update"] = np.concatenate([table.updates, table.clipped[:, :, np.newaxis]], axis=2)
-    return {tensor.name: known[tensor.name].astype(np.float32) for tensor in denoiser.stepped if tensor.name in known}
+    made = {tensor.name: known[tensor.name].astype(np.float32) for tensor in denoiser.stepped if tensor.name in known}
+    for tensor in denoiser.stepped:
+        if tensor.default is not None:
+            shape = tensor.shape({"batch": len(table)})
+            made[tensor.name] = np.full(shape, tensor.default, np.float32)
+    return made
 
 
 def classed(class_label: int | None) -> tuple[Row, ...]:
@@ -144,13 +132,6 @@ def guided(
     return Row(negative, 1 - scales), Row(prompt, scales, rescale)
 
 
-def noised(clean: np.ndarray, noise: np.ndarray, table: StepTable) -> np.ndarray:
-    """Latents with the noise of a table's first level."""
-    alpha, sigma = np.float32(table.alphas[0]), np.float32(table.sigmas[0])
-    mixed: np.ndarray = alpha * clean + sigma * noise
-    return mixed
-
-
 def jobs(
     table: StepTable,
     denoiser: Component,
@@ -158,21 +139,21 @@ def jobs(
     seeds: Sequence[int],
     plane: tuple[int, ...],
     latents: np.ndarray | None,
-    encoded: Encoded | None = None,
+    begin: Begin,
 ) -> list[Job]:
     """The jobs of one call. `seeds` has one seed for all pictures, whose noise is then drawn together as in diffusers,
-    or one for each. `latents` [B, C, h, w], standard normal, replace the first noise. `plane` is (C, h, w). With
-    `encoded` images the loop starts from those, with noise of the table's first level."""
+    or one for each. `latents` [B, C, h, w], standard normal, replace the first noise. `plane` is (C, h, w). `begin`
+    says where the loops start."""
     count, steps = len(rows), step_inputs(table, denoiser)
     pictures = [count] if len(seeds) == 1 else [1] * count
     made: list[Job] = []
     for seed, several in zip(seeds, pictures):
         generator = TorchGenerator(seed)
         first = len(made)
-        clean = None if encoded is None else encoded.draw(generator, range(first, first + several))
-        start = generator.randn((several, *plane)) if latents is None else latents[first : first + several]
+        given = None if latents is None else latents[first : first + several]
+        beginnings = begin(generator, range(first, first + several), given)
         noise = Draws(generator, (several, *plane), table.draws) if table.draws.any() else None
-        scaled = start * np.float32(table.initial_scale) if clean is None else noised(clean, start, table)
-        for picture in range(several):
-            made.append(Job(scaled[picture], table, rows[first + picture], steps, noise, picture))
+        for picture, start in enumerate(beginnings):
+            own = {**steps, **start.steps}
+            made.append(Job(start.latents, table, rows[first + picture], own, noise, picture, start.extras))
     return made

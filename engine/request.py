@@ -14,7 +14,9 @@ from . import checks
 from .contract import Family, Shapes
 from .errors import ImageError, SizeError, TimestepsError
 from .guidance import Guidance, Scale, check_guidance, without_text
-from .init_image import InitImage
+from .init_image import DEFAULT_STRENGTH, InitImage, each_of
+from .inpainting import DEFAULT_STRENGTH as INPAINT_STRENGTH
+from .inpainting import Inpaint
 from .sampling.catalog import checked_options, sampler_name, schedule_type_name, step_table
 from .sampling.respacing import space_timesteps
 from .sampling.schedule import Schedule
@@ -127,7 +129,7 @@ class Request:
     an empty prompt for each class, or one; guided: whether the negative prompts take part; class_labels: one for each
     prompt, None for a model without classes; height, width: pixels; seeds: one for all pictures, or one for each;
     latents: [B, C, h, w] standard normal float32, or None for noise; init: the images to start from, or None;
-    sampling: the sampler and its grid, with the `table`.
+    inpaint: what of these is repainted, None for all; sampling: the sampler and its grid, with the `table`.
     """
 
     prompts: tuple[str, ...]
@@ -146,6 +148,19 @@ class Request:
     progress: bool
     class_labels: tuple[int | None, ...]
     init: InitImage | None = None
+    inpaint: Inpaint | None = None
+
+    @property
+    def image_of(self) -> tuple[int, ...]:
+        """The image of each picture."""
+        return () if self.init is None else self.init.of(len(self.prompts), self.images_per_prompt)
+
+    @property
+    def mask_of(self) -> tuple[int, ...]:
+        """The mask of each picture."""
+        if self.inpaint is None:
+            return ()
+        return each_of("masks", len(self.inpaint.masks), len(self.prompts), self.images_per_prompt)
 
     @property
     def batch(self) -> int:
@@ -185,6 +200,9 @@ class Request:
         class_labels: int | Sequence[int] | None = None,
         image: Any = None,
         strength: float | None = None,
+        mask_image: Any = None,
+        composite: bool = False,
+        padding_mask_crop: int | None = None,
     ) -> Request:
         """The arguments of `Pipeline.__call__`, checked. Raises the InputErrors of engine/errors.py."""
         labels = checks.check_class_labels(class_labels, limits.family.classes)
@@ -206,16 +224,22 @@ class Request:
             timestep_respacing,
             sampler_options,
         )
-        init = check_init_image(limits, image, strength)
+        init = check_init_image(limits, image, strength, mask_image is not None)
+        inpaint = Inpaint.check(limits.family, init, mask_image, composite, padding_mask_crop, output_type)
         if init is not None:
             init.of(len(prompts), int(num_images_per_prompt))
+        if inpaint is not None:
+            each_of("masks", len(inpaint.masks), len(prompts), int(num_images_per_prompt))
         sampling = late(sampling, init)
         table = limits.table(sampling)
         guidance = check_guidance(guidance_scale, guidance_rescale, guidance_interval, sampling.run, table.timesteps)
         if not limits.family.tokenizers:
             guidance = without_text(guidance)
         rows = 2 * batch if guidance.used else batch
-        height, width = _size(limits, height, width, batch, rows, init)
+        whole = inpaint is None or inpaint.padding is None
+        height, width = _size(limits, height, width, batch, rows, init if whole else None)
+        if inpaint is not None:
+            inpaint.crop(height, width)
         seeds = checks.check_seeds(secrets.randbits(32) if seed is None else seed, batch)
         checks.check_output_type(output_type)
         checks.check_callback(callback)
@@ -238,12 +262,13 @@ class Request:
             progress=progress,
             class_labels=tuple(labels),
             init=init,
+            inpaint=inpaint,
         )
 
 
-def check_init_image(limits: Limits, image: Any, strength: Any) -> InitImage | None:
+def check_init_image(limits: Limits, image: Any, strength: Any, masked: bool) -> InitImage | None:
     """What a call starts from, or None for noise alone. ImageError where the model has no VAE encoder."""
-    init = InitImage.check(image, strength, limits.family)
+    init = InitImage.check(image, strength, limits.family, INPAINT_STRENGTH if masked else DEFAULT_STRENGTH)
     if init is not None and init.latents is None and not limits.encodes_images:
         raise ImageError(
             "this pipeline has no VAE encoder, so it can't start from a picture; take a bundle of Stable Diffusion, "
