@@ -197,9 +197,7 @@ def test_what_is_harmless_is_accepted_and_gives_the_same_weights(model, copied, 
 def test_a_folder_of_models_says_which_to_pass(model, tmp_path):
     copy_model(model, tmp_path / "trained" / "800")
     (tmp_path / "trained" / "last.ckpt").write_bytes(b"x")
-    with pytest.raises(
-        e.UnreadableModelError, match=r"no model_index.* what is in it: .*/800, .*/last\.ckpt"
-    ):
+    with pytest.raises(e.UnreadableModelError, match=r"no model_index.* what is in it: .*/800, .*/last\.ckpt"):
         resolve(str(tmp_path / "trained"))
 
 
