@@ -8,8 +8,9 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import UnreadableModelError, UsageError
+from .compvis import UNET
 
-UNET, AVERAGES = "model.diffusion_model.", "model_ema."
+AVERAGES = "model_ema."
 COUNTERS = {"decay", "num_updates"}
 """What LitEma keeps beside its averages."""
 

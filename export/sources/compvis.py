@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from ..errors import UnreadableModelError, UnsupportedModelError
 from . import compvis_yaml
 from . import weights as files
-from .compvis_yaml import Settings
+from .compvis_yaml import SILENT, Settings
 from .presets import ARCHITECTURES, Architecture
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -51,7 +51,7 @@ def architecture(
     weights: dict[str, Tensor],
     file: Path,
     prediction_type: str | None,
-    said: Settings = Settings(),  # noqa: B008
+    said: Settings = SILENT,
     vae_elsewhere: bool = False,
 ) -> Architecture:
     """The architecture that follows from the shapes, and from what the .yaml beside the file has `said`. No shape tells

@@ -46,6 +46,10 @@ class Settings:
     schedule: Mapping[str, Any] = field(default_factory=dict)
 
 
+SILENT = Settings()
+"""What no file says."""
+
+
 def beside(checkpoint: Path) -> Path | None:
     """The configuration of a checkpoint: the file of its name that ends in .yaml or .yml."""
     files = (checkpoint.with_name(stem(checkpoint) + suffix) for suffix in (".yaml", ".yml"))

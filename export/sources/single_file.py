@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from engine.family import STABLE_DIFFUSION
 from ..errors import UsageError
 from . import averages, compvis, compvis_yaml, other_vae, schedulers, weights
 from .checks import with_defaults
-from .compvis_yaml import Settings
+from .compvis_yaml import SILENT
 from .diffusers_folder import hash_files, read_tokenizer
 from .hub import download
 from .random_weights import config_of
@@ -64,13 +65,13 @@ class CompVisFile(TextToImage):
             tuple(part for part in parts if part is not None),
         )
         self.file, self._sampler = file, sampler
-        said = Settings() if settings is None else reading(settings, lambda: compvis_yaml.read(settings))
+        said = SILENT if settings is None else reading(settings, lambda: compvis_yaml.read(settings))
         self._weights = averages.apply(compvis.known_names(weights.read(file)), file, ema)
         self._vae = None if vae is None else other_vae.read(vae, compvis.vae_settings(self._weights, said))
         self._architecture = reading(
             file, lambda: compvis.architecture(self._weights, file, prediction_type, said, vae is not None)
         )
-        self._hash = [reading(one, lambda one=one: sha256(one)) for one in weights.files_of(file)]  # type: ignore[misc]
+        self._hash = [reading(one, partial(sha256, one)) for one in weights.files_of(file)]
         self._ema = ema
         self._tokenizer_folder = tokenizer or download(
             CLIP_TOKENIZER, ("*.json", "*.txt"), "pass its folder with --tokenizer FOLDER"
