@@ -105,6 +105,7 @@ def _add_picture(c: argparse.ArgumentParser) -> None:
         help="a .png, .jpg or .webp (lossless) file; several pictures get numbers (default: picture.png)",
     )
     c.add_argument("--negative-prompt", default="", metavar="TEXT", help="what the pictures should not show")
+    _add_prompting(c)
     c.add_argument("--steps", type=whole_number(1, 1000), default=20, metavar="N", help="default: 20")
     c.add_argument(
         "--guidance-scale",
@@ -146,6 +147,36 @@ def _add_picture(c: argparse.ArgumentParser) -> None:
     c.add_argument("--threads", type=whole_number(1, 1024), metavar="N", help="default: every core")
     c.add_argument("--quiet", action="store_true", help="print errors only")
     c.add_argument("--debug", action="store_true", help="print the traceback of an error")
+
+
+def _add_prompting(c: argparse.ArgumentParser) -> None:
+    c.add_argument(
+        "--prompt-syntax",
+        choices=("a1111", "plain"),
+        default="a1111",
+        help="a1111: brackets, AND, BREAK and [from:to:when] mean what they mean there; plain: they are characters "
+        "(default: a1111)",
+    )
+    c.add_argument(
+        "--emphasis",
+        choices=("original", "no norm", "ignore"),
+        default="original",
+        help="how weights in brackets act (default: original)",
+    )
+    c.add_argument(
+        "--clip-skip",
+        type=whole_number(0, 1000),
+        metavar="N",
+        help="how many of the text encoder's last layers are left out; 1 is A1111's 2 (default: 0)",
+    )
+    c.add_argument(
+        "--textual-inversion",
+        type=path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="vectors that the word in the file, or the file's name, stands for; may be repeated",
+    )
 
 
 def _add_sampling(c: argparse.ArgumentParser) -> None:
