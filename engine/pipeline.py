@@ -15,6 +15,7 @@ import numpy as np
 from . import checks
 from .backends import open_backend
 from .backends.interface import Backend, Lanes
+from .beginnings import Begin, Encoded, Masked, from_images, from_noise
 from .bundle import Bundle, as_path, while_replaced
 from .contract import Range, Shapes
 from .errors import (
@@ -59,7 +60,7 @@ class Pipeline:
             raise type(error)(f"{error}. Build the bundle again: {bundle.command()}") from error
         reads = Reads() if encode is None else Reads(encode.table.width, bundle.contents.text_layers)
         build_command = partial(_build_command, bundle, backend)
-        self.limits = Limits(bundle.family, schedule, backend.profiles, build_command, reads=reads)
+        self.limits = Limits(bundle.family, schedule, backend.profiles, build_command, backend.encodes_images, reads)
         self._encode = encode
         self._lock = threading.RLock()
         self._busy = self._closed = self._interrupt = False
@@ -193,6 +194,11 @@ class Pipeline:
         timestep_respacing: str | None = None,
         sampler_options: Mapping[str, Any] | None = None,
         class_labels: int | Sequence[int] | None = None,
+        image: Any = None,
+        strength: float | None = None,
+        mask_image: Any = None,
+        composite: bool = False,
+        padding_mask_crop: int | None = None,
         prompt_syntax: str = "plain",
         clip_skip: int | None = None,
         emphasis: str = "original",
@@ -213,19 +219,25 @@ class Pipeline:
         (None: the model's own); progress: show a bar; guidance_rescale: phi of arXiv 2305.08891; guidance_interval:
         (start, end), evaluation i of E has guidance if start <= i / E <= end, the others run without the negative
         prompt; schedule_type, timesteps, sigmas, timestep_respacing: the sampler's grid; sampler_options: its options
-        by name (docs/samplers.md); prompt_syntax: "plain", or "a1111" for brackets, AND, schedules and any length, with
-        its `emphasis`: "original", "no norm" or "ignore" (docs/prompts.md); clip_skip: the text encoder's last layers
-        that are left out, with "plain" not for the negative prompt; prompt_embeds, negative_prompt_embeds:
-        [prompts, T, C] float32 in place of texts; pooled_prompt_embeds: for models that take some. Raises the
-        InputErrors of engine/errors.py before any work, NumericalError and not a black picture, BundleChangedError
-        where the bundle's files were written to, ClosedPipelineError, and BusyPipelineError in a callback.
+        by name (docs/samplers.md); image: what to start from, a path, a PIL image, an array [H, W, 3] of uint8 or of
+        float in 0..1, latents [n, C, h, w], or a list: one for all pictures, for each text or for each picture;
+        strength: how much of it changes, the share of the steps that are run (default: 0.8, with a mask 1);
+        mask_image: white is repainted; composite: what is not white stays pixel for pixel; padding_mask_crop: paint
+        only the part around the mask, with so many pixels on each side (docs/tasks.md); prompt_syntax: "plain", or
+        "a1111" for brackets, AND, schedules and any length, with its `emphasis`: "original", "no norm" or "ignore"
+        (docs/prompts.md); clip_skip: the text encoder's last layers that are left out, with "plain" not for the
+        negative prompt; prompt_embeds, negative_prompt_embeds: [prompts, T, C] float32 in place of texts;
+        pooled_prompt_embeds: for models that take some. Raises the InputErrors of engine/errors.py before any work,
+        NumericalError and not a black picture, BundleChangedError where the bundle's files were written to,
+        ClosedPipelineError, and BusyPipelineError in a callback.
         """
         started = perf_counter()
         request = Request.check(self.limits, prompt, height, width, num_inference_steps, guidance_scale,
                                 negative_prompt, num_images_per_prompt, eta, seed, latents, output_type,
                                 callback_on_step_end, scheduler, progress, guidance_rescale, guidance_interval,
                                 schedule_type, timesteps, sigmas, timestep_respacing, sampler_options,
-                                class_labels, prompt_syntax=prompt_syntax, clip_skip=clip_skip, emphasis=emphasis,
+                                class_labels, image, strength, mask_image, composite, padding_mask_crop,
+                                prompt_syntax=prompt_syntax, clip_skip=clip_skip, emphasis=emphasis,
                                 prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
                                 pooled_prompt_embeds=pooled_prompt_embeds)  # fmt: skip
         with self._turn():
@@ -279,9 +291,32 @@ class Pipeline:
         each = [one for one in rows for _ in range(request.images_per_prompt)]
         plane = self.bundle.family.plane(request.height, request.width)
         denoiser = self.bundle.family["denoiser"]
-        made = jobs(request.table, denoiser, each, request.seeds, plane, request.latents)
+        begin = self._beginning(request, plane)
+        made = jobs(request.table, denoiser, each, request.seeds, plane, request.latents, begin)
         checks.check_tokens([job.tokens for job in made], self.limits.profiles, self.limits.build_command)
         return made
+
+    def _beginning(self, request: Request, plane: tuple[int, ...]) -> Begin:
+        """Where the loops of a request start."""
+        encoded, inpaint = self._encoded(request), request.inpaint
+        if encoded is None or request.init is None:
+            return from_noise(request.table, plane)
+        if inpaint is None:
+            return from_images(request.table, encoded)
+        masks = inpaint.latent_masks(request.height, request.width, self.bundle.family.factor)
+        return Masked(request.table, encoded, masks, request.mask_of, request.init.strength == 1)
+
+    def _encoded(self, request: Request) -> Encoded | None:
+        """The images that a request starts from, through the VAE encoder."""
+        init = request.init
+        if init is None:
+            return None
+        of = request.image_of
+        if init.latents is not None:
+            return Encoded(init.latents, None, of)
+        pixels = init.pixels if request.inpaint is None else partial(request.inpaint.pixels, init)
+        mean, std = self._backend.encode_image(pixels(request.height, request.width))
+        return Encoded(mean, std, of)
 
     def _rows(self, request: Request, tokenized: Callable[[], None]) -> list[tuple[Row, ...]]:
         """The rows of a picture of each text or class."""
@@ -289,7 +324,9 @@ class Pipeline:
             tokenized()
             return [classed(label) for label in request.class_labels]
         guidance = request.guidance
-        return picture_rows(request.texts, self._encode, guidance.scales, guidance.rescale, request.steps, tokenized)
+        return picture_rows(
+            request.texts, self._encode, guidance.scales, guidance.rescale, request.sampling.run, tokenized
+        )
 
     def load_textual_inversion(self, path: str | Path, token: str | None = None) -> str:
         """Makes a word stand for the vectors in a file (docs/prompts.md), in every prompt from now on. Returns the
