@@ -27,7 +27,9 @@ UNITS = {
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=integer_from(1), default=100, metavar="N", help="of each prompt (default: 100)")
+    parser.add_argument(
+        "--rounds", type=integer_from(1), default=100, metavar="N", help="of each prompt (default: 100)"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
