@@ -8,7 +8,6 @@ from engine import errors as e
 from engine.checks import check_shapes
 from engine.contract import Range, Shapes
 
-
 EMBEDDING = np.zeros((1, 77, 128), np.float32)
 
 
@@ -387,9 +386,8 @@ def test_defaults_come_from_the_first_profile_for_so_many_pictures():
         (
             (None, None, 2, 6),
             e.BatchError,
-            "2 pictures with guidance and prompts of several parts are 6 rows of the U-Net; this bundle was built for 2 "
-            "or 1 to 4. Build for that: "
-            "build --rows 6",
+            "2 pictures with guidance and prompts of several parts are 6 rows of the U-Net; this bundle was built for "
+            "2 or 1 to 4. Build for that: build --rows 6",
         ),
     ],
 )
