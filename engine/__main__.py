@@ -70,8 +70,8 @@ def picture(options: argparse.Namespace) -> int:
             threads=options.threads,
         )
     with pipeline:
-        for file in options.textual_inversion:
-            pipeline.load_textual_inversion(file)
+        for file, token in options.textual_inversion:
+            pipeline.load_textual_inversion(file, token)
         results = make(pipeline, wanted, options)
         if not options.quiet:
             from .summary import summarize
@@ -202,7 +202,10 @@ def check_call(options: argparse.Namespace, subjects: Sequence[Subject]) -> Bund
     from .guidance import check_guidance
     from .inpainting import check_beginning
     from .request import Sampling, late
+    from .text.inversion import load_inversion
 
+    for file, token in options.textual_inversion:
+        load_inversion(file, token)
     given = call_arguments(subjects, options)
     if "prompt" in given:
         check_prompts(subjects, options.negative_prompt)

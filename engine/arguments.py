@@ -186,11 +186,11 @@ def _add_prompting(c: argparse.ArgumentParser) -> None:
     )
     c.add_argument(
         "--textual-inversion",
-        type=path,
+        type=inversion,
         action="append",
         default=[],
-        metavar="FILE",
-        help="vectors that the word in the file, or the file's name, stands for; may be repeated",
+        metavar="FILE[=TOKEN]",
+        help="vectors that TOKEN stands for in the texts (default: the word in the file, or its name); may be repeated",
     )
 
 
@@ -282,6 +282,16 @@ def option(text: str) -> tuple[str, bool | int | float | str]:
         with suppress(ValueError):
             return name, kind(written)
     return name, written
+
+
+def inversion(text: str) -> tuple[Path, str | None]:
+    """An argument's type: a file, and after the last "=" a word."""
+    file, equals, token = text.rpartition("=")
+    if not equals:
+        return path(text), None
+    if not token:
+        raise argparse.ArgumentTypeError(f"{shorten(text)} has no word after the '='; write FILE=TOKEN, or FILE alone")
+    return path(file), token
 
 
 def device(text: str) -> str:
