@@ -90,6 +90,24 @@ def test_latents_are_the_oracles(backend, expected, options):
     np.testing.assert_allclose(latents(pipeline, PROMPT, **options), wanted, atol=tolerance * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a ring:0.5 AND a star:0.7",
+        "a [red:blue:0.5] ring",
+        "a ring BREAK a star",
+        "[a ring BREAK red|a star] AND blue:-1",
+    ],
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_prompts_of_several_texts_are_the_oracles(backend, expected, prompt, count):
+    """More rows, rows that change, more tokens, and all of these at once."""
+    pipeline, tolerance = backend
+    options = {"prompt_syntax": "a1111", "num_images_per_prompt": count, "height": 64, "width": 72}
+    wanted = latents(expected, prompt, **options)
+    np.testing.assert_allclose(latents(pipeline, prompt, **options), wanted, atol=tolerance * np.abs(wanted).max())
+
+
 def test_pixels_are_the_oracles(backend, expected):
     pipeline, _ = backend
     for options in ({}, {"num_images_per_prompt": 4}, {"num_images_per_prompt": 3, "height": 96}):
@@ -223,6 +241,8 @@ REQUESTS = [
      "guidance_scale": 7.5, "seed": 3},
     {"prompt": "a blue square", "scheduler": "pndm", "num_inference_steps": 3, "guidance_scale": 3.0, "seed": 4},
     {"prompt": PROMPT, "scheduler": "ddpm", "num_inference_steps": 5, "guidance_scale": 1.0, "seed": 5},
+    {"prompt": "a ring BREAK a [red:blue:3] star AND a star:0.5", "prompt_syntax": "a1111", "num_inference_steps": 5,
+     "guidance_scale": 3.0, "seed": 6},
 ]  # fmt: skip
 
 
