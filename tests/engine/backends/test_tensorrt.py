@@ -299,7 +299,7 @@ def test_an_engine_that_refuses_to_be_captured(bundle, machine):
 
 def test_a_prompt_that_is_longer_than_the_plans_names_the_option_that_builds_for_it(bundle, machine):
     with Pipeline.load(bundle) as pipeline, pytest.raises(e.PromptLengthError) as raised:
-        pipeline("BREAK".join("abc"), **FAST, prompt_syntax="a1111")
+        pipeline(" BREAK ".join("abc"), **FAST, prompt_syntax="a1111")
     assert (
         "take up to 231 tokens, 3 chunks of 77, and the plans were built for 1 to 2. Write a shorter prompt, or build "
         in (message := str(raised.value))
@@ -431,7 +431,7 @@ def test_a_bundle_without_plans(demo_fp16, tmp_path, machine):
             "TensorRT 10.14.1 there",
         ),
         ({"precision": "bf16"}, "precision bf16 there, fp16 in the bundle"),
-        ({"format": 0}, "has format 0, not 2"),
+        ({"format": 0}, "has format 0, not 3"),
         (
             {"settings": {"optimization_level": 5}},
             "profiles or builder settings in build.json are not those that text_encoder, denoiser",
@@ -481,7 +481,7 @@ def test_a_plan_with_one_other_byte_is_never_executed(own_bundle, machine, verif
     assert machine.library.counts.deserializations == 1  # the text encoder, which is all right
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 2}', "\x00"])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 3}', "\x00"])
 def test_a_garbled_build_json(own_bundle, machine, content):
     (plan_folder(own_bundle) / "build.json").write_text(content)
     with pytest.raises(e.PlanDamagedError, match=r"build.json has a missing or wrong field: .*build the plans again"):
