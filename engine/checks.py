@@ -171,10 +171,11 @@ def check_tokens(lengths: Sequence[int], profiles: Sequence[Shapes], build_comma
     if not profiles or any(profile.tokens(math.lcm(*lengths)) is not None for profile in profiles):
         return
     longest = -(-max(lengths) // PROMPT_TOKENS)
-    built = " or ".join(dict.fromkeys(describe_range(one.chunks) for one in profiles if one.chunks is not None))
+    most = max(1 if one.chunks is None else one.chunks.max for one in profiles)
     raise PromptLengthError(
         f"the prompts take up to {max(lengths)} tokens, {longest} chunks of {PROMPT_TOKENS}, and the plans were built "
-        f"for {built}. Write a shorter prompt, or build for that: {build_command(prompt_chunks=Range(1, 1, longest))}"
+        f"for up to {most}. Write a shorter prompt, or build for that: "
+        f"{build_command(prompt_chunks=Range(1, 1, longest))}"
     )
 
 

@@ -17,7 +17,7 @@ import build_engines
 from build_engines import parse_range
 from engine import __main__ as command
 from engine import __version__, arguments
-from engine.contract import Range
+from engine.contract import Range, Shapes
 from export.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +74,14 @@ def test_ranges():
     assert parse_range("64:512:768", "height", 8, 16, 1024) == Range(64, 512, 768)
     with pytest.raises(UsageError):
         parse_range("64:512:764", "height", 8, 16, 1024)
+
+
+def test_plans_for_prompts_of_several_lengths_take_their_common_multiples():
+    shapes = Shapes(*[Range(1, 1, 1)] * 3)
+    assert build_engines.with_chunks([shapes], None) == [shapes]
+    assert [one.chunks for one in build_engines.with_chunks([shapes], "1:2:4")] == [Range(1, 2, 12)]
+    with pytest.raises(UsageError, match="--prompt-chunks 9 is not a number from 1 to 8"):
+        build_engines.with_chunks([shapes], "9")
 
 
 def test_picture_command_writes_a_picture_and_says_how_long_it_took(demo_bundle, tmp_path, capsys):
