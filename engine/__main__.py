@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .bundle import Bundle
     from .contract import Shapes
     from .pipeline import Pipeline, Result
+    from .text.request import Texts
 
 LOADING_NOTE = 2.0
 WORKING_NOTE = 10.0
@@ -69,6 +70,8 @@ def picture(options: argparse.Namespace) -> int:
             threads=options.threads,
         )
     with pipeline:
+        for file, token in options.textual_inversion:
+            pipeline.load_textual_inversion(file, token)
         results = make(pipeline, wanted, options)
         if not options.quiet:
             from .summary import summarize
@@ -113,11 +116,15 @@ def call_arguments(subjects: Sequence[Subject], options: argparse.Namespace) -> 
             "prompt": subjects,
             "negative_prompt": options.negative_prompt,
             "class_labels": options.class_label or None,
+            "prompt_syntax": options.prompt_syntax,
+            "emphasis": options.emphasis,
+            "clip_skip": options.clip_skip,
         }
     negative = options.negative_prompt or None
+    given = {"negative_prompt": negative, "clip_skip": options.clip_skip}
     if subjects[0] is None:
-        return {"num_images_per_prompt": len(subjects), "negative_prompt": negative}
-    return {"class_labels": subjects, "negative_prompt": negative}
+        return {"num_images_per_prompt": len(subjects), **given}
+    return {"class_labels": subjects, **given}
 
 
 def make(pipeline: Pipeline, wanted: Sequence[tuple[Subject, int, Path]], options: argparse.Namespace) -> list[Result]:
@@ -129,7 +136,7 @@ def make(pipeline: Pipeline, wanted: Sequence[tuple[Subject, int, Path]], option
 
     results: list[Result] = []
     made, total, told = 0, len(wanted), not options.quiet
-    for size in split(total, call_sizes(pipeline, options, total)):
+    for size in split(total, call_sizes(pipeline, options, [subject for subject, _, _ in wanted])):
         subjects, seeds, files = zip(*wanted[made : made + size])
         doing = (
             f"making picture {made + 1} of {total}"
@@ -195,13 +202,18 @@ def check_call(options: argparse.Namespace, subjects: Sequence[Subject]) -> Bund
     from .guidance import check_guidance
     from .inpainting import check_beginning
     from .request import Sampling, late
+    from .text.inversion import load_inversion
 
+    for file, token in options.textual_inversion:
+        load_inversion(file, token)
     given = call_arguments(subjects, options)
     if "prompt" in given:
         check_prompts(subjects, options.negative_prompt)
     bundle = Bundle.open(options.bundle, verify=False)
     if not bundle.family.tokenizers:
         check_no_text(given.get("prompt"), given["negative_prompt"])
+    else:
+        texts_of(options, subjects, bundle)
     check_class_labels(given.get("class_labels"), bundle.family.classes)
     schedule = bundle.schedule()
     sampling = Sampling.check(
@@ -226,6 +238,14 @@ def check_call(options: argparse.Namespace, subjects: Sequence[Subject]) -> Bund
     return bundle
 
 
+def texts_of(options: argparse.Namespace, subjects: Sequence[Subject], bundle: Bundle) -> Texts:
+    """The texts, checked."""
+    from .text.request import Reads, Texts
+
+    reads, given = Reads(layers=bundle.contents.text_layers), (options.prompt_syntax, options.clip_skip)
+    return Texts.check(reads, list(subjects), options.negative_prompt, *given, options.emphasis)
+
+
 def quickest_backend(bundle: Bundle, device: str | None) -> str | None:
     """The backend with the shortest time from process start to the first picture: ONNX Runtime for a small model on the
     CPU, because OpenVINO takes longer to compile it than to run it. None leaves the choice to `Pipeline.load`."""
@@ -244,11 +264,15 @@ def quickest_backend(bundle: Bundle, device: str | None) -> str | None:
     return "onnxruntime" if size < LARGE_GRAPH else None
 
 
-def call_sizes(pipeline: Pipeline, options: argparse.Namespace, total: int) -> list[int]:
-    """How many pictures, up to `total`, one call may make with these options."""
-    scale = options.guidance_scale
+def call_sizes(pipeline: Pipeline, options: argparse.Namespace, subjects: Sequence[Subject]) -> list[int]:
+    """How many pictures of these, up to all, one call may make with these options: as if each had the rows of the one
+    with most."""
+    scale, total = options.guidance_scale, len(subjects)
     guided = (max(scale) if isinstance(scale, list) else scale) > 1
-    rows = pipeline.bundle.family.most_rows if guided else 1
+    rows = 1
+    if pipeline.bundle.family.tokenizers:
+        distinct = dict.fromkeys(subjects)
+        rows = max(texts_of(options, [subject], pipeline.bundle).rows(guided) for subject in distinct)
 
     def serves(profile: Shapes, batch: int) -> bool:
         sides = (options.height is None or options.height in profile.height) and (

@@ -120,6 +120,7 @@ def _add_picture(c: argparse.ArgumentParser) -> None:
         help="a .png, .jpg or .webp (lossless) file; several pictures get numbers (default: picture.png)",
     )
     c.add_argument("--negative-prompt", default="", metavar="TEXT", help="what the pictures should not show")
+    _add_prompting(c)
     c.add_argument("--steps", type=whole_number(1, 1000), default=20, metavar="N", help="default: 20")
     c.add_argument(
         "--guidance-scale",
@@ -161,6 +162,36 @@ def _add_picture(c: argparse.ArgumentParser) -> None:
     c.add_argument("--threads", type=whole_number(1, 1024), metavar="N", help="default: every core")
     c.add_argument("--quiet", action="store_true", help="print errors only")
     c.add_argument("--debug", action="store_true", help="print the traceback of an error")
+
+
+def _add_prompting(c: argparse.ArgumentParser) -> None:
+    c.add_argument(
+        "--prompt-syntax",
+        choices=("a1111", "plain"),
+        default="a1111",
+        help="a1111: brackets, AND, BREAK and [from:to:when] mean what they mean there; plain: they are characters "
+        "(default: a1111)",
+    )
+    c.add_argument(
+        "--emphasis",
+        choices=("original", "no norm", "ignore"),
+        default="original",
+        help="how weights in brackets act (default: original)",
+    )
+    c.add_argument(
+        "--clip-skip",
+        type=whole_number(0, 1000),
+        metavar="N",
+        help="how many of the text encoder's last layers are left out; 1 is A1111's 2 (default: 0)",
+    )
+    c.add_argument(
+        "--textual-inversion",
+        type=inversion,
+        action="append",
+        default=[],
+        metavar="FILE[=TOKEN]",
+        help="vectors that TOKEN stands for in the texts (default: the word in the file, or its name); may be repeated",
+    )
 
 
 def _add_sampling(c: argparse.ArgumentParser) -> None:
@@ -251,6 +282,16 @@ def option(text: str) -> tuple[str, bool | int | float | str]:
         with suppress(ValueError):
             return name, kind(written)
     return name, written
+
+
+def inversion(text: str) -> tuple[Path, str | None]:
+    """An argument's type: a file, and after the last "=" a word."""
+    file, equals, token = text.rpartition("=")
+    if not equals:
+        return path(text), None
+    if not token:
+        raise argparse.ArgumentTypeError(f"{shorten(text)} has no word after the '='; write FILE=TOKEN, or FILE alone")
+    return path(file), token
 
 
 def device(text: str) -> str:

@@ -211,21 +211,31 @@ class Range:
 @dataclass(frozen=True)
 class Shapes:
     """Height and width in pixels and the number of pictures in a call that a bundle or a plan serves. `rows` are the
-    U-Net's rows in a call: with guidance twice the pictures. None means that every number is served."""
+    U-Net's rows in a call: with guidance twice the pictures. `chunks` are the texts' tokens in a call, in chunks of 77.
+    None means that every number is served."""
 
     height: Range
     width: Range
     batch: Range
     rows: Range | None = None
+    chunks: Range | None = None
 
     def __str__(self) -> str:
         rows = "" if self.rows is None else f", {self.rows} U-Net rows"
-        return f"{self.height} x {self.width}, batch {self.batch}{rows}"
+        chunks = "" if self.chunks is None or self.chunks.max == 1 else f", {self.chunks} chunks of a prompt"
+        return f"{self.height} x {self.width}, batch {self.batch}{rows}{chunks}"
 
     def allows(self, height: int, width: int, batch: int, rows: int) -> bool:
         """Whether one call of these sizes is served."""
         sides = height in self.height and width in self.width
         return sides and batch in self.batch and (self.rows is None or rows in self.rows)
+
+    def tokens(self, needed: int) -> int | None:
+        """The fewest tokens of a call that are served and a multiple of these. None if there are none."""
+        if self.chunks is None:
+            return needed
+        least = -(-PROMPT_TOKENS * self.chunks.min // needed) * needed
+        return least if least <= PROMPT_TOKENS * self.chunks.max else None
 
     def static(self, factor: int) -> dict[str, int]:
         """The graphs' dimensions that are the same in every call, by name, for a family with that factor."""
@@ -237,10 +247,11 @@ class Shapes:
         served, `rows` are those with guidance."""
         height, width, batch = (int(getattr(side, which)) for side in (self.height, self.width, self.batch))
         rows = 2 * batch if self.rows is None else int(getattr(self.rows, which))
+        chunks = 1 if self.chunks is None else int(getattr(self.chunks, which))
         return {
             "batch": batch,
             "rows": rows,
-            "tokens": PROMPT_TOKENS,
+            "tokens": PROMPT_TOKENS * chunks,
             "height": height // factor,
             "width": width // factor,
         }

@@ -46,6 +46,27 @@ class AdapterTagError(PromptError):
     """A tag in a prompt, such as `<lora:name:0.8>`, can't be read."""
 
 
+class PromptScheduleError(PromptError):
+    """A text in a prompt changes after the last step."""
+
+
+class PromptLengthError(PromptError):
+    """A prompt takes more tokens than the plans were built for."""
+
+
+class EmbeddingsError(InputError):
+    """`prompt_embeds`, `negative_prompt_embeds` or `pooled_prompt_embeds` are no embeddings, do not go together, or the
+    model takes none."""
+
+
+class EmbeddingsWidthError(EmbeddingsError):
+    """Embeddings have another width than the model's."""
+
+
+class ClipSkipError(InputError):
+    """`clip_skip` is not an integer from 0, or the text encoder has not so many layers."""
+
+
 class SizeError(InputError):
     """Height or width is not a multiple of 8, or the bundle was not built for it."""
 

@@ -1,6 +1,7 @@
 """The families of models, as data.
 
-text_encoder  a text's tokens become its embedding
+text_encoder  the vectors of a text's tokens become its embedding: `skip` last layers are left out, each token's vector
+              is multiplied with its `emphasis`, and where `restore` is 1 the embedding's mean is what it was
 denoiser      one whole step: the U-Net on slot 0 of the state, row by row; guidance (`mixing` combines the rows'
               outputs per sample, `rescale` brings back the standard deviation of one); the sampler,
               `next_state = update @ [state; output; noise]`; inpainting: where `mask` is 0, slot 0 of the next state
@@ -54,7 +55,12 @@ def _encoder(channels: int, factor: int) -> Component:
 def _text_encoder() -> Component:
     return Component(
         "text_encoder",
-        inputs=(Tensor("input_ids", ("rows", PROMPT_TOKENS), "int32", below=256),),
+        inputs=(
+            Tensor("embeddings", ("rows", PROMPT_TOKENS, "text_width")),
+            Tensor("emphasis", ("rows", PROMPT_TOKENS), below=2),
+            Tensor("restore", ("rows",), "int32", below=2),
+            Tensor("skip", ("rows",), "int32", below=2),
+        ),
         outputs=(Tensor("context", ("rows", PROMPT_TOKENS, "context_size")),),
         halves=False,  # it takes a thousandth of a picture's time, and every step sees its errors
     )

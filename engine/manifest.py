@@ -19,10 +19,17 @@ from .fields import Field
 FORMAT = 6
 """Version of the manifest. It changes whenever an older runtime would misread a newer bundle.
 3: names the family; the denoiser takes a timestep for each sample.
-4: the denoiser takes `rescale`, and its state has five slots; models without texts have traits and no tokenizer."""
+4: the denoiser takes `rescale`, and its state has five slots; models without texts have traits and no tokenizer.
+6: the denoiser takes a mask; the text encoder takes vectors of tokens, which are in a file beside the tokenizer."""
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer/tokenizer.json"
+TOKEN_TABLE = "tokenizer/embeddings.npy"
+"""The vectors of the tokens [tokens, width], which the runtime looks up on the host."""
+
+MOST_LAYERS = 1024
+"""Of a text encoder."""
+
 PICTURE = "verification.png"
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -149,7 +156,8 @@ class Manifest:
     name: what the bundle is called; precision: "fp32", "fp16" or "bf16"; shapes: pixels and pictures in one call;
     scheduler: the model's scheduler_config.json, which `Schedule.from_config` checks; components: those of the family
     that are there; openvino: the precision of each component there and how it was measured, only where the builder did
-    so; files: every file of the bundle but the manifest and the plans; versions: of the libraries that built it.
+    so; files: every file of the bundle but the manifest and the plans; versions: of the libraries that built it;
+    text_layers: how many the text encoder has, 0 for a model without texts.
     """
 
     name: str
@@ -165,6 +173,7 @@ class Manifest:
     files: Mapping[str, File]
     created: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    text_layers: int = 0
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Manifest:
@@ -186,8 +195,9 @@ class Manifest:
             files,
             value["created"].text() if "created" in value else "",
             {name: one.text() for name, one in value["versions"].items()} if "versions" in value else {},
+            value["text_layers"].integer(1, MOST_LAYERS) if family.tokenizers else 0,
         )
-        tokenizer = [TOKENIZER] if family.tokenizers else []
+        tokenizer = [TOKENIZER, TOKEN_TABLE] if family.tokenizers else []
         for name in (*tokenizer, *(graph.onnx for graph in found.components.values())):
             if name not in files:
                 raise ManifestError(f"files has no SHA-256 for {name!r}, which is used")
@@ -207,6 +217,7 @@ class Manifest:
             "scheduler": dict(self.scheduler),
             "components": {name: asdict(graph) for name, graph in self.components.items()},
             "tokenizer": None if self.tokenizer is None else {"file": TOKENIZER, **asdict(self.tokenizer)},
+            "text_layers": self.text_layers or None,
             "verification": asdict(self.verification),
             "openvino": self.openvino,
             "files": {name: asdict(file) for name, file in sorted(self.files.items())},
@@ -218,9 +229,8 @@ class Manifest:
         return _given(content)
 
     def files_of(self, component: str) -> dict[str, File]:
-        """A component's graph and its weights."""
-        graph = graph_file(component)
-        return {name: self.files[name] for name in (graph, f"{graph}.data") if name in self.files}
+        """A component's graph and its weights; the text encoder's are also the vectors of the tokens."""
+        return {name: self.files[name] for name in component_files(component) if name in self.files}
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -302,11 +312,17 @@ def graph_file(component: str) -> str:
     return f"onnx/{component}.onnx"
 
 
+def component_files(component: str) -> tuple[str, ...]:
+    """The files that a component may have."""
+    graph = graph_file(component)
+    return (graph, f"{graph}.data", *((TOKEN_TABLE,) if component == "text_encoder" else ()))
+
+
 def own_files(family: Family) -> frozenset[str]:
     """Every file that the builder may write into a bundle, besides the plans."""
-    graphs = [graph_file(component) for component in family.names]
+    parts = [name for component in family.names for name in component_files(component)]
     tokenizer = [TOKENIZER] if family.tokenizers else []
-    return frozenset([MANIFEST, *tokenizer, PICTURE, *graphs, *(f"{name}.data" for name in graphs)])
+    return frozenset([MANIFEST, *tokenizer, PICTURE, *parts])
 
 
 def holds_graphs(folder: Path) -> bool:

@@ -21,6 +21,7 @@ from .contract import Range, Shapes
 from .errors import (
     BusyPipelineError,
     ClosedPipelineError,
+    InversionError,
     ManifestError,
     NumericalError,
     PicklingError,
@@ -28,10 +29,14 @@ from .errors import (
 )
 from .guidance import DEFAULT_SCALE, Scale
 from .images import finished_images
-from .job import Conditioning, Job, Row, classed, guided, jobs
+from .job import Job, Row, classed, jobs
 from .request import Limits, Request
 from .result import Clock, Result
 from .text.conditioning import TextConditioning
+from .text.inversion import load_inversion
+from .text.request import Reads
+from .text.rows import picture_rows
+from .text.table import TokenTable
 from .text.tokenizer import ClipTokenizer
 
 Callback = Callable[["Pipeline", int, float, dict[str, np.ndarray]], "dict[str, np.ndarray] | None"]
@@ -53,9 +58,9 @@ class Pipeline:
             encode = self._text_conditioning()
         except (SchedulerConfigError, ManifestError) as error:
             raise type(error)(f"{error}. Build the bundle again: {bundle.command()}") from error
-        self.limits = Limits(
-            bundle.family, schedule, backend.profiles, partial(_build_command, bundle, backend), backend.encodes_images
-        )
+        reads = Reads() if encode is None else Reads(encode.table.width, bundle.contents.text_layers)
+        build_command = partial(_build_command, bundle, backend)
+        self.limits = Limits(bundle.family, schedule, backend.profiles, build_command, backend.encodes_images, reads)
         self._encode = encode
         self._lock = threading.RLock()
         self._busy = self._closed = self._interrupt = False
@@ -66,8 +71,9 @@ class Pipeline:
         if not bundle.family.tokenizers:
             return None
         tokenizer = ClipTokenizer(bundle.tokenizer_file, bundle.special_tokens)
+        table = TokenTable(bundle.token_table_file)
         bundle.recheck_tokenizer()
-        return TextConditioning(tokenizer, self._backend)
+        return TextConditioning(tokenizer, table, self._backend, bundle.family)
 
     @classmethod
     def load(
@@ -193,6 +199,12 @@ class Pipeline:
         mask_image: Any = None,
         composite: bool = False,
         padding_mask_crop: int | None = None,
+        prompt_syntax: str = "plain",
+        clip_skip: int | None = None,
+        emphasis: str = "original",
+        prompt_embeds: np.ndarray | None = None,
+        negative_prompt_embeds: np.ndarray | None = None,
+        pooled_prompt_embeds: np.ndarray | None = None,
     ) -> Result:
         """Makes the picture that the model's pipeline of diffusers makes from the same arguments.
 
@@ -211,16 +223,23 @@ class Pipeline:
         float in 0..1, latents [n, C, h, w], or a list: one for all pictures, for each text or for each picture;
         strength: how much of it changes, the share of the steps that are run (default: 0.8, with a mask 1);
         mask_image: white is repainted; composite: what is not white stays pixel for pixel; padding_mask_crop: paint
-        only the part around the mask, with so many pixels on each side (docs/tasks.md). Raises the InputErrors of
-        engine/errors.py before any work, NumericalError and not a black picture, BundleChangedError where the bundle's
-        files were written to, ClosedPipelineError, and BusyPipelineError in a callback.
+        only the part around the mask, with so many pixels on each side (docs/tasks.md); prompt_syntax: "plain", or
+        "a1111" for brackets, AND, schedules and any length, with its `emphasis`: "original", "no norm" or "ignore"
+        (docs/prompts.md); clip_skip: the text encoder's last layers that are left out, with "plain" not for the
+        negative prompt; prompt_embeds, negative_prompt_embeds: [prompts, T, C] float32 in place of texts;
+        pooled_prompt_embeds: for models that take some. Raises the InputErrors of engine/errors.py before any work,
+        NumericalError and not a black picture, BundleChangedError where the bundle's files were written to,
+        ClosedPipelineError, and BusyPipelineError in a callback.
         """
         started = perf_counter()
         request = Request.check(self.limits, prompt, height, width, num_inference_steps, guidance_scale,
                                 negative_prompt, num_images_per_prompt, eta, seed, latents, output_type,
                                 callback_on_step_end, scheduler, progress, guidance_rescale, guidance_interval,
                                 schedule_type, timesteps, sigmas, timestep_respacing, sampler_options,
-                                class_labels, image, strength, mask_image, composite, padding_mask_crop)  # fmt: skip
+                                class_labels, image, strength, mask_image, composite, padding_mask_crop,
+                                prompt_syntax=prompt_syntax, clip_skip=clip_skip, emphasis=emphasis,
+                                prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
+                                pooled_prompt_embeds=pooled_prompt_embeds)  # fmt: skip
         with self._turn():
             self.bundle.recheck_in_place()
             result = self._run(request, started)
@@ -266,15 +285,16 @@ class Pipeline:
 
     def jobs(self, request: Request, tokenized: Callable[[], None] = lambda: None) -> list[Job]:
         """Encodes the texts of a request and makes one job for each picture. `tokenized` is called after tokenizing.
-        Raises ClosedPipelineError."""
+        Raises ClosedPipelineError, and PromptLengthError for texts that are too long for the plans."""
         self._require_open()
         rows = self._rows(request, tokenized)
         each = [one for one in rows for _ in range(request.images_per_prompt)]
         plane = self.bundle.family.plane(request.height, request.width)
         denoiser = self.bundle.family["denoiser"]
-        return jobs(
-            request.table, denoiser, each, request.seeds, plane, request.latents, self._beginning(request, plane)
-        )
+        begin = self._beginning(request, plane)
+        made = jobs(request.table, denoiser, each, request.seeds, plane, request.latents, begin)
+        checks.check_tokens([job.tokens for job in made], self.limits.profiles, self.limits.build_command)
+        return made
 
     def _beginning(self, request: Request, plane: tuple[int, ...]) -> Begin:
         """Where the loops of a request start."""
@@ -303,12 +323,29 @@ class Pipeline:
         if self._encode is None:
             tokenized()
             return [classed(label) for label in request.class_labels]
-        texts = [*request.prompts, *(request.negative_prompts if request.guided else ())]
-        encoded = self._encode(texts, tokenized)
-        count = len(request.prompts)
-        negatives: Sequence[Conditioning | None] = encoded[count:] or [None] * count
-        scales, rescale = request.guidance.scales, request.guidance.rescale
-        return [guided(prompt, negative, scales, rescale) for prompt, negative in zip(encoded, negatives)]
+        guidance = request.guidance
+        return picture_rows(
+            request.texts, self._encode, guidance.scales, guidance.rescale, request.sampling.run, tokenized
+        )
+
+    def load_textual_inversion(self, path: str | Path, token: str | None = None) -> str:
+        """Makes a word stand for the vectors in a file (docs/prompts.md), in every prompt from now on. Returns the
+        word, which is `token` or the file's. Raises TensorFileError, InversionError, and InversionWidthError for
+        another model's."""
+        with self._turn():
+            inversion = load_inversion(path, token)
+            self._table().add(inversion)
+        return inversion.word
+
+    def unload_textual_inversion(self, token: str) -> None:
+        """Makes a word what it was before. InversionError if it has no vectors."""
+        with self._turn():
+            self._table().remove(token)
+
+    def _table(self) -> TokenTable:
+        if self._encode is None:
+            raise InversionError("this model makes pictures without texts, so no word can stand for anything")
+        return self._encode.table
 
     def lanes(self, count: int, height: int, width: int) -> Lanes:
         """`count` free lanes for pictures of that size in pixels, for a loop of your own. One thread must drive
@@ -350,7 +387,8 @@ def _build_command(bundle: Bundle, backend: Backend, **sizes: Range) -> str:
     """The command that builds a bundle, or its plans, for other sizes."""
     if backend.build_command is None:
         return bundle.command(**sizes)
-    return " ".join([backend.build_command, *(f"--{side} {size}" for side, size in sizes.items())])
+    options = [f"--{name.replace('_', '-')} {size}" for name, size in sizes.items()]
+    return " ".join([backend.build_command, *options])
 
 
 def _progress(count: int, shown: bool) -> Any:

@@ -20,6 +20,7 @@ from .sampling.catalog import checked_options, sampler_name, schedule_type_name,
 from .sampling.respacing import space_timesteps
 from .sampling.schedule import Schedule
 from .sampling.table import StepTable
+from .text.request import NO_TEXTS, Reads, Texts, counted_steps
 
 TABLES_KEPT = 32
 """Step tables of one model that are kept; one of 50 steps takes 10 kB."""
@@ -104,7 +105,8 @@ def late(sampling: Sampling, init: InitImage | None) -> Sampling:
 @dataclass(frozen=True)
 class Limits:
     """What a loaded model allows: its family, its noise schedule and the sizes that it serves.
-    `build_command(height=Range, ...)` is the command that builds for other sizes."""
+    `build_command(height=Range, ...)` is the command that builds for other sizes. reads: what its text encoder
+    reads."""
 
     family: Family
     schedule: Schedule
@@ -112,6 +114,7 @@ class Limits:
     build_command: checks.BuildCommand
     encodes_images: bool
     """Whether there is a VAE encoder, which image to image needs."""
+    reads: Reads = NO_TEXTS
 
     @cached_property
     def table(self) -> Callable[[Sampling], StepTable]:
@@ -128,7 +131,8 @@ class Request:
     an empty prompt for each class, or one; guided: whether the negative prompts take part; class_labels: one for each
     prompt, None for a model without classes; height, width: pixels; seeds: one for all pictures, or one for each;
     latents: [B, C, h, w] standard normal float32, or None for noise; init: the images to start from, or None;
-    inpaint: what of these is repainted, None for all; sampling: the sampler and its grid, with the `table`.
+    inpaint: what of these is repainted, None for all; sampling: the sampler and its grid, with the `table`; texts: the
+    prompts in their syntax, and embeddings.
     """
 
     prompts: tuple[str, ...]
@@ -146,6 +150,7 @@ class Request:
     callback: Any
     progress: bool
     class_labels: tuple[int | None, ...]
+    texts: Texts
     init: InitImage | None = None
     inpaint: Inpaint | None = None
 
@@ -202,16 +207,29 @@ class Request:
         mask_image: Any = None,
         composite: bool = False,
         padding_mask_crop: int | None = None,
+        prompt_syntax: str = "plain",
+        clip_skip: int | None = None,
+        emphasis: str = "original",
+        prompt_embeds: np.ndarray | None = None,
+        negative_prompt_embeds: np.ndarray | None = None,
+        pooled_prompt_embeds: np.ndarray | None = None,
     ) -> Request:
         """The arguments of `Pipeline.__call__`, checked. Raises the InputErrors of engine/errors.py."""
         labels = checks.check_class_labels(class_labels, limits.family.classes)
+        embeds = {
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "pooled_prompt_embeds": pooled_prompt_embeds,
+        }
         if limits.family.tokenizers:
-            prompts, negatives = checks.check_prompts(prompt, negative_prompt)
-            labels *= len(prompts)
+            texts = Texts.check(
+                limits.reads, prompt, negative_prompt, prompt_syntax, clip_skip, emphasis_mode=emphasis, **embeds
+            )
+            labels *= len(texts.prompts)
         else:
             checks.check_no_text(prompt, negative_prompt)
-            prompts, negatives = [""] * len(labels), [""] * len(labels)
-        batch = checks.check_batch(len(prompts), num_images_per_prompt)
+            texts = Texts.none(len(labels), clip_skip=clip_skip, **embeds)
+        batch = checks.check_batch(len(texts.prompts), num_images_per_prompt)
         sampling = Sampling.check(
             limits.schedule,
             scheduler,
@@ -228,15 +246,16 @@ class Request:
         )
         if init is not None:
             _require_encoder(limits, init)
-            init.of(len(prompts), int(num_images_per_prompt))
+            init.of(len(texts.prompts), int(num_images_per_prompt))
         if inpaint is not None:
-            each_of("masks", len(inpaint.masks), len(prompts), int(num_images_per_prompt))
+            each_of("masks", len(inpaint.masks), len(texts.prompts), int(num_images_per_prompt))
         sampling = late(sampling, init)
         table = limits.table(sampling)
         guidance = check_guidance(guidance_scale, guidance_rescale, guidance_interval, sampling.run, table.timesteps)
         if not limits.family.tokenizers:
             guidance = without_text(guidance)
-        rows = 2 * batch if guidance.used else batch
+        texts.check_loop(counted_steps(sampling.run, len(guidance.scales)), guidance.used)
+        rows = texts.rows(guidance.used) * int(num_images_per_prompt) if limits.family.tokenizers else batch
         whole = inpaint is None or inpaint.padding is None
         height, width = _size(limits, height, width, batch, rows, init if whole else None)
         if inpaint is not None:
@@ -247,8 +266,8 @@ class Request:
         if latents is not None:
             latents = checks.check_latents(latents, (batch, *limits.family.plane(height, width)))
         return cls(
-            prompts=tuple(prompts),
-            negative_prompts=tuple(negatives),
+            prompts=texts.prompts,
+            negative_prompts=texts.negatives,
             images_per_prompt=int(num_images_per_prompt),
             height=height,
             width=width,
@@ -262,6 +281,7 @@ class Request:
             callback=callback,
             progress=progress,
             class_labels=tuple(labels),
+            texts=texts,
             init=init,
             inpaint=inpaint,
         )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePath
 from time import perf_counter
 from typing import Any
 
@@ -174,7 +174,8 @@ class BundleBuilder:
             return Outcome(self._target, old.manifest.content(), ())
         self._source.check(self._models)
         with replacement.begin() as folder:
-            (folder / "onnx").mkdir()
+            for name in {PurePath(file).parent for file in own_files(self._family)} - {PurePath()}:
+                (folder / name).mkdir()
             theirs = self._diffusers_pictures() if self._options.verify else None
             progress = self._components(folder, prints, [] if old is None else [old])
             written = self._finish(folder, origin, progress, theirs)
@@ -290,6 +291,7 @@ class BundleBuilder:
                 "latentrt": __version__,
                 **{name: version(name) for name in ("torch", "diffusers", "onnx", "onnxruntime")},
             },
+            self._source.text_layers(),
         )
         content = write(folder, manifest)
         if theirs is None:
@@ -306,7 +308,6 @@ class BundleBuilder:
         if not self._family.tokenizers:
             return None
         tokenizer = self._source.tokenizer()
-        (folder / TOKENIZER).parent.mkdir()
         tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
         start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
         if start is None:  # BERT's words for the same

@@ -74,9 +74,9 @@ def demo_fp16() -> Path:
 
 PROFILES = [
     Shapes(FIXED, FIXED, ONE, TWO),
-    Shapes(Range(32, 64, 96), Range(32, 64, 96), Range(1, 2, 4), Range(1, 4, 8)),
+    Shapes(Range(32, 64, 96), Range(32, 64, 96), Range(1, 2, 4), Range(1, 4, 8), Range(1, 1, 2)),
 ]
-"""What the plans of the tests are for: 64 x 64 with guidance, and a range."""
+"""What the plans of the tests are for: 64 x 64 with guidance, and a range, also of prompts up to two chunks."""
 
 
 def copy_bundle(bundle: Path, folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -178,8 +179,10 @@ class HostLanes:
         """Moves the jobs into the smallest call for these phases."""
         self.leave()
         height, width = (side * self._backend.family.factor for side in self._size)
-        packing = pack(jobs, phases, height, width, self._backend.profiles, self._least_rows(phases))
-        call = self._backend.call(self._sizes(packing.batch, packing.rows))
+        packing = pack(
+            jobs, phases, height, width, self._backend.profiles, self._least_rows(phases), self._least_tokens()
+        )
+        call = self._backend.call(self._sizes(packing.batch, packing.rows, packing.tokens))
         if (other := call.owner()) is not None:
             other.leave()
         self._fill(call, packing)
@@ -219,6 +222,10 @@ class HostLanes:
         if fewest is not None and len(phases[0].rows) <= fewest:
             return fewest
         return max(len(job.rows) for job in self._jobs if job is not None)
+
+    def _least_tokens(self) -> int:
+        """Those of all lanes' texts, where lanes take turns."""
+        return 1 if self._together else math.lcm(*(job.tokens for job in self._jobs if job is not None))
 
     def _fewest_rows(self) -> int | None:
         """The fewest rows of an evaluation, among the jobs in which this number changes. None if there are none."""
@@ -267,9 +274,9 @@ class HostLanes:
         decoded = self._backend.decode(self.latents(lanes))
         return lambda: decoded
 
-    def _sizes(self, batch: int, rows: int) -> dict[str, int]:
+    def _sizes(self, batch: int, rows: int, tokens: int = PROMPT_TOKENS) -> dict[str, int]:
         height, width = self._size
-        return {"batch": batch, "rows": rows, "tokens": PROMPT_TOKENS, "height": height, "width": width}
+        return {"batch": batch, "rows": rows, "tokens": tokens, "height": height, "width": width}
 
 
 def writer(call: HostCall, job: Job, steps: Mapping[str, np.ndarray], position: int) -> Callable[[int], None]:

@@ -92,6 +92,10 @@ class Source(ABC):
         """The tokenizer of transformers; None for a model without texts."""
         return None
 
+    def text_layers(self) -> int:
+        """The number of the text encoder's layers; 0 for a model without texts."""
+        return 0
+
     def sizes(self) -> dict[str, int]:
         """The sizes of the graphs' dimensions that are the model's, by name."""
         return {}
@@ -141,7 +145,13 @@ class TextToImage(Source):
         return RECIPES
 
     def sizes(self) -> dict[str, int]:
-        return {"context_size": int(self.config("unet")["cross_attention_dim"])}
+        return {
+            "context_size": int(self.config("unet")["cross_attention_dim"]),
+            "text_width": int(self.config("text_encoder")["hidden_size"]),
+        }
+
+    def text_layers(self) -> int:
+        return int(self.config("text_encoder")["num_hidden_layers"])
 
     def load(self, part: str) -> nn.Module:
         return {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}[part]()

@@ -84,7 +84,7 @@ class TensorRtLanes:
         backend, (height, width) = self._backend, self._size
         factor = backend.family.factor
         packing = pack(jobs, phases, height * factor, width * factor, backend.profiles)
-        step = backend.denoising(self._sizes(packing.batch, packing.rows))
+        step = backend.denoising(self._sizes(packing.batch, packing.rows, packing.tokens))
         step.enter(packing, self)
         for position, job in enumerate(jobs):
             self._place(job, step.execution.part(self._state.name, position)[0])
@@ -164,6 +164,6 @@ class TensorRtLanes:
         sources = [self._fresh[job] if job in self._fresh else self._address(job) for job in jobs]
         return self._backend.decode(sources, *self._size)
 
-    def _sizes(self, batch: int, rows: int) -> dict[str, int]:
+    def _sizes(self, batch: int, rows: int, tokens: int = PROMPT_TOKENS) -> dict[str, int]:
         height, width = self._size
-        return {"batch": batch, "rows": rows, "tokens": PROMPT_TOKENS, "height": height, "width": width}
+        return {"batch": batch, "rows": rows, "tokens": tokens, "height": height, "width": width}
