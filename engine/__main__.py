@@ -55,6 +55,7 @@ def picture(options: argparse.Namespace) -> int:
             files,
         )
     )
+    read_pictures(options)
     bundle = check_call(options, subjects)
 
     from .pipeline import Pipeline
@@ -84,6 +85,15 @@ def read_subjects(options: argparse.Namespace) -> Sequence[Subject]:
     """The texts of the command line. For a model without texts its classes, or one None."""
     texts = options.prompt or options.prompts or not _is_textless(options.bundle)
     return read_prompts(options.prompt, options.prompts) if texts else options.class_label or [None]
+
+
+def read_pictures(options: argparse.Namespace) -> None:
+    """Puts the pictures of --image and --mask in the place of their files, which are read once for all calls."""
+    from .pixels import read_image
+
+    for name in ("image", "mask"):
+        if (file := getattr(options, name)) is not None:
+            setattr(options, name, read_image(file, f"--{name}"))
 
 
 def _is_textless(folder: Path) -> bool:
@@ -183,9 +193,7 @@ def check_call(options: argparse.Namespace, subjects: Sequence[Subject]) -> Bund
     from .bundle import Bundle
     from .checks import check_class_labels, check_no_text, check_prompts
     from .guidance import check_guidance
-    from .init_image import DEFAULT_STRENGTH, InitImage
-    from .inpainting import DEFAULT_STRENGTH as INPAINT_STRENGTH
-    from .inpainting import Inpaint
+    from .inpainting import check_beginning
     from .request import Sampling, late
 
     given = call_arguments(subjects, options)
@@ -207,9 +215,9 @@ def check_call(options: argparse.Namespace, subjects: Sequence[Subject]) -> Bund
         options.timestep_respacing,
         dict(options.sampler_option),
     )
-    strength = INPAINT_STRENGTH if options.mask else DEFAULT_STRENGTH
-    init = InitImage.check(options.image, options.strength, bundle.family, strength)
-    Inpaint.check(bundle.family, init, options.mask, options.composite, options.padding_mask_crop)
+    init, _ = check_beginning(
+        bundle.family, options.image, options.strength, options.mask, options.composite, options.padding_mask_crop
+    )
     sampling = late(sampling, init)
     table = sampling.table(schedule)
     check_guidance(

@@ -24,7 +24,7 @@ class InitImage:
     strength: float
 
     @classmethod
-    def check(cls, image: Any, strength: Any, family: Family, default: float = DEFAULT_STRENGTH) -> InitImage | None:
+    def check(cls, image: Any, strength: Any, family: Family, default: float) -> InitImage | None:
         """`image` and `strength` of a call; without a strength it is `default`. ImageError, StrengthError or
         LatentsError."""
         if image is None:

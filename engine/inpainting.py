@@ -11,6 +11,7 @@ import numpy as np
 
 from .contract import Family
 from .errors import ImageError, MaskError, MaskSizeError, OutputTypeError, shown
+from .init_image import DEFAULT_STRENGTH as IMAGE_STRENGTH
 from .init_image import InitImage
 from .manifest import LARGEST_SIDE
 from .masks import Crop, as_bytes, read_masks, whitened
@@ -96,6 +97,21 @@ class Inpaint:
         originals = np.round((init.pixels(height, width) + 1) * 127.5).astype(np.uint8)[list(image_of)]
         white = np.stack([whitened(self.masks[m], height, width) for m in mask_of])
         return np.where(white[..., np.newaxis], made, originals)
+
+
+def check_beginning(
+    family: Family,
+    image: Any,
+    strength: Any,
+    mask_image: Any,
+    composite: Any,
+    padding_mask_crop: Any,
+    output_type: Any = "pil",
+) -> tuple[InitImage | None, Inpaint | None]:
+    """What a call starts from and what of it is repainted, by its arguments. Raises what both `check` methods raise."""
+    default = IMAGE_STRENGTH if mask_image is None else DEFAULT_STRENGTH
+    init = InitImage.check(image, strength, family, default)
+    return init, Inpaint.check(family, init, mask_image, composite, padding_mask_crop, output_type)
 
 
 def _refuse_without_mask(composite: Any, padding: Any) -> None:

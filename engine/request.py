@@ -14,9 +14,8 @@ from . import checks
 from .contract import Family, Shapes
 from .errors import ImageError, SizeError, TimestepsError
 from .guidance import Guidance, Scale, check_guidance, without_text
-from .init_image import DEFAULT_STRENGTH, InitImage, each_of
-from .inpainting import DEFAULT_STRENGTH as INPAINT_STRENGTH
-from .inpainting import Inpaint
+from .init_image import InitImage, each_of
+from .inpainting import Inpaint, check_beginning
 from .sampling.catalog import checked_options, sampler_name, schedule_type_name, step_table
 from .sampling.respacing import space_timesteps
 from .sampling.schedule import Schedule
@@ -111,7 +110,7 @@ class Limits:
     schedule: Schedule
     profiles: tuple[Shapes, ...]
     build_command: checks.BuildCommand
-    encodes_images: bool = True
+    encodes_images: bool
     """Whether there is a VAE encoder, which image to image needs."""
 
     @cached_property
@@ -224,9 +223,11 @@ class Request:
             timestep_respacing,
             sampler_options,
         )
-        init = check_init_image(limits, image, strength, mask_image is not None)
-        inpaint = Inpaint.check(limits.family, init, mask_image, composite, padding_mask_crop, output_type)
+        init, inpaint = check_beginning(
+            limits.family, image, strength, mask_image, composite, padding_mask_crop, output_type
+        )
         if init is not None:
+            _require_encoder(limits, init)
             init.of(len(prompts), int(num_images_per_prompt))
         if inpaint is not None:
             each_of("masks", len(inpaint.masks), len(prompts), int(num_images_per_prompt))
@@ -266,27 +267,31 @@ class Request:
         )
 
 
-def check_init_image(limits: Limits, image: Any, strength: Any, masked: bool) -> InitImage | None:
-    """What a call starts from, or None for noise alone. ImageError where the model has no VAE encoder."""
-    init = InitImage.check(image, strength, limits.family, INPAINT_STRENGTH if masked else DEFAULT_STRENGTH)
-    if init is not None and init.latents is None and not limits.encodes_images:
+def _require_encoder(limits: Limits, init: InitImage) -> None:
+    """ImageError where a call starts from a picture and there is no VAE encoder."""
+    if init.latents is not None or limits.encodes_images:
+        return
+    if "vae_encoder" in limits.family.names:
         raise ImageError(
-            "this pipeline has no VAE encoder, so it can't start from a picture; take a bundle of Stable Diffusion, "
-            f"for TensorRT with a plan of its vae_encoder: {limits.build_command()}"
+            "this pipeline has no VAE encoder, so it can't start from a picture; build it: " + limits.build_command()
         )
-    return init
+    raise ImageError(
+        "this model has no VAE encoder, so it can't start from a picture; leave image out, or take a bundle of Stable "
+        "Diffusion"
+    )
 
 
 def _size(
     limits: Limits, height: int | None, width: int | None, batch: int, rows: int, init: InitImage | None
 ) -> tuple[int, int]:
     """Height and width of a call: as it says, else the image's, else what the bundle is best at. SizeError."""
-    factor, stretches = limits.family.factor, init is not None and height is None and width is None
+    factor = limits.family.factor
+    stretches = init is not None and init.latents is None and height is None and width is None
     if init is not None:
         own = init.size(factor)
-        if init.latents is not None and ((height or own[0]), (width or own[1])) != own:
+        height, width = own[0] if height is None else height, own[1] if width is None else width
+        if init.latents is not None and (height, width) != own:
             raise ImageError(f"the latents in image are of {own[1]} x {own[0]} pixels; leave height and width out")
-        height, width = height or own[0], width or own[1]
     try:
         return checks.check_shapes(height, width, batch, rows, limits.profiles, limits.build_command, factor)
     except SizeError as error:

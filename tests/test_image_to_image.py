@@ -1,5 +1,9 @@
 """Pictures from pictures: the same as diffusers' image to image makes, and right."""
 
+import json
+import shutil
+from contextlib import ExitStack
+
 import numpy as np
 import pytest
 import torch
@@ -25,14 +29,26 @@ HEIGHT, WIDTH = 64, 96
 FAST = {"num_inference_steps": 4, "progress": False}
 
 
+def beside_diffusers(theirs, bundle, source):
+    """Our pipelines, one on each backend of a CPU, diffusers' of that class, of the same model, and its scheduler's
+    configuration."""
+    with ExitStack() as stack:
+        ours = [stack.enter_context(Pipeline.load(bundle, backend=backend)) for backend in BACKENDS]
+        yield ours, theirs(**source.pipeline().components), source.scheduler_config()
+
+
 @pytest.fixture(scope="module", params=["sd1", "sd2"])
 def both(request, tiny_bundles, tiny_sources):
-    """Our pipelines, one on each backend of a CPU, and diffusers' StableDiffusionImg2ImgPipeline, of the same model."""
-    ours = [Pipeline.load(tiny_bundles[request.param], backend=backend) for backend in BACKENDS]
-    source = tiny_sources[request.param]
-    yield ours, StableDiffusionImg2ImgPipeline(**source.pipeline().components), source.scheduler_config()
-    for pipeline in ours:
-        pipeline.close()
+    bundle, source = tiny_bundles[request.param], tiny_sources[request.param]
+    yield from beside_diffusers(StableDiffusionImg2ImgPipeline, bundle, source)
+
+
+def with_sampler(both, sampler):
+    """diffusers' pipeline, with the scheduler that is one of our samplers."""
+    _, pipeline, config = both
+    cls, extra = CLASSES[sampler]
+    pipeline.scheduler = cls.from_config({**{k: v for k, v in config.items() if not k.startswith("_")}, **extra})
+    return pipeline
 
 
 def picture(seed=0, height=HEIGHT, width=WIDTH) -> Image.Image:
@@ -41,11 +57,8 @@ def picture(seed=0, height=HEIGHT, width=WIDTH) -> Image.Image:
 
 
 def diffusers_latents(both, sampler, generator, image, prompts=PROMPTS, **options):
-    _, pipeline, config = both
-    cls, extra = CLASSES[sampler]
-    pipeline.scheduler = cls.from_config({**{k: v for k, v in config.items() if not k.startswith("_")}, **extra})
     with torch.no_grad():
-        made = pipeline(prompts, image=image, generator=generator, output_type="latent", **options)
+        made = with_sampler(both, sampler)(prompts, image=image, generator=generator, output_type="latent", **options)
     return made.images.numpy()
 
 
@@ -170,12 +183,32 @@ def test_the_command_line_starts_from_a_file(demo_bundle, tmp_path):
         ({"image": [picture(), picture(), picture()]}, ImageError, "there are 3 images for 1 pictures; pass 1"),
         ({"image": [picture(), picture(0, 64, 64)]}, ImageError, r"one size, and these are 64 x 64, 96 x 64 pixels"),
         ({"image": picture(0, 64, 1000)}, SizeError, "or pass height and width, to which the image is then resized"),
+        ({"image": np.zeros((1, 4, 8, 125), np.float32)}, SizeError, "width is 1000|width 1000"),
+        (
+            {"image": np.zeros((1, 4, 8, 8), np.float32), "height": 128},
+            ImageError,
+            "of 64 x 64 pixels; leave",
+        ),
+        ({"image": picture(0, 64, 64), "height": 0}, SizeError, "height"),
         ({"image": np.full((1, 4, 8, 8), np.nan, np.float32)}, LatentsError, "the latents in image hold 256 values"),
     ],
 )
 def test_what_cannot_be_started_from_is_an_error_by_name(demo, arguments, error, words):
     with pytest.raises(error, match=words):
         demo(PROMPTS[0], **{"image": picture(0, 64, 64), **FAST, **arguments})
+
+
+def test_plans_without_a_vae_encoder_start_from_noise_only(planned, tmp_path):
+    """`--components` may leave it out."""
+    shutil.copytree(planned(VERSION), tmp_path / "demo")
+    (build,) = (tmp_path / "demo" / "plans").glob("*/build.json")
+    content = json.loads(build.read_text())
+    del content["components"]["vae_encoder"]
+    build.write_text(json.dumps(content))
+    with fakes.install(VERSION), Pipeline.load(tmp_path / "demo") as pipeline:
+        pipeline(PROMPTS[0], height=64, width=64, **FAST)
+        with pytest.raises(ImageError, match=r"no VAE encoder.* build it: python build_engines.py --backend tensorrt"):
+            pipeline(PROMPTS[0], image=picture(0, 64, 64), **FAST)
 
 
 def test_a_model_without_a_vae_encoder_starts_from_noise_only(textless_bundles):

@@ -21,7 +21,7 @@ from export.graphs.denoiser import inpaint
 from . import fakes
 from .engine.backends.test_tensorrt import VERSION
 from .engine.sampling.test_samplers import CLASSES
-from .test_image_to_image import BACKENDS, HEIGHT, PROMPTS, WIDTH, picture
+from .test_image_to_image import BACKENDS, HEIGHT, PROMPTS, WIDTH, beside_diffusers, picture, with_sampler
 
 FAST = {"num_inference_steps": 4, "progress": False}
 slow = pytest.mark.slow
@@ -37,18 +37,12 @@ def mask(height=HEIGHT, width=WIDTH, part=(8, 16, 40, 56)) -> Image.Image:
 
 @pytest.fixture(scope="module", params=["sd1", "sd2"])
 def both(request, tiny_bundles, tiny_sources):
-    """Our pipelines, one on each backend of a CPU, and diffusers' StableDiffusionInpaintPipeline, of one model."""
-    ours = [Pipeline.load(tiny_bundles[request.param], backend=backend) for backend in BACKENDS]
-    source = tiny_sources[request.param]
-    yield ours, StableDiffusionInpaintPipeline(**source.pipeline().components), source.scheduler_config()
-    for pipeline in ours:
-        pipeline.close()
+    bundle, source = tiny_bundles[request.param], tiny_sources[request.param]
+    yield from beside_diffusers(StableDiffusionInpaintPipeline, bundle, source)
 
 
 def with_diffusers(both, sampler, seed, image, mask_image, prompts=PROMPTS, **options):
-    _, pipeline, config = both
-    cls, extra = CLASSES[sampler]
-    pipeline.scheduler = cls.from_config({**{k: v for k, v in config.items() if not k.startswith("_")}, **extra})
+    pipeline = with_sampler(both, sampler)
     pipeline.set_progress_bar_config(disable=True)
     several = isinstance(seed, list)
     generator = [torch.Generator().manual_seed(s) for s in seed] if several else torch.Generator().manual_seed(seed)

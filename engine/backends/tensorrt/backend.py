@@ -43,8 +43,9 @@ class TensorRtBackend(TensorRtRuntime):
         try:
             plans = Plans.find(bundle, self.machine)
             self.profiles = plans.profiles
-            there = [name for name in self.family.names if name in plans.build["components"]]
-            self.load((component, plans.read(component)) for component in there)
+            optional = [name for name in plans.build["components"] if name not in self.family.required]
+            wanted = [*self.family.required, *optional]
+            self.load((component, plans.read(component)) for component in wanted)
             self._model_sizes = self.engines["denoiser"].model_sizes
         except BaseException:
             self.close()
