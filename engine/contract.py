@@ -182,6 +182,16 @@ class Family:
         return JOINS[self.concat] if self.concat else None
 
     @property
+    def begins_with_noise(self) -> bool:
+        """Whether a loop with an image begins with noise alone: the U-Net sees the image instead."""
+        return self.joins in ("image", "low_resolution")
+
+    @property
+    def magnification(self) -> int:
+        """How many times as high and wide as its image a picture is: the upscaler's image is as large as latents."""
+        return self.factor if self.joins == "low_resolution" else 1
+
+    @property
     def clips(self) -> bool:
         """Whether a sampler may keep the predicted sample within a range."""
         return "clip" in self["denoiser"].input_names

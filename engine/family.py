@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from .contract import PROMPT_TOKENS, SLOTS, Component, Family, Tensor
+from .contract import JOINS, PROMPT_TOKENS, SLOTS, Component, Family, Tensor
 
 LATENT_CHANNELS = 4
 VAE_FACTOR = 8
@@ -164,6 +164,11 @@ class Traits:
     learned_variance: bool = False
     concat: int = 0
     noise_levels: int | None = None
+
+    @property
+    def join(self) -> bool:
+        """Whether these are those of a U-Net that sees more than latents: the upscaler's alone knows noise levels."""
+        return self.concat in JOINS and (JOINS[self.concat] == "low_resolution") == (self.noise_levels is not None)
 
     @classmethod
     def of(cls, family: Family) -> Traits:

@@ -28,11 +28,13 @@ class Row:
     conditioning: its embedding, which may change with the evaluation. weight: of its output in the guided one, a
     number, or an array [E] with one for each evaluation. The U-Net does not evaluate the row where its weight is 0.
     rescale: phi of arXiv 2305.08891, section 3.4, if the guided output takes over the standard deviation of this row's.
+    blind: the row sees zeros where the others see what the picture's `Beginning` has.
     """
 
     conditioning: Texts
     weight: float | np.ndarray
     rescale: float = 0.0
+    blind: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +156,14 @@ def jobs(
         beginnings = begin(generator, range(first, first + several), given)
         noise = Draws(generator, (several, *plane), table.draws) if table.draws.any() else None
         for picture, start in enumerate(beginnings):
-            own = {**steps, **start.steps}
-            made.append(Job(start.latents, table, rows[first + picture], own, noise, picture, start.extras))
+            own, each = {**steps, **start.steps}, rows[first + picture]
+            extras = {**start.extras, **seen_by(each, start.seen)}
+            made.append(Job(start.latents, table, each, own, noise, picture, extras))
     return made
+
+
+def seen_by(rows: Sequence[Row], seen: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What each row sees, [rows, ...] by name."""
+    return {
+        name: np.stack([np.zeros_like(value) if row.blind else value for row in rows]) for name, value in seen.items()
+    }

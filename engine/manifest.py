@@ -162,8 +162,9 @@ class Manifest:
 
     name: what the bundle is called; precision: "fp32", "fp16" or "bf16"; shapes: pixels and pictures in one call;
     scheduler: the model's scheduler_config.json, which `Schedule.from_config` checks; components: those of the family
-    that are there; low_resolution: that of an upscaler; openvino: the precision of each component there and how it was measured, only where the builder did
-    so; files: every file of the bundle but the manifest and the plans; versions: of the libraries that built it.
+    that are there; openvino: the precision of each component there and how it was measured, only where the builder did
+    so; files: every file of the bundle but the manifest and the plans; versions: of the libraries that built it;
+    low_resolution: how an upscaler adds noise.
     """
 
     name: str
@@ -370,9 +371,7 @@ def _family(value: Field) -> Family:
         given["concat"].integer(1, max(JOINS)) if "concat" in given else 0,
         given["noise_levels"].integer(1, LARGEST_CLASSES) if "noise_levels" in given else None,
     )
-    if name == "stable-diffusion-joined" and (
-        traits.concat not in JOINS or (JOINS[traits.concat] == "low_resolution") != (traits.noise_levels is not None)
-    ):
+    if name == "stable-diffusion-joined" and not traits.join:
         raise given.fail(f"of a model with concat {', '.join(map(str, JOINS))}, and with noise_levels where it is 3")
     return KINDS[name](traits)
 

@@ -15,9 +15,10 @@ import numpy as np
 from . import checks
 from .backends import open_backend
 from .backends.interface import Backend, Lanes
-from .beginnings import Begin, Encoded, Masked, from_images, from_noise
+from .beginnings import Begin, Encoded, from_images, from_noise
 from .bundle import Bundle, as_path, while_replaced
 from .contract import Range, Shapes
+from .edit import Edit
 from .errors import (
     BusyPipelineError,
     ClosedPipelineError,
@@ -49,12 +50,17 @@ class Pipeline:
         self.bundle = bundle
         self._backend = backend
         try:
-            schedule = bundle.schedule()
+            schedule, low_resolution = bundle.schedule(), bundle.low_resolution()
             encode = self._text_conditioning()
         except (SchedulerConfigError, ManifestError) as error:
             raise type(error)(f"{error}. Build the bundle again: {bundle.command()}") from error
         self.limits = Limits(
-            bundle.family, schedule, backend.profiles, partial(_build_command, bundle, backend), backend.encodes_images
+            bundle.family,
+            schedule,
+            backend.profiles,
+            partial(_build_command, bundle, backend),
+            backend.encodes_images,
+            low_resolution,
         )
         self._encode = encode
         self._lock = threading.RLock()
@@ -193,6 +199,9 @@ class Pipeline:
         mask_image: Any = None,
         composite: bool = False,
         padding_mask_crop: int | None = None,
+        depth_map: Any = None,
+        image_guidance_scale: float | None = None,
+        noise_level: int | None = None,
     ) -> Result:
         """Makes the picture that the model's pipeline of diffusers makes from the same arguments.
 
@@ -211,7 +220,9 @@ class Pipeline:
         float in 0..1, latents [n, C, h, w], or a list: one for all pictures, for each text or for each picture;
         strength: how much of it changes, the share of the steps that are run (default: 0.8, with a mask 1);
         mask_image: white is repainted; composite: what is not white stays pixel for pixel; padding_mask_crop: paint
-        only the part around the mask, with so many pixels on each side (docs/tasks.md). Raises the InputErrors of
+        only the part around the mask, with so many pixels on each side; depth_map: for depth models, arrays [H, W] or
+        pictures of which the lighter is nearer; image_guidance_scale: of InstructPix2Pix (default: 1.5); noise_level:
+        of the noise that the upscaler's image gets (default: 20) (docs/tasks.md). Raises the InputErrors of
         engine/errors.py before any work, NumericalError and not a black picture, BundleChangedError where the bundle's
         files were written to, ClosedPipelineError, and BusyPipelineError in a callback.
         """
@@ -220,7 +231,9 @@ class Pipeline:
                                 negative_prompt, num_images_per_prompt, eta, seed, latents, output_type,
                                 callback_on_step_end, scheduler, progress, guidance_rescale, guidance_interval,
                                 schedule_type, timesteps, sigmas, timestep_respacing, sampler_options,
-                                class_labels, image, strength, mask_image, composite, padding_mask_crop)  # fmt: skip
+                                class_labels, image, strength, mask_image, composite, padding_mask_crop,
+                                depth_map=depth_map, image_guidance_scale=image_guidance_scale,
+                                noise_level=noise_level)  # fmt: skip
         with self._turn():
             self.bundle.recheck_in_place()
             result = self._run(request, started)
@@ -278,25 +291,14 @@ class Pipeline:
 
     def _beginning(self, request: Request, plane: tuple[int, ...]) -> Begin:
         """Where the loops of a request start."""
-        encoded, inpaint = self._encoded(request), request.inpaint
-        if encoded is None or request.init is None:
+        encode = self._backend.encode_image
+        beginner = request.seen or request.inpaint
+        if beginner is not None:
+            return beginner.begin(request, plane, encode)
+        if request.init is None:
             return from_noise(request.table, plane)
-        if inpaint is None:
-            return from_images(request.table, encoded)
-        masks = inpaint.latent_masks(request.height, request.width, self.bundle.family.factor)
-        return Masked(request.table, encoded, masks, request.mask_of, request.init.strength == 1)
-
-    def _encoded(self, request: Request) -> Encoded | None:
-        """The images that a request starts from, through the VAE encoder."""
-        init = request.init
-        if init is None:
-            return None
-        of = request.image_of
-        if init.latents is not None:
-            return Encoded(init.latents, None, of)
-        pixels = init.pixels if request.inpaint is None else partial(request.inpaint.pixels, init)
-        mean, std = self._backend.encode_image(pixels(request.height, request.width))
-        return Encoded(mean, std, of)
+        encoded = Encoded.of_images(request.init, request.height, request.width, request.image_of, encode)
+        return from_images(request.table, encoded)
 
     def _rows(self, request: Request, tokenized: Callable[[], None]) -> list[tuple[Row, ...]]:
         """The rows of a picture of each text or class."""
@@ -308,7 +310,8 @@ class Pipeline:
         count = len(request.prompts)
         negatives: Sequence[Conditioning | None] = encoded[count:] or [None] * count
         scales, rescale = request.guidance.scales, request.guidance.rescale
-        return [guided(prompt, negative, scales, rescale) for prompt, negative in zip(encoded, negatives)]
+        rows = request.seen.rows if isinstance(request.seen, Edit) else guided
+        return [rows(prompt, negative, scales, rescale) for prompt, negative in zip(encoded, negatives)]
 
     def lanes(self, count: int, height: int, width: int) -> Lanes:
         """`count` free lanes for pictures of that size in pixels, for a loop of your own. One thread must drive

@@ -19,7 +19,7 @@ class Denoiser(nn.Module):
     """One whole denoising step: U-Net, guidance and sampler. The timestep of a sample is embedded once, in float32,
     and spread to its rows."""
 
-    joins = PLAIN
+    joins: tuple[int, ...] = PLAIN
     """How many channels the U-Net may see beside the latents."""
 
     def __init__(self, unet: UNet2DConditionModel, dtype: torch.dtype, fused_attention: bool = False) -> None:

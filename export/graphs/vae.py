@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from ..sources.checks import UPSCALER_FACTOR, check_vae
 from .precision import prepare
 
+UPSCALER_SCALE = 0.08333
+"""The scaling_factor that diffusers' pipeline takes, whatever the model says."""
+
 MAGNITUDE_UNIT = 2.0**-20
 """Keeps the sum over a picture's values near 1."""
 
@@ -88,6 +91,7 @@ class UpscalerDecoder(KlDecoder):
     def __init__(self, vae: AutoencoderKL, dtype: torch.dtype, fused_attention: bool = False) -> None:
         check_vae(vae.config, UPSCALER_FACTOR)
         super().__init__(vae, dtype, fused_attention)
+        self.scale = UPSCALER_SCALE
 
 
 class VaeEncoder(nn.Module):

@@ -149,8 +149,8 @@ def check_low_resolution(config: Mapping[str, Any], most: Any, levels: int | Non
     limit = min(known, levels or known) - 1
     if isinstance(most, bool) or not isinstance(most, int) or not 0 <= most <= limit:
         raise UnsupportedModelError(
-            f"the model has max_noise_level={shown(most)}; it must be an integer from 0 to {limit}, for which the U-Net "
-            f"and {where} have noise levels"
+            f"the model has max_noise_level={shown(most)}; it must be an integer from 0 to {limit}, the last level "
+            f"of the U-Net and of {where}"
         )
     return LowResolution(dict(config), most)
 
