@@ -128,7 +128,7 @@ def _inside(folder: Path) -> str:
 def _check_index(index: Mapping[str, Any], file: Path) -> None:
     """UnsupportedModelError for a model_index.json of another kind of model, UnreadableModelError for a garbled one."""
     pipeline = index.get("_class_name")
-    if pipeline not in PIPELINES or "text_encoder_2" in index:
+    if pipeline not in tuple(PIPELINES) or "text_encoder_2" in index:
         raise UnsupportedModelError(
             f"{file} is of a {shown(pipeline)}; supported are {checks.MODELS} ({' or '.join(PIPELINES)}), "
             f"and {', '.join(checks.EARLIER)}"
