@@ -166,6 +166,9 @@ def make(pipeline: Pipeline, wanted: Sequence[tuple[Subject, int, Path]], option
                 mask_image=options.mask,
                 composite=options.composite,
                 padding_mask_crop=options.padding_mask_crop,
+                depth_map=options.depth_map,
+                image_guidance_scale=options.image_guidance_scale,
+                noise_level=options.noise_level,
             )
         for subject, seed, file, image in zip(subjects, seeds, files, result.images):
             write_picture(image, file)
@@ -202,6 +205,7 @@ def check_call(options: argparse.Namespace, subjects: Sequence[Subject]) -> Bund
     from .guidance import check_guidance
     from .inpainting import check_beginning
     from .request import Sampling, late
+    from .seen import check_seen
     from .text.inversion import load_inversion
 
     for file, token in options.textual_inversion:
@@ -227,9 +231,11 @@ def check_call(options: argparse.Namespace, subjects: Sequence[Subject]) -> Bund
         options.timestep_respacing,
         dict(options.sampler_option),
     )
-    init, _ = check_beginning(
+    init, inpaint = check_beginning(
         bundle.family, options.image, options.strength, options.mask, options.composite, options.padding_mask_crop
     )
+    told = options.depth_map, options.image_guidance_scale, options.noise_level
+    check_seen(bundle.family, bundle.low_resolution(), init, inpaint, *told)
     sampling = late(sampling, init)
     table = sampling.table(schedule)
     check_guidance(

@@ -112,6 +112,21 @@ def _add_picture(c: argparse.ArgumentParser) -> None:
         metavar="S",
         help="how much of --image changes, 0 to 1 (default: 0.8, with --mask 1)",
     )
+    c.add_argument(
+        "--depth-map", type=path, metavar="FILE", help="for a depth model: a picture, the lighter the nearer"
+    )
+    c.add_argument(
+        "--image-guidance-scale",
+        type=number(low=0.0),
+        metavar="G",
+        help="how closely InstructPix2Pix follows --image, from 1 up (default: 1.5)",
+    )
+    c.add_argument(
+        "--noise-level",
+        type=whole_number(0, 1000),
+        metavar="N",
+        help="of the noise that the upscaler adds to --image (default: 20)",
+    )
     c.add_argument("--bundle", type=path, default=Path("engines/demo"), metavar="FOLDER", help="default: engines/demo")
     c.add_argument(
         "--output",

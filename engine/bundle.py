@@ -33,7 +33,7 @@ from .errors import (
     UnsafePathError,
 )
 from .manifest import FORMAT, MANIFEST, TOKEN_TABLE, TOKENIZER, File, Manifest, SpecialTokens, own_files, read
-from .sampling.schedule import Schedule
+from .sampling.schedule import Schedule, noising
 
 __all__ = ["FORMAT", "MANIFEST", "Bundle", "SpecialTokens", "sha256", "while_replaced"]
 
@@ -120,6 +120,12 @@ class Bundle:
     def schedule(self) -> Schedule:
         """The model's noise and its own sampler's options. SchedulerConfigError if they cannot be used."""
         return Schedule.from_config(self.scheduler, self.family)
+
+    def low_resolution(self) -> tuple[Schedule, int] | None:
+        """For an upscaler: the noise that it adds to what it makes larger, and the highest level of that.
+        SchedulerConfigError if it cannot be used."""
+        given = self.contents.low_resolution
+        return None if given is None else (noising(given.scheduler), given.max_noise_level)
 
     @property
     def special_tokens(self) -> SpecialTokens:

@@ -21,6 +21,10 @@ MAX_STEPS = 1000
 DYNAMIC = ("batch", "rows", "tokens", "height", "width")
 """The dimensions that a call chooses. Height and width are those of the latents. Other names are the model's sizes."""
 
+JOINS = {1: "depth", 3: "low_resolution", 4: "image", 5: "mask"}
+"""What a U-Net sees beside the latents, by the number of channels that are joined to these: a depth map, a small noised
+picture, the latents of a picture (InstructPix2Pix), or a mask and the latents of what it leaves of a picture."""
+
 Sizes = Mapping[str, int]
 """The size of each named dimension."""
 
@@ -139,7 +143,9 @@ class Family:
     """A kind of model, and what its bundles hold.
 
     channels: of a latent; factor: pixels per latent element, in both directions; tokenizers: how many a text goes
-    through, 0 for a model without texts; classes: how many its pictures are of, None for a model without classes.
+    through, 0 for a model without texts; classes: how many its pictures are of, None for a model without classes;
+    concat: the channels that are joined to each row of the U-Net; noise_levels: how many of these a U-Net that is told
+    the noise of what is joined knows, None for others.
     """
 
     name: str
@@ -148,6 +154,8 @@ class Family:
     factor: int
     tokenizers: int = 1
     classes: int | None = None
+    concat: int = 0
+    noise_levels: int | None = None
 
     def __getitem__(self, name: str) -> Component:
         """The component of that name. KeyError where there is none."""
@@ -162,8 +170,26 @@ class Family:
 
     @property
     def most_rows(self) -> int:
-        """The U-Net's rows for a picture: two where guidance has a negative text."""
+        """The U-Net's rows for a picture: two where guidance has a negative text, three where one of them also sees no
+        picture."""
+        if self.joins == "image":
+            return 3
         return 2 if self.tokenizers else 1
+
+    @property
+    def joins(self) -> str | None:
+        """What the U-Net sees beside the latents, a value of JOINS; None for nothing."""
+        return JOINS[self.concat] if self.concat else None
+
+    @property
+    def begins_with_noise(self) -> bool:
+        """Whether a loop with an image begins with noise alone: the U-Net sees the image instead."""
+        return self.joins in ("image", "low_resolution")
+
+    @property
+    def magnification(self) -> int:
+        """How many times as high and wide as its image a picture is: the upscaler's image is as large as latents."""
+        return self.factor if self.joins == "low_resolution" else 1
 
     @property
     def clips(self) -> bool:

@@ -140,6 +140,19 @@ class MaskSizeError(MaskError):
     """`mask_image` has another size than `image`."""
 
 
+class ChannelsError(InputError):
+    """An argument is about channels that the model's U-Net does not have, or nothing is given for channels that it
+    has."""
+
+
+class DepthMapError(InputError):
+    """`depth_map` is no map of depths: of another shape, without differences, or with values that are no numbers."""
+
+
+class NoiseLevelError(InputError):
+    """`noise_level` is not an integer, or no level of the upscaler."""
+
+
 class OutputPathError(InputError):
     """The name of a picture's file is not allowed, or it is the name of something that is never replaced, such as a
     folder or a device."""

@@ -41,8 +41,10 @@ def parameters(request: Request, bundle: Bundle, index: int) -> str:
     }
     if request.sampling.schedule_type is not None:
         fields["Schedule type"] = schedule_label(request.sampling.schedule_type)
-    if request.init is not None:
+    if request.init is not None and not bundle.family.begins_with_noise:
         fields["Denoising strength"] = request.init.strength
+    if request.seen is not None:
+        fields |= request.seen.parameters()
     label = request.class_labels[text]
     if label is not None:
         fields["Class"] = label

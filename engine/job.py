@@ -52,11 +52,13 @@ class Row:
     conditioning: its embedding, which may change with the evaluation. weight: of its output in the guided one, a
     number, or an array [E] with one for each evaluation. The U-Net does not evaluate the row where its weight is 0.
     rescale: phi of arXiv 2305.08891, section 3.4, if the guided output takes over the standard deviation of this row's.
+    blind: the row sees zeros where the others see what the picture's `Beginning` has.
     """
 
     conditioning: Texts
     weight: float | np.ndarray
     rescale: float = 0.0
+    blind: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,6 +201,13 @@ def jobs(
         noise = Draws(generator, (several, *plane), table.draws) if table.draws.any() else None
         for picture, start in enumerate(beginnings):
             own, changing = rows[first + picture], {**steps, **start.steps}
-            tokens = tokens_of(own, denoiser)
-            made.append(Job(start.latents, table, own, changing, noise, picture, start.extras, tokens))
+            extras, tokens = {**start.extras, **seen_by(own, start.seen)}, tokens_of(own, denoiser)
+            made.append(Job(start.latents, table, own, changing, noise, picture, extras, tokens))
     return made
+
+
+def seen_by(rows: Sequence[Row], seen: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What each row sees, [rows, ...] by name."""
+    return {
+        name: np.stack([np.zeros_like(value) if row.blind else value for row in rows]) for name, value in seen.items()
+    }

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .contract import Family, Shapes
+from .contract import JOINS, Family, Shapes
 from .errors import BundleNotFoundError, ManifestError, ManifestVersionError, UnsafePathError
 from .family import COMPONENTS, FAMILIES, KINDS, Traits
 from .fields import Field
@@ -113,6 +113,20 @@ class SpecialTokens:
 
 
 @dataclass(frozen=True)
+class LowResolution:
+    """How an upscaler adds noise to what it makes larger: the scheduler_config.json of its low_res_scheduler, and the
+    highest noise level that a call may ask for."""
+
+    scheduler: Mapping[str, Any]
+    max_noise_level: int
+
+    @classmethod
+    def of(cls, value: Field, family: Family) -> LowResolution:
+        most = (family.noise_levels or 1) - 1
+        return cls(value["scheduler"].object(), value["max_noise_level"].integer(0, most))
+
+
+@dataclass(frozen=True)
 class Verification:
     """Whether the bundle was compared with torch and diffusers. If so: the backend, the precision, and the differences
     of each component and of the picture. If not: the reason."""
@@ -157,7 +171,8 @@ class Manifest:
     scheduler: the model's scheduler_config.json, which `Schedule.from_config` checks; components: those of the family
     that are there; openvino: the precision of each component there and how it was measured, only where the builder did
     so; files: every file of the bundle but the manifest and the plans; versions: of the libraries that built it;
-    text_layers: how many the text encoder has, 0 for a model without texts.
+    text_layers: how many the text encoder has, 0 for a model without texts; low_resolution: how an upscaler
+    adds noise.
     """
 
     name: str
@@ -174,6 +189,7 @@ class Manifest:
     created: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     text_layers: int = 0
+    low_resolution: LowResolution | None = None
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Manifest:
@@ -196,6 +212,7 @@ class Manifest:
             value["created"].text() if "created" in value else "",
             {name: one.text() for name, one in value["versions"].items()} if "versions" in value else {},
             value["text_layers"].integer(1, MOST_LAYERS) if family.tokenizers else 0,
+            LowResolution.of(value["low_resolution"], family) if family.joins == "low_resolution" else None,
         )
         tokenizer = [TOKENIZER, TOKEN_TABLE] if family.tokenizers else []
         for name in (*tokenizer, *(graph.onnx for graph in found.components.values())):
@@ -210,11 +227,12 @@ class Manifest:
             "format": FORMAT,
             "name": self.name,
             "family": self.family.name,
-            "traits": asdict(Traits.of(self.family)) if self.family.name in KINDS else None,
+            "traits": _traits(self.family) if self.family.name in KINDS else None,
             "source": asdict(self.source),
             "precision": self.precision,
             "shapes": {name: list(side.values()) for name, side in shapes.items()},
             "scheduler": dict(self.scheduler),
+            "low_resolution": None if self.low_resolution is None else asdict(self.low_resolution),
             "components": {name: asdict(graph) for name, graph in self.components.items()},
             "tokenizer": None if self.tokenizer is None else {"file": TOKENIZER, **asdict(self.tokenizer)},
             "text_layers": self.text_layers or None,
@@ -361,14 +379,23 @@ def _family(value: Field) -> Family:
         return FAMILIES[name]
     given = value["traits"]
     classes = given["classes"].value
-    return KINDS[name](
-        Traits(
-            given["channels"].integer(1, LARGEST_CHANNELS),
-            given["factor"].integer(1, LARGEST_FACTOR),
-            None if classes is None else given["classes"].integer(1, LARGEST_CLASSES),
-            given["learned_variance"].boolean(),
-        )
+    traits = Traits(
+        given["channels"].integer(1, LARGEST_CHANNELS),
+        given["factor"].integer(1, LARGEST_FACTOR),
+        None if classes is None else given["classes"].integer(1, LARGEST_CLASSES),
+        given["learned_variance"].boolean(),
+        given["concat"].integer(1, max(JOINS)) if "concat" in given else 0,
+        given["noise_levels"].integer(1, LARGEST_CLASSES) if "noise_levels" in given else None,
     )
+    if name == "stable-diffusion-joined" and not traits.join:
+        raise given.fail(f"of a model with concat {', '.join(map(str, JOINS))}, and with noise_levels where it is 3")
+    return KINDS[name](traits)
+
+
+def _traits(family: Family) -> dict[str, Any]:
+    """A family's traits. Those of a U-Net that sees more than latents are only there for such families."""
+    traits = asdict(Traits.of(family))
+    return {name: value for name, value in traits.items() if value or name not in ("concat", "noise_levels")}
 
 
 def _shapes(value: Field, family: Family) -> Shapes:

@@ -15,9 +15,10 @@ import numpy as np
 from . import checks
 from .backends import open_backend
 from .backends.interface import Backend, Lanes
-from .beginnings import Begin, Encoded, Masked, from_images, from_noise
+from .beginnings import Begin, Encoded, from_images, from_noise
 from .bundle import Bundle, as_path, while_replaced
 from .contract import Range, Shapes
+from .edit import Edit
 from .errors import (
     BusyPipelineError,
     ClosedPipelineError,
@@ -29,7 +30,7 @@ from .errors import (
 )
 from .guidance import DEFAULT_SCALE, Scale
 from .images import finished_images
-from .job import Job, Row, classed, jobs
+from .job import Job, classed, guided, jobs
 from .request import Limits, Request
 from .result import Clock, Result
 from .text.conditioning import TextConditioning
@@ -54,13 +55,15 @@ class Pipeline:
         self.bundle = bundle
         self._backend = backend
         try:
-            schedule = bundle.schedule()
+            schedule, low_resolution = bundle.schedule(), bundle.low_resolution()
             encode = self._text_conditioning()
         except (SchedulerConfigError, ManifestError) as error:
             raise type(error)(f"{error}. Build the bundle again: {bundle.command()}") from error
         reads = Reads() if encode is None else Reads(encode.table.width, bundle.contents.text_layers)
         build_command = partial(_build_command, bundle, backend)
-        self.limits = Limits(bundle.family, schedule, backend.profiles, build_command, backend.encodes_images, reads)
+        self.limits = Limits(
+            bundle.family, schedule, backend.profiles, build_command, backend.encodes_images, reads, low_resolution
+        )
         self._encode = encode
         self._lock = threading.RLock()
         self._busy = self._closed = self._interrupt = False
@@ -205,6 +208,9 @@ class Pipeline:
         prompt_embeds: np.ndarray | None = None,
         negative_prompt_embeds: np.ndarray | None = None,
         pooled_prompt_embeds: np.ndarray | None = None,
+        depth_map: Any = None,
+        image_guidance_scale: float | None = None,
+        noise_level: int | None = None,
     ) -> Result:
         """Makes the picture that the model's pipeline of diffusers makes from the same arguments.
 
@@ -223,7 +229,9 @@ class Pipeline:
         float in 0..1, latents [n, C, h, w], or a list: one for all pictures, for each text or for each picture;
         strength: how much of it changes, the share of the steps that are run (default: 0.8, with a mask 1);
         mask_image: white is repainted; composite: what is not white stays pixel for pixel; padding_mask_crop: paint
-        only the part around the mask, with so many pixels on each side (docs/tasks.md); prompt_syntax: "plain", or
+        only the part around the mask, with so many pixels on each side; depth_map: for depth models, arrays [H, W] or
+        pictures of which the lighter is nearer; image_guidance_scale: of InstructPix2Pix (default: 1.5); noise_level:
+        of the noise that the upscaler's image gets (default: 20) (docs/tasks.md); prompt_syntax: "plain", or
         "a1111" for brackets, AND, schedules and any length, with its `emphasis`: "original", "no norm" or "ignore"
         (docs/prompts.md); clip_skip: the text encoder's last layers that are left out, with "plain" not for the
         negative prompt; prompt_embeds, negative_prompt_embeds: [prompts, T, C] float32 in place of texts;
@@ -239,7 +247,9 @@ class Pipeline:
                                 class_labels, image, strength, mask_image, composite, padding_mask_crop,
                                 prompt_syntax=prompt_syntax, clip_skip=clip_skip, emphasis=emphasis,
                                 prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
-                                pooled_prompt_embeds=pooled_prompt_embeds)  # fmt: skip
+                                pooled_prompt_embeds=pooled_prompt_embeds,
+                                depth_map=depth_map, image_guidance_scale=image_guidance_scale,
+                                noise_level=noise_level)  # fmt: skip
         with self._turn():
             self.bundle.recheck_in_place()
             result = self._run(request, started)
@@ -298,25 +308,14 @@ class Pipeline:
 
     def _beginning(self, request: Request, plane: tuple[int, ...]) -> Begin:
         """Where the loops of a request start."""
-        encoded, inpaint = self._encoded(request), request.inpaint
-        if encoded is None or request.init is None:
+        encode = self._backend.encode_image
+        beginner = request.seen or request.inpaint
+        if beginner is not None:
+            return beginner.begin(request, plane, encode)
+        if request.init is None:
             return from_noise(request.table, plane)
-        if inpaint is None:
-            return from_images(request.table, encoded)
-        masks = inpaint.latent_masks(request.height, request.width, self.bundle.family.factor)
-        return Masked(request.table, encoded, masks, request.mask_of, request.init.strength == 1)
-
-    def _encoded(self, request: Request) -> Encoded | None:
-        """The images that a request starts from, through the VAE encoder."""
-        init = request.init
-        if init is None:
-            return None
-        of = request.image_of
-        if init.latents is not None:
-            return Encoded(init.latents, None, of)
-        pixels = init.pixels if request.inpaint is None else partial(request.inpaint.pixels, init)
-        mean, std = self._backend.encode_image(pixels(request.height, request.width))
-        return Encoded(mean, std, of)
+        encoded = Encoded.of_images(request.init, request.height, request.width, request.image_of, encode)
+        return from_images(request.table, encoded)
 
     def _rows(self, request: Request, tokenized: Callable[[], None]) -> list[tuple[Row, ...]]:
         """The rows of a picture of each text or class."""
@@ -324,8 +323,9 @@ class Pipeline:
             tokenized()
             return [classed(label) for label in request.class_labels]
         guidance = request.guidance
+        guide = request.seen.rows if isinstance(request.seen, Edit) else guided
         return picture_rows(
-            request.texts, self._encode, guidance.scales, guidance.rescale, request.sampling.run, tokenized
+            request.texts, self._encode, guidance.scales, guidance.rescale, request.sampling.run, guide, tokenized
         )
 
     def load_textual_inversion(self, path: str | Path, token: str | None = None) -> str:

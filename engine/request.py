@@ -20,6 +20,7 @@ from .sampling.catalog import checked_options, sampler_name, schedule_type_name,
 from .sampling.respacing import space_timesteps
 from .sampling.schedule import Schedule
 from .sampling.table import StepTable
+from .seen import Seen, check_seen
 from .text.request import NO_TEXTS, Reads, Texts, counted_steps
 
 TABLES_KEPT = 32
@@ -115,6 +116,8 @@ class Limits:
     encodes_images: bool
     """Whether there is a VAE encoder, which image to image needs."""
     reads: Reads = NO_TEXTS
+    low_resolution: tuple[Schedule, int] | None = None
+    """`Bundle.low_resolution`."""
 
     @cached_property
     def table(self) -> Callable[[Sampling], StepTable]:
@@ -131,8 +134,8 @@ class Request:
     an empty prompt for each class, or one; guided: whether the negative prompts take part; class_labels: one for each
     prompt, None for a model without classes; height, width: pixels; seeds: one for all pictures, or one for each;
     latents: [B, C, h, w] standard normal float32, or None for noise; init: the images to start from, or None;
-    inpaint: what of these is repainted, None for all; sampling: the sampler and its grid, with the `table`; texts: the
-    prompts in their syntax, and embeddings.
+    inpaint: what of these is repainted, None for all; seen: what the U-Net sees beside the latents, None for nothing;
+    sampling: the sampler and its grid, with the `table`; texts: the prompts in their syntax, and embeddings.
     """
 
     prompts: tuple[str, ...]
@@ -153,6 +156,7 @@ class Request:
     texts: Texts
     init: InitImage | None = None
     inpaint: Inpaint | None = None
+    seen: Seen | None = None
 
     @property
     def image_of(self) -> tuple[int, ...]:
@@ -213,6 +217,9 @@ class Request:
         prompt_embeds: np.ndarray | None = None,
         negative_prompt_embeds: np.ndarray | None = None,
         pooled_prompt_embeds: np.ndarray | None = None,
+        depth_map: Any = None,
+        image_guidance_scale: float | None = None,
+        noise_level: int | None = None,
     ) -> Request:
         """The arguments of `Pipeline.__call__`, checked. Raises the InputErrors of engine/errors.py."""
         labels = checks.check_class_labels(class_labels, limits.family.classes)
@@ -244,6 +251,9 @@ class Request:
         init, inpaint = check_beginning(
             limits.family, image, strength, mask_image, composite, padding_mask_crop, output_type
         )
+        seen = check_seen(
+            limits.family, limits.low_resolution, init, inpaint, depth_map, image_guidance_scale, noise_level
+        )
         if init is not None:
             _require_encoder(limits, init)
             init.of(len(texts.prompts), int(num_images_per_prompt))
@@ -255,7 +265,9 @@ class Request:
         if not limits.family.tokenizers:
             guidance = without_text(guidance)
         texts.check_loop(counted_steps(sampling.run, len(guidance.scales)), guidance.used)
-        rows = texts.rows(guidance.used) * int(num_images_per_prompt) if limits.family.tokenizers else batch
+        rows = batch
+        if limits.family.tokenizers:
+            rows = texts.rows(guidance.used, limits.family.most_rows) * int(num_images_per_prompt)
         whole = inpaint is None or inpaint.padding is None
         height, width = _size(limits, height, width, batch, rows, init if whole else None)
         if inpaint is not None:
@@ -284,12 +296,13 @@ class Request:
             texts=texts,
             init=init,
             inpaint=inpaint,
+            seen=seen,
         )
 
 
 def _require_encoder(limits: Limits, init: InitImage) -> None:
     """ImageError where a call starts from a picture and there is no VAE encoder."""
-    if init.latents is not None or limits.encodes_images:
+    if init.latents is not None or limits.encodes_images or limits.family.joins == "low_resolution":
         return
     if "vae_encoder" in limits.family.names:
         raise ImageError(

@@ -208,8 +208,10 @@ class BundleBuilder:
 
     def _is_up_to_date(self, old: Manifest, origin: Origin, prints: Mapping[str, str]) -> bool:
         same = {name: graph.fingerprint for name, graph in old.components.items()} == dict(prints)
-        wanted = (origin, self._family, self._form.precision, self._options.shapes, self._source.scheduler_config())
-        found = (old.source, old.family, old.precision, old.shapes, old.scheduler)
+        source = self._source
+        model = (self._family, source.scheduler_config(), source.low_resolution())
+        wanted = (origin, *model, self._form.precision, self._options.shapes)
+        found = (old.source, old.family, old.scheduler, old.low_resolution, old.precision, old.shapes)
         verified = old.verification.done or not self._options.verify
         measured = old.openvino is not None or not self._options.openvino
         return same and wanted == found and verified and measured
@@ -292,6 +294,7 @@ class BundleBuilder:
                 **{name: version(name) for name in ("torch", "diffusers", "onnx", "onnxruntime")},
             },
             self._source.text_layers(),
+            self._source.low_resolution(),
         )
         content = write(folder, manifest)
         if theirs is None:

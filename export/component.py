@@ -64,6 +64,7 @@ class Exporter:
             repr(self.component),
             repr(self.form),
             str(self.recipe.fuses),
+            self._module_class.__qualname__,
             *(sha256(file) for file in (*code, Path(inspect.getfile(self._module_class)))),
             *(f"{name} {version(name)}" for name in LIBRARIES),
         ]

@@ -107,10 +107,10 @@ class Texts:
         together."""
         return guided or any(sum(part.weight for part in prompt.parts) != 1 for prompt in self.parsed)
 
-    def rows(self, guided: bool) -> int:
-        """The U-Net's rows for one picture of each prompt."""
+    def rows(self, guided: bool, most_rows: int = 2) -> int:
+        """The U-Net's rows for one picture of each prompt. most_rows: the family's, for a prompt of one part."""
         parts = sum(len(prompt.parts) for prompt in self.parsed)
-        return parts + (len(self.prompts) if self.needs_negative(guided) else 0)
+        return parts + ((most_rows - 1) * len(self.prompts) if self.needs_negative(guided) else 0)
 
     def check_loop(self, steps: int, guided: bool) -> None:
         """PromptScheduleError for a switch after the last of so many steps, and EmbeddingsError for embeddings whose

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -13,6 +13,9 @@ from ..job import Texts as Embedded
 from .conditioning import Text, TextConditioning
 from .prompt import Part, by_evaluation, schedule
 from .request import Texts, counted_steps
+
+Guide = Callable[[Sequence[tuple[Embedded, float]], "Embedded | None", np.ndarray, float], tuple[Row, ...]]
+"""Makes the rows of a picture: `engine.job.guided`, or another that takes the same."""
 
 Scheduled = tuple[tuple[int, Text], ...]
 """Texts, each with the evaluation from which on it counts."""
@@ -38,10 +41,11 @@ def picture_rows(
     scales: np.ndarray,
     rescale: float,
     steps: int,
+    guide: Guide = guided,
     tokenized: Callable[[], None] = lambda: None,
 ) -> list[tuple[Row, ...]]:
     """The rows of a picture of each prompt, in a loop of so many steps whose evaluations have these guidance scales.
-    All texts are encoded together; `tokenized` is called after tokenizing."""
+    guide: makes the rows of a picture. All texts are encoded together; `tokenized` is called after tokenizing."""
     loop = Loop(counted_steps(steps, len(scales)), len(scales))
     parts = [
         [loop.scheduled(part, texts, texts.skip) for part in prompt.parts] if texts.embeds is None else []
@@ -64,7 +68,7 @@ def picture_rows(
         elif needed:
             negative = _embedded(against[number], found)
         weights = [part.weight for part in prompt.parts]
-        made.append(guided(list(zip(positive, weights, strict=True)), negative, scales, rescale))
+        made.append(guide(list(zip(positive, weights, strict=True)), negative, scales, rescale))
     return made
 
 

@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from engine.fields import Field
 from engine.manifest import SOURCE_OPTIONS, Origin
 from export import errors as e
+from export import oracles
 from export.sources import averages, compvis
 from export.sources.checkpoint import BUILT_IN, resolve
 from export.sources.presets import ARCHITECTURES
@@ -70,6 +71,33 @@ def check_same(source, modules):
 def test_every_tensor_is_read_bit_for_bit(made, tmp_path, suffix):
     modules, tensors = made
     check_same(opened(saved(tensors, tmp_path / f"model{suffix}", global_step=1)), modules)
+
+
+def with_channels(unet, channels):
+    """A random U-Net of the same kind with so many channels."""
+    known = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    return UNet2DConditionModel(**{**known, "in_channels": channels}).eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels", "joins"), [("sd1", 9, "mask"), ("sd1", 8, "image"), ("sd2", 9, "mask"), ("sd2", 5, "depth")]
+)
+def test_models_that_see_more_than_latents_are_read_bit_for_bit(first, second, tmp_path, kind, channels, joins):
+    modules, _ = first if kind == "sd1" else second
+    modules = {**modules, "unet": with_channels(modules["unet"], channels)}
+    extra = {"depth_model.model.scratch.layer1_rn.weight": torch.zeros(1)} if joins == "depth" else {}
+    source = opened(saved({**compvis_state_dict(modules), **extra}, tmp_path / "model.ckpt"))
+    check_same(source, modules)
+    source.check_configs()
+    assert (source.family.joins, source.family.concat) == (joins, channels - 4)
+    assert oracles.joins_of(source.pipeline()) == joins
+
+
+def test_other_channels_are_refused_by_name(first, tmp_path):
+    unet = with_channels(first[0]["unet"], 6)
+    source = opened(saved(compvis_state_dict({**first[0], "unet": unet}), tmp_path / "model.safetensors"))
+    with pytest.raises(e.UnsupportedModelError, match=r"in_channels=6; .* have 4 or 9 or 8 or 5 \(9 is inpainting"):
+        source.check_configs()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
