@@ -66,6 +66,10 @@ class SeedError(InputError):
     """A seed is not an integer from 0 to 2**64 - 1, or there is not one for each picture."""
 
 
+class VariationError(InputError):
+    """`subseed_strength` is not a number from 0 to 1, is missing, or there is not one for each picture."""
+
+
 class LatentsError(InputError):
     """Latents have the wrong shape or dtype, or hold values that are not finite."""
 
@@ -109,6 +113,10 @@ class ImageError(InputError):
 
 class StrengthError(InputError):
     """`strength` is not a number from 0 to 1, leaves no step, or there is no image that it is about."""
+
+
+class HiresError(InputError):
+    """`hires` is no `Hires`, its scale, size or upscaler is wrong, or the call starts from an image already."""
 
 
 class MaskError(InputError):

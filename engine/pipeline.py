@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from . import checks
 from .backends import open_backend
@@ -27,10 +29,13 @@ from .errors import (
     SchedulerConfigError,
 )
 from .guidance import DEFAULT_SCALE, Scale
+from .hires import PIXELS, Hires
 from .images import finished_images
 from .job import Conditioning, Job, Row, classed, guided, jobs
 from .request import Limits, Request
+from .resize import resize
 from .result import Clock, Result
+from .sampling.noise import TorchGenerator
 from .text.conditioning import TextConditioning
 from .text.tokenizer import ClipTokenizer
 
@@ -193,6 +198,9 @@ class Pipeline:
         mask_image: Any = None,
         composite: bool = False,
         padding_mask_crop: int | None = None,
+        subseed: int | Sequence[int] | None = None,
+        subseed_strength: float | Sequence[float] | None = None,
+        hires: Hires | None = None,
     ) -> Result:
         """Makes the picture that the model's pipeline of diffusers makes from the same arguments.
 
@@ -211,16 +219,19 @@ class Pipeline:
         float in 0..1, latents [n, C, h, w], or a list: one for all pictures, for each text or for each picture;
         strength: how much of it changes, the share of the steps that are run (default: 0.8, with a mask 1);
         mask_image: white is repainted; composite: what is not white stays pixel for pixel; padding_mask_crop: paint
-        only the part around the mask, with so many pixels on each side (docs/tasks.md). Raises the InputErrors of
-        engine/errors.py before any work, NumericalError and not a black picture, BundleChangedError where the bundle's
-        files were written to, ClosedPipelineError, and BusyPipelineError in a callback.
+        only the part around the mask, with so many pixels on each side; subseed, subseed_strength: a variation, how far
+        the noise of the seed goes towards that of another one, 0 to 1; hires: a second pass at a larger size
+        (docs/tasks.md). Raises the InputErrors of engine/errors.py before any work, NumericalError and not a black
+        picture, BundleChangedError where the bundle's files were written to, ClosedPipelineError, and BusyPipelineError
+        in a callback.
         """
         started = perf_counter()
         request = Request.check(self.limits, prompt, height, width, num_inference_steps, guidance_scale,
                                 negative_prompt, num_images_per_prompt, eta, seed, latents, output_type,
                                 callback_on_step_end, scheduler, progress, guidance_rescale, guidance_interval,
                                 schedule_type, timesteps, sigmas, timestep_respacing, sampler_options,
-                                class_labels, image, strength, mask_image, composite, padding_mask_crop)  # fmt: skip
+                                class_labels, image, strength, mask_image, composite, padding_mask_crop,
+                                subseed=subseed, subseed_strength=subseed_strength, hires=hires)  # fmt: skip
         with self._turn():
             self.bundle.recheck_in_place()
             result = self._run(request, started)
@@ -228,53 +239,88 @@ class Pipeline:
         return result
 
     def _run(self, request: Request, started: float) -> Result:
-        """Request -> jobs -> lanes -> step, step, step -> decode."""
+        """Request -> loop -> decode, with hires a second loop in between."""
         self.interrupt = False
         clock = Clock(self._backend.stopwatch(), started)
-        made = self.jobs(request, clock.mark)
-        clock.mark()
-        lanes = self.lanes(len(made), request.height, request.width)
-        every = range(len(made))
-        for lane in every:
-            lanes.admit(lane, made[lane])
-        clock.mark()
-        evaluations = 0
-        for i in _progress(len(request.table), request.progress):
-            lanes.step([i] * len(made))
-            evaluations += 1
-            if request.callback is not None:
-                self._call_back(request, lanes, i)
-            clock.mark()
-            if self.interrupt:
-                break
-        interrupted = self.interrupt
-        if interrupted:  # the latents of the last evaluation need no scale
-            scale = np.float32(request.table.scales[evaluations - 1])
-            lanes.replace(every, lanes.latents(every) * scale)
+        generators = [TorchGenerator(seed) for seed in request.seeds]
+        lanes, evaluations = self._loop(request, generators, clock)
+        if request.second is not None and not self.interrupt:
+            second = self._enlarged(request, request.second, lanes)
+            clock.mark("prepare")
+            lanes, more = self._loop(second, generators, clock, evaluations)
+            evaluations += more
+        every, interrupted = range(request.batch), self.interrupt
         if request.output_type == "latent":
             images: Any = lanes.latents(every)
             finite = np.isfinite(images).all()
         else:
             finish = lanes.decode(every)
-            clock.mark()
+            clock.mark("vae_decoder")
             decoded = finish()
             images, finite = decoded.image, decoded.finite.all()
         if not finite:
             raise self._overflow(request, lanes.latents(every), evaluations)
         images = finished_images(images, request, self.bundle)
-        return Result(images, clock.timings(evaluations, lanes.path), list(request.seeds), evaluations, interrupted)
+        return Result(images, clock.timings(lanes.path), list(request.seeds), evaluations, interrupted)
 
-    def jobs(self, request: Request, tokenized: Callable[[], None] = lambda: None) -> list[Job]:
+    def _loop(
+        self, request: Request, generators: Sequence[TorchGenerator], clock: Clock, before: int = 0
+    ) -> tuple[Lanes, int]:
+        """Jobs -> lanes -> step, step, step. The lanes at the end, and how many evaluations were run. `before` were run
+        in a first pass."""
+        made = self.jobs(request, partial(clock.mark, "tokenize"), generators)
+        clock.mark("text_encoder")
+        lanes = self.lanes(len(made), request.height, request.width)
+        every = range(len(made))
+        for lane in every:
+            lanes.admit(lane, made[lane])
+        clock.mark("prepare")
+        evaluations = 0
+        for i in _progress(len(request.table), request.progress):
+            lanes.step([i] * len(made))
+            evaluations += 1
+            if request.callback is not None:
+                self._call_back(request, lanes, i, before)
+            clock.mark("denoise")
+            if self.interrupt:
+                break
+        if self.interrupt:  # the latents of the last evaluation need no scale
+            scale = np.float32(request.table.scales[evaluations - 1])
+            lanes.replace(every, lanes.latents(every) * scale)
+        return lanes, evaluations
+
+    def _enlarged(self, first: Request, second: Request, lanes: Lanes) -> Request:
+        """The second pass, with what the first has made at its size to start from."""
+        every = range(first.batch)
+        assert first.hires is not None
+        assert second.init is not None
+        if first.hires.mode == PIXELS:
+            pictures = tuple(Image.fromarray(pixels) for pixels in lanes.decode(every)().image)
+            init = replace(second.init, pictures=pictures)
+        else:
+            _, rows, columns = self.bundle.family.plane(second.height, second.width)
+            init = replace(second.init, latents=resize(lanes.latents(every), rows, columns, first.hires.mode))
+        for lane in every:
+            lanes.release(lane)
+        return replace(second, init=init)
+
+    def jobs(
+        self,
+        request: Request,
+        tokenized: Callable[[], None] = lambda: None,
+        generators: Sequence[TorchGenerator] | None = None,
+    ) -> list[Job]:
         """Encodes the texts of a request and makes one job for each picture. `tokenized` is called after tokenizing.
-        Raises ClosedPipelineError."""
+        generators: for a second pass, those that the first has drawn from. Raises ClosedPipelineError."""
         self._require_open()
+        if generators is None:
+            generators = [TorchGenerator(seed) for seed in request.seeds]
         rows = self._rows(request, tokenized)
         each = [one for one in rows for _ in range(request.images_per_prompt)]
         plane = self.bundle.family.plane(request.height, request.width)
         denoiser = self.bundle.family["denoiser"]
-        return jobs(
-            request.table, denoiser, each, request.seeds, plane, request.latents, self._beginning(request, plane)
-        )
+        begin = self._beginning(request, plane)
+        return jobs(request.table, denoiser, each, generators, plane, request.latents, begin, request.variation)
 
     def _beginning(self, request: Request, plane: tuple[int, ...]) -> Begin:
         """Where the loops of a request start."""
@@ -321,16 +367,16 @@ class Pipeline:
         _, rows, columns = self.bundle.family.plane(height, width)
         return self._backend.lanes(count, rows, columns)
 
-    def _call_back(self, request: Request, lanes: Lanes, index: int) -> None:
+    def _call_back(self, request: Request, lanes: Lanes, index: int, before: int) -> None:
         """Shows a callback the latents in diffusers' scale, and takes them over if it returned others or wrote to
         them."""
         table, every = request.table, range(request.batch)
         scale = np.float32(table.scales[index])
         shown = lanes.latents(every) * scale
-        before = shown.copy()
-        answer = request.callback(self, index, float(table.timesteps[index]), {"latents": shown})
+        untouched = shown.copy()
+        answer = request.callback(self, before + index, float(table.timesteps[index]), {"latents": shown})
         returned = checks.check_returned(answer, shown)
-        if not np.array_equal(returned, before):
+        if not np.array_equal(returned, untouched):
             lanes.replace(every, returned / scale)
 
     def _overflow(self, request: Request, latents: np.ndarray, evaluations: int) -> NumericalError:

@@ -12,14 +12,16 @@ import numpy as np
 
 from . import checks
 from .contract import Family, Shapes
-from .errors import ImageError, SizeError, TimestepsError
+from .errors import BatchError, HiresError, ImageError, PromptError, SizeError, TimestepsError
 from .guidance import Guidance, Scale, check_guidance, without_text
-from .init_image import InitImage, each_of
+from .hires import PIXELS, Hires, check_hires
+from .init_image import InitImage, check_strength, each_of
 from .inpainting import Inpaint, check_beginning
 from .sampling.catalog import checked_options, sampler_name, schedule_type_name, step_table
 from .sampling.respacing import space_timesteps
 from .sampling.schedule import Schedule
 from .sampling.table import StepTable
+from .variation import Variation
 
 TABLES_KEPT = 32
 """Step tables of one model that are kept; one of 50 steps takes 10 kB."""
@@ -128,7 +130,9 @@ class Request:
     an empty prompt for each class, or one; guided: whether the negative prompts take part; class_labels: one for each
     prompt, None for a model without classes; height, width: pixels; seeds: one for all pictures, or one for each;
     latents: [B, C, h, w] standard normal float32, or None for noise; init: the images to start from, or None;
-    inpaint: what of these is repainted, None for all; sampling: the sampler and its grid, with the `table`.
+    inpaint: what of these is repainted, None for all; sampling: the sampler and its grid, with the `table`; variation:
+    what changes the first noise, or None; hires: what is asked of a second pass, or None; second: that pass, whose
+    `init` has no picture yet.
     """
 
     prompts: tuple[str, ...]
@@ -148,6 +152,9 @@ class Request:
     class_labels: tuple[int | None, ...]
     init: InitImage | None = None
     inpaint: Inpaint | None = None
+    variation: Variation | None = None
+    hires: Hires | None = None
+    second: Request | None = None
 
     @property
     def image_of(self) -> tuple[int, ...]:
@@ -202,6 +209,9 @@ class Request:
         mask_image: Any = None,
         composite: bool = False,
         padding_mask_crop: int | None = None,
+        subseed: int | Sequence[int] | None = None,
+        subseed_strength: float | Sequence[float] | None = None,
+        hires: Hires | None = None,
     ) -> Request:
         """The arguments of `Pipeline.__call__`, checked. Raises the InputErrors of engine/errors.py."""
         labels = checks.check_class_labels(class_labels, limits.family.classes)
@@ -246,7 +256,8 @@ class Request:
         checks.check_callback(callback)
         if latents is not None:
             latents = checks.check_latents(latents, (batch, *limits.family.plane(height, width)))
-        return cls(
+        hires = check_hires(hires, image)
+        request = cls(
             prompts=tuple(prompts),
             negative_prompts=tuple(negatives),
             images_per_prompt=int(num_images_per_prompt),
@@ -264,7 +275,86 @@ class Request:
             class_labels=tuple(labels),
             init=init,
             inpaint=inpaint,
+            variation=Variation.check(subseed, subseed_strength, batch),
+            hires=hires,
         )
+        return request if hires is None else replace(request, second=_second_pass(limits, request, hires))
+
+
+def _second_pass(limits: Limits, first: Request, hires: Hires) -> Request:
+    """The request of a second pass, whose image is not there yet."""
+    init = InitImage((), None, check_strength(hires.strength))
+    if hires.mode == PIXELS:
+        _require_encoder(limits, init)
+    sampling = late(_second_sampling(limits, first, hires), init)
+    second = replace(
+        _with_prompts(limits, first, hires), sampling=sampling, table=limits.table(sampling), steps=sampling.count
+    )
+    guidance = _second_guidance(limits, second, hires)
+    rows = 2 * first.batch if guidance.used else first.batch
+    height, width = hires.size(first.height, first.width, limits.family.factor)
+    try:
+        height, width = checks.check_shapes(
+            height, width, first.batch, rows, limits.profiles, limits.build_command, limits.family.factor
+        )
+    except (SizeError, BatchError) as error:
+        raise type(error)(f"the second pass of hires: {error}") from error
+    return replace(second, height=height, width=width, guidance=guidance, init=init, latents=None, variation=None)
+
+
+def _second_sampling(limits: Limits, first: Request, hires: Hires) -> Sampling:
+    """That of the first pass, with what the second has of its own. Another sampler has options of its own."""
+    own = first.sampling
+    if hires.scheduler is None and hires.schedule_type is None and hires.steps is None:
+        return own
+    same = hires.scheduler is None
+    return Sampling.check(
+        limits.schedule,
+        own.sampler if hires.scheduler is None else hires.scheduler,
+        own.count if hires.steps is None else hires.steps,
+        own.eta,
+        own.schedule_type if hires.schedule_type is None and same else hires.schedule_type,
+        sampler_options=dict(own.options) if same else None,
+    )
+
+
+def _with_prompts(limits: Limits, first: Request, hires: Hires) -> Request:
+    """The first pass with the texts of the second."""
+    if hires.prompt is None and hires.negative_prompt is None:
+        return first
+    if not limits.family.tokenizers:
+        checks.check_no_text(hires.prompt, hires.negative_prompt)
+    prompts, negatives = checks.check_prompts(
+        _second_texts("prompts", hires.prompt, first.prompts),
+        _second_texts("negative prompts", hires.negative_prompt, first.negative_prompts),
+    )
+    return replace(first, prompts=tuple(prompts), negative_prompts=tuple(negatives))
+
+
+def _second_texts(what: str, given: Any, first: Sequence[str]) -> list[Any]:
+    """The texts of the second pass, as many as of the first. PromptError for another number."""
+    if given is None:
+        return list(first)
+    if not isinstance(given, (list, tuple)):
+        return [given] * len(first)
+    if len(given) != len(first):
+        raise PromptError(
+            f"hires has {len(given)} {what} for {len(first)} of the first pass; pass one for all, or one for each"
+        )
+    return list(given)
+
+
+def _second_guidance(limits: Limits, second: Request, hires: Hires) -> Guidance:
+    """The guidance of the second pass's evaluations. HiresError where the first pass's is a schedule of its own
+    evaluations and the second has none."""
+    own = second.guidance
+    if hires.guidance_scale is None and own.scheduled:
+        raise HiresError(
+            "guidance_scale is a schedule for the steps of the first pass; give hires a guidance_scale of its own"
+        )
+    scale = own.scale if hires.guidance_scale is None else hires.guidance_scale
+    made = check_guidance(scale, own.rescale, own.interval, second.sampling.run, second.table.timesteps)
+    return made if limits.family.tokenizers else without_text(made)
 
 
 def _require_encoder(limits: Limits, init: InitImage) -> None:
