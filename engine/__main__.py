@@ -51,10 +51,12 @@ def picture(options: argparse.Namespace) -> int:
     wanted = list(
         zip(
             [subject for subject in subjects for _ in range(options.count)],
-            choose_seeds(options.seed, options.count) * len(subjects),
+            choose_picture_seeds(options) * len(subjects),
             files,
         )
     )
+    if options.subseed_strength and options.subseed is None:
+        (options.subseed,) = choose_seeds(None, 1)
     read_pictures(options)
     bundle = check_call(options, subjects)
 
@@ -159,6 +161,7 @@ def make(pipeline: Pipeline, wanted: Sequence[tuple[Subject, int, Path]], option
                 mask_image=options.mask,
                 composite=options.composite,
                 padding_mask_crop=options.padding_mask_crop,
+                **second_pass(options, range(made, made + size)),
             )
         for subject, seed, file, image in zip(subjects, seeds, files, result.images):
             write_picture(image, file)
@@ -173,6 +176,33 @@ def _named(subject: Subject) -> str:
     if subject is None:
         return ""
     return f", {shorten(subject)}" if isinstance(subject, str) else f", class {subject}"
+
+
+def choose_picture_seeds(options: argparse.Namespace) -> list[int]:
+    """The seeds of a text's pictures. Variations are all of the first one."""
+    if options.subseed_strength:
+        return choose_seeds(options.seed, 1) * options.count
+    return choose_seeds(options.seed, options.count)
+
+
+def second_pass(options: argparse.Namespace, pictures: range) -> dict[str, Any]:
+    """The arguments of a call about variations and a second pass. `pictures` are its numbers among all."""
+    from .errors import HiresError
+    from .hires import Hires
+
+    asked = {name: getattr(options, f"hires_{name}") for name in ("upscaler", "steps", "strength", "prompt")}
+    own = {name: value for name, value in {**asked, "scheduler": options.hires_sampler}.items() if value is not None}
+    if own and options.hires is None:
+        raise HiresError("there are options of a second pass and no --hires; pass --hires 2, or leave them out")
+    subseeds = None
+    if options.subseed is not None:
+        every = choose_seeds(options.subseed, options.count)
+        subseeds = [every[number % options.count] for number in pictures]
+    return {
+        "hires": None if options.hires is None else Hires(**options.hires, **own),
+        "subseed": subseeds,
+        "subseed_strength": options.subseed_strength,
+    }
 
 
 def choose_seeds(first: int | None, count: int) -> list[int]:
@@ -193,8 +223,10 @@ def check_call(options: argparse.Namespace, subjects: Sequence[Subject]) -> Bund
     from .bundle import Bundle
     from .checks import check_class_labels, check_no_text, check_prompts
     from .guidance import check_guidance
+    from .hires import check_hires
     from .inpainting import check_beginning
     from .request import Sampling, late
+    from .variation import Variation
 
     given = call_arguments(subjects, options)
     if "prompt" in given:
@@ -218,6 +250,9 @@ def check_call(options: argparse.Namespace, subjects: Sequence[Subject]) -> Bund
     init, _ = check_beginning(
         bundle.family, options.image, options.strength, options.mask, options.composite, options.padding_mask_crop
     )
+    asked = second_pass(options, range(1))
+    check_hires(asked["hires"], options.image)
+    Variation.check(asked["subseed"], options.subseed_strength, 1)
     sampling = late(sampling, init)
     table = sampling.table(schedule)
     check_guidance(

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from PIL import Image
 from torch.nn.functional import interpolate
 
 from engine import Hires, Pipeline
+from engine.__main__ import main
 from engine.errors import GuidanceError, HiresError, PromptError, SizeError, StrengthError
 from engine.picture import psnr
 from export.demo.judge import judge
@@ -170,3 +172,32 @@ def test_a_second_pass_does_not_go_with_an_image_or_a_schedule_of_guidance(demo)
         demo(PROMPTS, hires=Hires(), image=picture(0, 64, 64), **FAST)
     with pytest.raises(HiresError, match="give hires a guidance_scale of its own"):
         demo(PROMPTS, hires=Hires(), guidance_scale=[7, 6, 5, 4], **FAST)
+
+
+# ---------------------------------------------------------------------------------------------- the command line
+
+
+def command(demo_bundle, tmp_path, *options):
+    given = [PROMPTS[0], "--bundle", str(demo_bundle), "--quiet", "--steps", "4", "--output", str(tmp_path / "out.png")]
+    return main(["picture", *given, *options])
+
+
+def test_the_command_line_makes_a_second_pass_of_a_variation(demo_bundle, tmp_path):
+    second = ["--hires", "96x80", "--hires-upscaler", "nearest", "--hires-steps", "2", "--hires-strength", "0.5"]
+    varied = ["--seed", "3", "--subseed", "4", "--subseed-strength", "0.5", "--count", "2"]
+    assert command(demo_bundle, tmp_path, *second, "--hires-prompt", "a ring", *varied) == 0
+    for i in range(2):
+        with Image.open(tmp_path / f"out-{i}.png") as made:
+            assert made.size == (96, 80)
+            text = made.info["parameters"]
+        assert f"Seed: 3, Size: 64x64, Model: demo, Variation seed: {4 + i}, Variation seed strength: 0.5" in text
+        assert "Hires steps: 2, Hires upscaler: Latent (nearest), Hires resize: 96x80, Hires prompt: a ring" in text
+
+
+def test_the_command_line_refuses_half_a_second_pass(demo_bundle, tmp_path, capsys):
+    assert command(demo_bundle, tmp_path, "--hires-steps", "3") == 2
+    assert "no --hires; pass --hires 2" in capsys.readouterr().err
+    assert command(demo_bundle, tmp_path, "--hires", "2", "--hires-upscaler", "esrgan") == 2
+    assert command(demo_bundle, tmp_path, "--subseed", "2") == 2
+    with pytest.raises(SystemExit):
+        command(demo_bundle, tmp_path, "--hires", "0.5")
