@@ -119,6 +119,10 @@ class HiresError(InputError):
     """`hires` is no `Hires`, its scale, size or upscaler is wrong, or the call starts from an image already."""
 
 
+class TilingError(InputError):
+    """`vae_tiling` is no side of a tile in pixels."""
+
+
 class MaskError(InputError):
     """`mask_image` is no mask, or an argument that is about one does not go with the rest of the call."""
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from . import checks
 from .backends import open_backend
-from .backends.interface import Backend, Lanes
+from .backends.interface import Backend, Decoded, Lanes
 from .beginnings import Begin, Encoded, Masked, from_images, from_noise
 from .bundle import Bundle, as_path, while_replaced
 from .contract import Range, Shapes
@@ -38,6 +38,7 @@ from .result import Clock, Result
 from .sampling.noise import TorchGenerator
 from .text.conditioning import TextConditioning
 from .text.tokenizer import ClipTokenizer
+from .tiling import Tiles
 
 Callback = Callable[["Pipeline", int, float, dict[str, np.ndarray]], "dict[str, np.ndarray] | None"]
 
@@ -201,6 +202,7 @@ class Pipeline:
         subseed: int | Sequence[int] | None = None,
         subseed_strength: float | Sequence[float] | None = None,
         hires: Hires | None = None,
+        vae_tiling: bool | int | None = None,
     ) -> Result:
         """Makes the picture that the model's pipeline of diffusers makes from the same arguments.
 
@@ -220,7 +222,8 @@ class Pipeline:
         strength: how much of it changes, the share of the steps that are run (default: 0.8, with a mask 1);
         mask_image: white is repainted; composite: what is not white stays pixel for pixel; padding_mask_crop: paint
         only the part around the mask, with so many pixels on each side; subseed, subseed_strength: a variation, how far
-        the noise of the seed goes towards that of another one, 0 to 1; hires: a second pass at a larger size
+        the noise of the seed goes towards that of another one, 0 to 1; hires: a second pass at a larger size;
+        vae_tiling: whether the VAE takes a picture in tiles, or their side in pixels (None: above 1024 x 1024 pixels)
         (docs/tasks.md). Raises the InputErrors of engine/errors.py before any work, NumericalError and not a black
         picture, BundleChangedError where the bundle's files were written to, ClosedPipelineError, and BusyPipelineError
         in a callback.
@@ -231,7 +234,8 @@ class Pipeline:
                                 callback_on_step_end, scheduler, progress, guidance_rescale, guidance_interval,
                                 schedule_type, timesteps, sigmas, timestep_respacing, sampler_options,
                                 class_labels, image, strength, mask_image, composite, padding_mask_crop,
-                                subseed=subseed, subseed_strength=subseed_strength, hires=hires)  # fmt: skip
+                                subseed=subseed, subseed_strength=subseed_strength, hires=hires,
+                                vae_tiling=vae_tiling)  # fmt: skip
         with self._turn():
             self.bundle.recheck_in_place()
             result = self._run(request, started)
@@ -243,18 +247,18 @@ class Pipeline:
         self.interrupt = False
         clock = Clock(self._backend.stopwatch(), started)
         generators = [TorchGenerator(seed) for seed in request.seeds]
-        lanes, evaluations = self._loop(request, generators, clock)
+        last, (lanes, evaluations) = request, self._loop(request, generators, clock)
         if request.second is not None and not self.interrupt:
-            second = self._enlarged(request, request.second, lanes)
+            last = self._enlarged(request, request.second, lanes)
             clock.mark("prepare")
-            lanes, more = self._loop(second, generators, clock, evaluations)
+            lanes, more = self._loop(last, generators, clock, evaluations)
             evaluations += more
         every, interrupted = range(request.batch), self.interrupt
         if request.output_type == "latent":
             images: Any = lanes.latents(every)
             finite = np.isfinite(images).all()
         else:
-            finish = lanes.decode(every)
+            finish = self._decode(last, lanes)
             clock.mark("vae_decoder")
             decoded = finish()
             images, finite = decoded.image, decoded.finite.all()
@@ -289,13 +293,21 @@ class Pipeline:
             lanes.replace(every, lanes.latents(every) * scale)
         return lanes, evaluations
 
+    def _decode(self, request: Request, lanes: Lanes) -> Callable[[], Decoded]:
+        """Starts the decoder on all lanes' latents; see `Lanes.decode`."""
+        return lanes.decode(range(request.batch), self._tiles(request))
+
+    def _tiles(self, request: Request) -> Tiles | None:
+        limits = self.limits
+        return Tiles.of(request.vae_tiling, request.height, request.width, limits.family.factor, limits.profiles)
+
     def _enlarged(self, first: Request, second: Request, lanes: Lanes) -> Request:
         """The second pass, with what the first has made at its size to start from."""
         every = range(first.batch)
         assert first.hires is not None
         assert second.init is not None
         if first.hires.mode == PIXELS:
-            pictures = tuple(Image.fromarray(pixels) for pixels in lanes.decode(every)().image)
+            pictures = tuple(Image.fromarray(pixels) for pixels in self._decode(first, lanes)().image)
             init = replace(second.init, pictures=pictures)
         else:
             _, rows, columns = self.bundle.family.plane(second.height, second.width)
@@ -341,8 +353,10 @@ class Pipeline:
         if init.latents is not None:
             return Encoded(init.latents, None, of)
         pixels = init.pixels if request.inpaint is None else partial(request.inpaint.pixels, init)
-        mean, std = self._backend.encode_image(pixels(request.height, request.width))
-        return Encoded(mean, std, of)
+        images, tiles = pixels(request.height, request.width), self._tiles(request)
+        if tiles is None:
+            return Encoded(*self._backend.encode_image(images), of)
+        return Encoded(*tiles.encode(self._backend.encode_image, images), of)
 
     def _rows(self, request: Request, tokenized: Callable[[], None]) -> list[tuple[Row, ...]]:
         """The rows of a picture of each text or class."""

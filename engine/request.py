@@ -21,6 +21,7 @@ from .sampling.catalog import checked_options, sampler_name, schedule_type_name,
 from .sampling.respacing import space_timesteps
 from .sampling.schedule import Schedule
 from .sampling.table import StepTable
+from .tiling import check_tiling
 from .variation import Variation
 
 TABLES_KEPT = 32
@@ -132,7 +133,7 @@ class Request:
     latents: [B, C, h, w] standard normal float32, or None for noise; init: the images to start from, or None;
     inpaint: what of these is repainted, None for all; sampling: the sampler and its grid, with the `table`; variation:
     what changes the first noise, or None; hires: what is asked of a second pass, or None; second: that pass, whose
-    `init` has no picture yet.
+    `init` has no picture yet; vae_tiling: whether pictures go through the VAE in tiles, or their side in pixels.
     """
 
     prompts: tuple[str, ...]
@@ -155,6 +156,7 @@ class Request:
     variation: Variation | None = None
     hires: Hires | None = None
     second: Request | None = None
+    vae_tiling: bool | int | None = None
 
     @property
     def image_of(self) -> tuple[int, ...]:
@@ -212,6 +214,7 @@ class Request:
         subseed: int | Sequence[int] | None = None,
         subseed_strength: float | Sequence[float] | None = None,
         hires: Hires | None = None,
+        vae_tiling: bool | int | None = None,
     ) -> Request:
         """The arguments of `Pipeline.__call__`, checked. Raises the InputErrors of engine/errors.py."""
         labels = checks.check_class_labels(class_labels, limits.family.classes)
@@ -277,6 +280,7 @@ class Request:
             inpaint=inpaint,
             variation=Variation.check(subseed, subseed_strength, batch),
             hires=hires,
+            vae_tiling=check_tiling(vae_tiling, limits.family.factor),
         )
         return request if hires is None else replace(request, second=_second_pass(limits, request, hires))
 

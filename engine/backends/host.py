@@ -12,6 +12,7 @@ import numpy as np
 
 from ..contract import PROMPT_TOKENS, Family, Shapes, Sizes
 from ..job import Job, Phase
+from ..tiling import Tiles
 from .interface import Decoded, encode_in_parts
 from .packing import Packing, pack
 
@@ -263,8 +264,9 @@ class HostLanes:
             return self._states
         return {**self._states, **dict(zip(self.entered, self._call.read(self._current)))}
 
-    def decode(self, lanes: Sequence[int]) -> Callable[[], Decoded]:
-        decoded = self._backend.decode(self.latents(lanes))
+    def decode(self, lanes: Sequence[int], tiles: Tiles | None = None) -> Callable[[], Decoded]:
+        latents, backend = self.latents(lanes), self._backend
+        decoded = backend.decode(latents) if tiles is None else tiles.decode(backend.decode, latents)
         return lambda: decoded
 
     def _sizes(self, batch: int, rows: int) -> dict[str, int]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from ..contract import Shapes
 from ..job import Conditioning, Job
+
+if TYPE_CHECKING:
+    from ..tiling import Tiles
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,9 @@ class Lanes(Protocol):
     def replace(self, lanes: Sequence[int], latents: np.ndarray) -> None:
         """Makes `latents` [n, C, h, w] float32 the lanes' current ones."""
 
-    def decode(self, lanes: Sequence[int]) -> Callable[[], Decoded]:
+    def decode(self, lanes: Sequence[int], tiles: Tiles | None = None) -> Callable[[], Decoded]:
         """Starts the decoder on the lanes' current latents. The function that it returns waits for the pixels, and may
-        be called after the lanes were released."""
+        be called after the lanes were released. Tiles are decoded one after the other before it returns."""
 
 
 class Stopwatch(Protocol):
@@ -93,6 +96,9 @@ class Backend(Protocol):
     def encode_image(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images [n, H, W, 3] float32 in -1..1 -> mean and standard deviation of their latents, [n, C, h, w] float32,
         scaled as the U-Net sees them. For bundles with a VAE encoder."""
+
+    def decode(self, latents: np.ndarray) -> Decoded:
+        """Latents [n, C, h, w] float32 -> pixels."""
 
     def lanes(self, count: int, height: int, width: int) -> Lanes:
         """`count` free lanes for latents of h x w elements. Several sets of lanes may be in use at the same time."""

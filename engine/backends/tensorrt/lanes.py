@@ -10,6 +10,7 @@ import numpy as np
 
 from ...contract import PROMPT_TOKENS
 from ...job import Job, Phase
+from ...tiling import Tiles
 from ..interface import Decoded
 from ..packing import Packing, pack
 from .places import Place
@@ -159,10 +160,13 @@ class TensorRtLanes:
                 else:
                     self._backend.uploads.put(self._address(job), value)
 
-    def decode(self, lanes: Sequence[int]) -> Callable[[], Decoded]:
+    def decode(self, lanes: Sequence[int], tiles: Tiles | None = None) -> Callable[[], Decoded]:
+        if tiles is not None:
+            decoded = tiles.decode(self._backend.decode, self.latents(lanes))
+            return lambda: decoded
         jobs = [self._job(lane) for lane in lanes]
         sources = [self._fresh[job] if job in self._fresh else self._address(job) for job in jobs]
-        return self._backend.decode(sources, *self._size)
+        return self._backend.start_decode(sources, *self._size)
 
     def _sizes(self, batch: int, rows: int) -> dict[str, int]:
         height, width = self._size
