@@ -175,6 +175,10 @@ class CallbackError(InputError):
     latents."""
 
 
+class PreviewError(InputError):
+    """The sampler leaves no room for the predicted clean latents at this evaluation."""
+
+
 class PipelineStateError(EngineError):
     """The pipeline is closed or busy, or cannot be copied. The base of the errors below."""
 

@@ -26,12 +26,14 @@ from .errors import (
     ManifestError,
     NumericalError,
     PicklingError,
+    PreviewError,
     SchedulerConfigError,
 )
 from .guidance import DEFAULT_SCALE, Scale
 from .hires import PIXELS, Hires
 from .images import finished_images
 from .job import Conditioning, Job, Row, classed, guided, jobs
+from .preview import LatentColours, StepTensors
 from .request import Limits, Request
 from .resize import resize
 from .result import Clock, Result
@@ -63,6 +65,7 @@ class Pipeline:
             bundle.family, schedule, backend.profiles, partial(_build_command, bundle, backend), backend.encodes_images
         )
         self._encode = encode
+        self._colours: LatentColours | None = None
         self._lock = threading.RLock()
         self._busy = self._closed = self._interrupt = False
 
@@ -207,26 +210,26 @@ class Pipeline:
         """Makes the picture that the model's pipeline of diffusers makes from the same arguments.
 
         prompt, negative_prompt: for models with texts; class_labels: for models with classes, one integer for each
-        picture; num_images_per_prompt: pictures of each text or class, or of a model without either;
-        height, width: pixels, multiples of 8 (default: what the bundle is best at); guidance_scale: above 1 the
-        negative prompt takes part; a list has a number for each step, a function (evaluation, timestep) -> number is
-        called before the loop; eta: DDIM's; seed: where diffusers takes a generator on the CPU, one for all pictures or
-        one for each, or None for a random one; latents: [B, 4, height/8, width/8] standard normal float32 instead of
-        noise; callback_on_step_end(pipeline, evaluation, timestep, {"latents": [B, 4, h, w]}) sees diffusers' latents,
-        and may write to them or return others so; scheduler: a sampler's name, a class of diffusers or A1111's label
-        (None: the model's own); progress: show a bar; guidance_rescale: phi of arXiv 2305.08891; guidance_interval:
-        (start, end), evaluation i of E has guidance if start <= i / E <= end, the others run without the negative
-        prompt; schedule_type, timesteps, sigmas, timestep_respacing: the sampler's grid; sampler_options: its options
-        by name (docs/samplers.md); image: what to start from, a path, a PIL image, an array [H, W, 3] of uint8 or of
-        float in 0..1, latents [n, C, h, w], or a list: one for all pictures, for each text or for each picture;
-        strength: how much of it changes, the share of the steps that are run (default: 0.8, with a mask 1);
-        mask_image: white is repainted; composite: what is not white stays pixel for pixel; padding_mask_crop: paint
-        only the part around the mask, with so many pixels on each side; subseed, subseed_strength: a variation, how far
-        the noise of the seed goes towards that of another one, 0 to 1; hires: a second pass at a larger size;
-        vae_tiling: whether the VAE takes a picture in tiles, or their side in pixels (None: above 1024 x 1024 pixels)
-        (docs/tasks.md). Raises the InputErrors of engine/errors.py before any work, NumericalError and not a black
-        picture, BundleChangedError where the bundle's files were written to, ClosedPipelineError, and BusyPipelineError
-        in a callback.
+        picture; num_images_per_prompt: pictures of each text or class, or of a model without either; height, width:
+        pixels, multiples of 8 (default: what the bundle is best at); guidance_scale: above 1 the negative prompt takes
+        part; a list has a number for each step, a function (evaluation, timestep) -> number is called before the loop;
+        eta: DDIM's; seed: where diffusers takes a generator on the CPU, one for all pictures or one for each, or None
+        for a random one; latents: [B, 4, height/8, width/8] standard normal float32 instead of noise;
+        callback_on_step_end(pipeline, evaluation, timestep, {"latents": [B, 4, h, w]}) sees diffusers' latents, and may
+        write to them or return others so; the dictionary has a `preview()` (engine/preview.py); scheduler: a sampler's
+        name, a class of diffusers or A1111's label (None: the model's own); progress: show a bar; guidance_rescale: phi
+        of arXiv 2305.08891; guidance_interval: (start, end), evaluation i of E has guidance if start <= i / E <= end,
+        the others run without the negative prompt; schedule_type, timesteps, sigmas, timestep_respacing: the sampler's
+        grid; sampler_options: its options by name (docs/samplers.md); image: what to start from, a path, a PIL image,
+        an array [H, W, 3] of uint8 or of float in 0..1, latents [n, C, h, w], or a list: one for all pictures, for each
+        text or for each picture; strength: how much of it changes, the share of the steps that are run (default: 0.8,
+        with a mask 1); mask_image: white is repainted; composite: what is not white stays pixel for pixel;
+        padding_mask_crop: paint only the part around the mask, with so many pixels on each side; subseed,
+        subseed_strength: a variation, how far the noise of the seed goes towards that of another one, 0 to 1; hires: a
+        second pass at a larger size; vae_tiling: whether the VAE takes a picture in tiles, or their side in pixels
+        (None: above 1024 x 1024 pixels) (docs/tasks.md). Raises the InputErrors of engine/errors.py before any work,
+        NumericalError and not a black picture, BundleChangedError where the bundle's files were written to,
+        ClosedPipelineError, and BusyPipelineError in a callback.
         """
         started = perf_counter()
         request = Request.check(self.limits, prompt, height, width, num_inference_steps, guidance_scale,
@@ -388,10 +391,27 @@ class Pipeline:
         scale = np.float32(table.scales[index])
         shown = lanes.latents(every) * scale
         untouched = shown.copy()
-        answer = request.callback(self, before + index, float(table.timesteps[index]), {"latents": shown})
+        tensors = StepTensors(shown, partial(self._x0, request, lanes, index), self._latent_colours)
+        answer = request.callback(self, before + index, float(table.timesteps[index]), tensors)
         returned = checks.check_returned(answer, shown)
         if not np.array_equal(returned, untouched):
             lanes.replace(every, returned / scale)
+
+    def _x0(self, request: Request, lanes: Lanes, index: int) -> np.ndarray:
+        """The clean latents that the model predicts at an evaluation."""
+        assert request.x0_slots is not None
+        slot = request.x0_slots[index]
+        if slot is None:
+            raise PreviewError(
+                f"sampler {request.sampling.sampler!r} leaves no room for x0 at evaluation {index}; ask at another "
+                "one, or take another sampler"
+            )
+        return lanes.latents(range(request.batch), slot)
+
+    def _latent_colours(self) -> LatentColours:
+        if self._colours is None:
+            self._colours = LatentColours.of(self._backend, self.bundle.family)
+        return self._colours
 
     def _overflow(self, request: Request, latents: np.ndarray, evaluations: int) -> NumericalError:
         """The error for values that are not finite: it says whether the latents or the VAE decoder have them."""

@@ -21,6 +21,7 @@ from .sampling.catalog import checked_options, sampler_name, schedule_type_name,
 from .sampling.respacing import space_timesteps
 from .sampling.schedule import Schedule
 from .sampling.table import StepTable
+from .sampling.watched import watched
 from .tiling import check_tiling
 from .variation import Variation
 
@@ -133,7 +134,8 @@ class Request:
     latents: [B, C, h, w] standard normal float32, or None for noise; init: the images to start from, or None;
     inpaint: what of these is repainted, None for all; sampling: the sampler and its grid, with the `table`; variation:
     what changes the first noise, or None; hires: what is asked of a second pass, or None; second: that pass, whose
-    `init` has no picture yet; vae_tiling: whether pictures go through the VAE in tiles, or their side in pixels.
+    `init` has no picture yet; vae_tiling: whether pictures go through the VAE in tiles, or their side in pixels;
+    x0_slots: with a callback, where each evaluation leaves the predicted clean latents.
     """
 
     prompts: tuple[str, ...]
@@ -157,6 +159,7 @@ class Request:
     hires: Hires | None = None
     second: Request | None = None
     vae_tiling: bool | int | None = None
+    x0_slots: tuple[int | None, ...] | None = None
 
     @property
     def image_of(self) -> tuple[int, ...]:
@@ -245,7 +248,7 @@ class Request:
         if inpaint is not None:
             each_of("masks", len(inpaint.masks), len(prompts), int(num_images_per_prompt))
         sampling = late(sampling, init)
-        table = limits.table(sampling)
+        table, x0_slots = _table(limits, sampling, callback is not None)
         guidance = check_guidance(guidance_scale, guidance_rescale, guidance_interval, sampling.run, table.timesteps)
         if not limits.family.tokenizers:
             guidance = without_text(guidance)
@@ -272,6 +275,7 @@ class Request:
             latents=latents,
             sampling=sampling,
             table=table,
+            x0_slots=x0_slots,
             output_type=output_type,
             callback=callback,
             progress=progress,
@@ -285,15 +289,23 @@ class Request:
         return request if hires is None else replace(request, second=_second_pass(limits, request, hires))
 
 
+def _table(limits: Limits, sampling: Sampling, watch: bool) -> tuple[StepTable, tuple[int | None, ...] | None]:
+    """The step table, and for a callback the slots in which it leaves x0."""
+    if not watch:
+        return limits.table(sampling), None
+    made = watched(limits.table(sampling), limits.schedule.prediction_type)
+    return made.table, made.slots
+
+
 def _second_pass(limits: Limits, first: Request, hires: Hires) -> Request:
     """The request of a second pass, whose image is not there yet."""
     init = InitImage((), None, check_strength(hires.strength))
     if hires.mode == PIXELS:
         _require_encoder(limits, init)
     sampling = late(_second_sampling(limits, first, hires), init)
-    second = replace(
-        _with_prompts(limits, first, hires), sampling=sampling, table=limits.table(sampling), steps=sampling.count
-    )
+    table, slots = _table(limits, sampling, first.callback is not None)
+    texts = _with_prompts(limits, first, hires)
+    second = replace(texts, sampling=sampling, table=table, x0_slots=slots, steps=sampling.count)
     guidance = _second_guidance(limits, second, hires)
     rows = 2 * first.batch if guidance.used else first.batch
     height, width = hires.size(first.height, first.width, limits.family.factor)

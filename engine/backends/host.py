@@ -242,9 +242,9 @@ class HostLanes:
         """The jobs that lie in the call, by their sample."""
         return () if self._packing is None else self._packing.jobs
 
-    def latents(self, lanes: Sequence[int]) -> np.ndarray:
+    def latents(self, lanes: Sequence[int], slot: int = 0) -> np.ndarray:
         states = self._every_state()
-        return np.stack([states[self._job(lane)][0] for lane in lanes])
+        return np.stack([states[self._job(lane)][slot] for lane in lanes])
 
     def replace(self, lanes: Sequence[int], latents: np.ndarray) -> None:
         states = self._every_state()

@@ -51,8 +51,9 @@ class Lanes(Protocol):
     def release(self, lane: int) -> None:
         """Frees a lane, whether its job is finished or not."""
 
-    def latents(self, lanes: Sequence[int]) -> np.ndarray:
-        """Copies of the lanes' current latents, [n, C, h, w] float32. Waits for the device."""
+    def latents(self, lanes: Sequence[int], slot: int = 0) -> np.ndarray:
+        """Copies of the lanes' current latents, or of another slot of their states, [n, C, h, w] float32. Waits for the
+        device."""
 
     def replace(self, lanes: Sequence[int], latents: np.ndarray) -> None:
         """Makes `latents` [n, C, h, w] float32 the lanes' current ones."""

@@ -135,20 +135,21 @@ class TensorRtLanes:
         assert job is not None, f"lane {lane} is free"
         return job
 
-    def latents(self, lanes: Sequence[int]) -> np.ndarray:
+    def latents(self, lanes: Sequence[int], slot: int = 0) -> np.ndarray:
         jobs, backend = [self._job(lane) for lane in lanes], self._backend
         with backend.device:
             result = backend.results.take(len(jobs) * self._plane_bytes)
             for position, job in enumerate(jobs):
                 if job not in self._fresh:
                     target = result.address + position * self._plane_bytes
-                    backend.stream.download(target, self._address(job), self._plane_bytes)
+                    source = self._address(job) + slot * self._plane_bytes
+                    backend.stream.download(target, source, self._plane_bytes)
             backend.synchronize("waiting for the latents")
         content = result.bytes[: len(jobs) * self._plane_bytes].copy()
         latents = content.view(np.float32).reshape(len(jobs), *self._plane)
         for position, job in enumerate(jobs):
             if job in self._fresh:
-                latents[position] = self._fresh[job]
+                latents[position] = 0 if slot else self._fresh[job]
         return latents
 
     def replace(self, lanes: Sequence[int], latents: np.ndarray) -> None:
