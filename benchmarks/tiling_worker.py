@@ -10,6 +10,7 @@ from time import perf_counter
 import numpy as np
 
 from engine.backends.host import HostCoder
+from engine.backends.interface import decode_in_tiles
 from engine.backends.onnxruntime.backend import OnnxRuntimeBackend
 from engine.backends.openvino.backend import OpenVinoBackend
 from engine.family import STABLE_DIFFUSION
@@ -24,7 +25,7 @@ def main(graph: str, backend: str, side: int, tile: int) -> None:
     latents = np.random.default_rng(0).standard_normal((1, 4, side // factor, side // factor), np.float32)
     tiles = Tiles.of(tile or False, side, side, factor, ())
     started = perf_counter()
-    decoded = coder.decode(latents) if tiles is None else tiles.decode(coder.decode, latents)
+    decoded = coder.decode(latents) if tiles is None else decode_in_tiles(coder.decode, latents, tiles)
     print(f"{perf_counter() - started:.1f} {decoded.image.shape}")
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from .backends.interface import Decoded
 from .contract import Shapes
 from .errors import TilingError, shown
 from .manifest import LARGEST_SIDE
@@ -62,16 +61,19 @@ class Tiles:
         plane = height // factor, width // factor
         return cls(plane, (min(high // factor, plane[0]), min(wide // factor, plane[1])), factor)
 
-    def decode(self, decode: Callable[[np.ndarray], Decoded], latents: np.ndarray) -> Decoded:
-        """Latents [n, C, h, w] -> pixels, by `decode` on one tile of every picture after the other."""
+    def decode(
+        self, decode: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], latents: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Latents [n, C, h, w] -> pixels [n, H, W, 3] uint8, and whether each picture's values were finite; both by
+        `decode` on one tile of every picture after the other."""
         count, (height, width), factor = len(latents), self.plane, self.factor
         canvas = np.zeros((count, height * factor, width * factor, 3), np.float32)
         finite = np.ones(count, bool)
         for rows, columns, weight in self._parts(factor):
-            part = decode(np.ascontiguousarray(latents[:, :, rows, columns]))
-            canvas[:, scaled(rows, factor), scaled(columns, factor)] += weight[..., np.newaxis] * part.image
-            finite &= part.finite
-        return Decoded(np.rint(canvas).astype(np.uint8), finite)
+            pixels, fine = decode(np.ascontiguousarray(latents[:, :, rows, columns]))
+            canvas[:, scaled(rows, factor), scaled(columns, factor)] += weight[..., np.newaxis] * pixels
+            finite &= fine
+        return np.rint(canvas).astype(np.uint8), finite
 
     def encode(
         self, encode: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], images: np.ndarray

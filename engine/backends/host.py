@@ -13,7 +13,7 @@ import numpy as np
 from ..contract import PROMPT_TOKENS, Family, Shapes, Sizes
 from ..job import Job, Phase
 from ..tiling import Tiles
-from .interface import Decoded, encode_in_parts
+from .interface import Decoded, decode_in_tiles, encode_in_parts
 from .packing import Packing, pack
 
 PIXELS_PER_DECODE = 512 * 512
@@ -266,7 +266,7 @@ class HostLanes:
 
     def decode(self, lanes: Sequence[int], tiles: Tiles | None = None) -> Callable[[], Decoded]:
         latents, backend = self.latents(lanes), self._backend
-        decoded = backend.decode(latents) if tiles is None else tiles.decode(backend.decode, latents)
+        decoded = backend.decode(latents) if tiles is None else decode_in_tiles(backend.decode, latents, tiles)
         return lambda: decoded
 
     def _sizes(self, batch: int, rows: int) -> dict[str, int]:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from ..contract import Shapes
 from ..job import Conditioning, Job
-
-if TYPE_CHECKING:
-    from ..tiling import Tiles
+from ..tiling import Tiles
 
 
 @dataclass(frozen=True)
@@ -109,6 +107,16 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Frees everything."""
+
+
+def decode_in_tiles(decode: Callable[[np.ndarray], Decoded], latents: np.ndarray, tiles: Tiles) -> Decoded:
+    """Latents [n, C, h, w] float32 -> pixels, by `Backend.decode` on their tiles."""
+
+    def run(some: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        part = decode(some)
+        return part.image, part.finite
+
+    return Decoded(*tiles.decode(run, latents))
 
 
 def encode_in_parts(

@@ -11,7 +11,7 @@ import numpy as np
 from ...contract import PROMPT_TOKENS
 from ...job import Job, Phase
 from ...tiling import Tiles
-from ..interface import Decoded
+from ..interface import Decoded, decode_in_tiles
 from ..packing import Packing, pack
 from .places import Place
 from .steps import Step
@@ -163,7 +163,7 @@ class TensorRtLanes:
 
     def decode(self, lanes: Sequence[int], tiles: Tiles | None = None) -> Callable[[], Decoded]:
         if tiles is not None:
-            decoded = tiles.decode(self._backend.decode, self.latents(lanes))
+            decoded = decode_in_tiles(self._backend.decode, self.latents(lanes), tiles)
             return lambda: decoded
         jobs = [self._job(lane) for lane in lanes]
         sources = [self._fresh[job] if job in self._fresh else self._address(job) for job in jobs]
