@@ -52,10 +52,12 @@ def picture(options: argparse.Namespace) -> int:
     wanted = list(
         zip(
             [subject for subject in subjects for _ in range(options.count)],
-            choose_seeds(options.seed, options.count) * len(subjects),
+            choose_picture_seeds(options) * len(subjects),
             files,
         )
     )
+    if options.subseed_strength and options.subseed is None:
+        (options.subseed,) = choose_seeds(None, 1)
     read_pictures(options)
     bundle = check_call(options, subjects)
 
@@ -169,6 +171,7 @@ def make(pipeline: Pipeline, wanted: Sequence[tuple[Subject, int, Path]], option
                 depth_map=options.depth_map,
                 image_guidance_scale=options.image_guidance_scale,
                 noise_level=options.noise_level,
+                **second_pass(options, range(made, made + size)),
             )
         for subject, seed, file, image in zip(subjects, seeds, files, result.images):
             write_picture(image, file)
@@ -183,6 +186,33 @@ def _named(subject: Subject) -> str:
     if subject is None:
         return ""
     return f", {shorten(subject)}" if isinstance(subject, str) else f", class {subject}"
+
+
+def choose_picture_seeds(options: argparse.Namespace) -> list[int]:
+    """The seeds of a text's pictures. Variations are all of the first one."""
+    if options.subseed_strength:
+        return choose_seeds(options.seed, 1) * options.count
+    return choose_seeds(options.seed, options.count)
+
+
+def second_pass(options: argparse.Namespace, pictures: range) -> dict[str, Any]:
+    """The arguments of a call about variations and a second pass. `pictures` are its numbers among all."""
+    from .errors import HiresError
+    from .hires import Hires
+
+    asked = {name: getattr(options, f"hires_{name}") for name in ("upscaler", "steps", "strength", "prompt")}
+    own = {name: value for name, value in {**asked, "scheduler": options.hires_sampler}.items() if value is not None}
+    if own and options.hires is None:
+        raise HiresError("there are options of a second pass and no --hires; pass --hires 2, or leave them out")
+    subseeds = None
+    if options.subseed is not None:
+        every = choose_seeds(options.subseed, options.count)
+        subseeds = [every[number % options.count] for number in pictures]
+    return {
+        "hires": None if options.hires is None else Hires(**options.hires, **own),
+        "subseed": subseeds,
+        "subseed_strength": options.subseed_strength,
+    }
 
 
 def choose_seeds(first: int | None, count: int) -> list[int]:
@@ -203,10 +233,12 @@ def check_call(options: argparse.Namespace, subjects: Sequence[Subject]) -> Bund
     from .bundle import Bundle
     from .checks import check_class_labels, check_no_text, check_prompts
     from .guidance import check_guidance
+    from .hires import check_hires
     from .inpainting import check_beginning
     from .request import Sampling, late
     from .seen import check_seen
     from .text.inversion import load_inversion
+    from .variation import Variation
 
     for file, token in options.textual_inversion:
         load_inversion(file, token)
@@ -236,6 +268,9 @@ def check_call(options: argparse.Namespace, subjects: Sequence[Subject]) -> Bund
     )
     told = options.depth_map, options.image_guidance_scale, options.noise_level
     check_seen(bundle.family, bundle.low_resolution(), init, inpaint, *told)
+    asked = second_pass(options, range(1))
+    check_hires(asked["hires"], options.image)
+    Variation.check(asked["subseed"], options.subseed_strength, 1)
     sampling = late(sampling, init)
     table = sampling.table(schedule)
     check_guidance(

@@ -127,6 +127,7 @@ def _add_picture(c: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of the noise that the upscaler adds to --image (default: 20)",
     )
+    _add_second_pass(c)
     c.add_argument("--bundle", type=path, default=Path("engines/demo"), metavar="FOLDER", help="default: engines/demo")
     c.add_argument(
         "--output",
@@ -209,6 +210,26 @@ def _add_prompting(c: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_second_pass(c: argparse.ArgumentParser) -> None:
+    c.add_argument(
+        "--subseed", type=whole_number(0, 2**64 - 1), metavar="N", help="the seed of a variation (default: random)"
+    )
+    c.add_argument(
+        "--subseed-strength",
+        type=number(low=0.0),
+        metavar="S",
+        help="0 to 1: how far the noise goes towards --subseed's; --count then counts subseeds, with one seed",
+    )
+    c.add_argument(
+        "--hires", type=enlargement, metavar="X", help="a second pass, so many times larger, or at WIDTHxHEIGHT pixels"
+    )
+    c.add_argument("--hires-upscaler", metavar="NAME", help="how --hires enlarges, see docs/tasks.md")
+    c.add_argument("--hires-steps", type=whole_number(1, 1000), metavar="N", help="default: as --steps")
+    c.add_argument("--hires-strength", type=number(low=0.0), metavar="S", help="default: 0.7")
+    c.add_argument("--hires-sampler", metavar="NAME", help="default: as --scheduler")
+    c.add_argument("--hires-prompt", metavar="TEXT", help="the text of the second pass (default: the same)")
+
+
 def _add_sampling(c: argparse.ArgumentParser) -> None:
     c.add_argument(
         "--scheduler",
@@ -271,6 +292,14 @@ def scales(text: str) -> float | list[float]:
     """An argument's type: a finite number, or several with commas between them."""
     values = numbers(text)
     return values[0] if len(values) == 1 else values
+
+
+def enlargement(text: str) -> dict[str, float | int]:
+    """An argument's type: a factor, or WIDTHxHEIGHT in pixels; the arguments of `Hires`."""
+    if re.fullmatch(r"[0-9]{1,5}x[0-9]{1,5}", text):
+        width, height = map(int, text.split("x"))
+        return {"width": width, "height": height}
+    return {"scale": number(low=1.0)(text)}
 
 
 def interval(text: str) -> tuple[float, float]:

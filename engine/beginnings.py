@@ -28,16 +28,19 @@ class Beginning:
 Encode = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 """`Backend.encode_image`."""
 
-Begin = Callable[[TorchGenerator, range, np.ndarray | None], Sequence[Beginning]]
-"""begin(generator, pictures, given): the beginnings of one seed's pictures, which are numbered in the call. `given`
-[n, C, h, w] takes the place of the noise. It is called for one seed after the other."""
+FirstNoise = Callable[[tuple[int, ...]], np.ndarray]
+"""noise((n, C, h, w)): the noise that the loops of one seed's pictures begin with."""
+
+Begin = Callable[[TorchGenerator, range, FirstNoise], Sequence[Beginning]]
+"""begin(generator, pictures, noise): the beginnings of one seed's pictures, which are numbered in the call. `noise` is
+called once, where diffusers draws it. It is called for one seed after the other."""
 
 
 def seeing(begin: Begin, seen: Sequence[Mapping[str, np.ndarray]]) -> Begin:
     """The same beginnings, whose rows see something: seen[p] is picture number p's."""
 
-    def begin_seeing(generator: TorchGenerator, pictures: range, given: np.ndarray | None) -> list[Beginning]:
-        made = begin(generator, pictures, given)
+    def begin_seeing(generator: TorchGenerator, pictures: range, noise: FirstNoise) -> list[Beginning]:
+        made = begin(generator, pictures, noise)
         return [replace(one, seen=seen[picture]) for picture, one in zip(pictures, made)]
 
     return begin_seeing
@@ -46,9 +49,8 @@ def seeing(begin: Begin, seen: Sequence[Mapping[str, np.ndarray]]) -> Begin:
 def from_noise(table: StepTable, plane: tuple[int, ...]) -> Begin:
     """Loops that begin with noise alone. `plane` is (C, h, w)."""
 
-    def begin(generator: TorchGenerator, pictures: range, given: np.ndarray | None) -> list[Beginning]:
-        noise = generator.randn((len(pictures), *plane)) if given is None else given
-        return [Beginning(one * np.float32(table.initial_scale)) for one in noise]
+    def begin(generator: TorchGenerator, pictures: range, noise: FirstNoise) -> list[Beginning]:
+        return [Beginning(one * np.float32(table.initial_scale)) for one in noise((len(pictures), *plane))]
 
     return begin
 
@@ -98,12 +100,11 @@ def from_images(table: StepTable, encoded: Encoded) -> Begin:
     """Loops that begin with images, as in StableDiffusionImg2ImgPipeline: each seed draws latents of its images, then
     the noise."""
 
-    def begin(generator: TorchGenerator, pictures: range, given: np.ndarray | None) -> list[Beginning]:
+    def begin(generator: TorchGenerator, pictures: range, noise: FirstNoise) -> list[Beginning]:
         images = distinct(encoded.of[picture] for picture in pictures)
         drawn = dict(zip(images, encoded.draw(generator, images)))
         clean = np.stack([drawn[encoded.of[picture]] for picture in pictures])
-        noise = generator.randn(clean.shape) if given is None else given
-        return [Beginning(latents) for latents in noised(clean, noise, table)]
+        return [Beginning(latents) for latents in noised(clean, noise(clean.shape), table)]
 
     return begin
 
@@ -124,17 +125,17 @@ class Masked:
     from_noise: bool
     _masked: set[tuple[int, int]] = field(default_factory=set)
 
-    def __call__(self, generator: TorchGenerator, pictures: range, given: np.ndarray | None) -> list[Beginning]:
+    def __call__(self, generator: TorchGenerator, pictures: range, noise: FirstNoise) -> list[Beginning]:
         original = self.originals.draw(generator, pictures)
-        noise = generator.randn(original.shape) if given is None else given
+        start = noise(original.shape)
         self._skip_masked_images(generator, pictures, original.shape[1:])
-        latents = begun(self.table, original, noise, self.from_noise)
+        latents = begun(self.table, original, start, self.from_noise)
         steps = {"blend": blend(self.table)}
         extras = [
-            {"mask": self.masks[self.of[picture]], "original": original[i], "start_noise": noise[i]}
+            {"mask": self.masks[self.of[picture]], "original": original[i], "start_noise": start[i]}
             for i, picture in enumerate(pictures)
         ]
-        return [Beginning(start, steps, more) for start, more in zip(latents, extras)]
+        return [Beginning(one, steps, more) for one, more in zip(latents, extras)]
 
     def _skip_masked_images(self, generator: TorchGenerator, pictures: range, plane: tuple[int, ...]) -> None:
         """Draws what diffusers' VAE encoder takes for the masked images."""

@@ -309,15 +309,17 @@ def check_eta(value: Any) -> float:
     return check_number(value, "eta", 0.0, 1.0, "0 is DDIM without noise, 1 as much noise as DDPM's")
 
 
-def check_seeds(seed: Any, batch: int) -> list[int]:
+def check_seeds(seed: Any, batch: int, what: str = "seed") -> list[int]:
     """One seed for all pictures of a call, or one for each."""
     several = isinstance(seed, (list, tuple, range)) or (isinstance(seed, np.ndarray) and seed.ndim == 1)
     if several and len(seed) != batch:
-        raise SeedError(f"there are {len(seed)} seeds for {batch} pictures; pass one integer, or one for each picture")
+        raise SeedError(
+            f"there are {len(seed)} {what}s for {batch} pictures; pass one integer, or one for each picture"
+        )
     seeds = list(seed) if several else [seed]
     for value in seeds:
         if not _is_int(value) or not 0 <= value <= MAX_SEED:
-            raise SeedError(f"seed {shown(value)} is not an integer from 0 to 2**64 - 1")
+            raise SeedError(f"{what} {shown(value)} is not an integer from 0 to 2**64 - 1")
     return [int(value) for value in seeds]
 
 

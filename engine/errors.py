@@ -87,6 +87,10 @@ class SeedError(InputError):
     """A seed is not an integer from 0 to 2**64 - 1, or there is not one for each picture."""
 
 
+class VariationError(InputError):
+    """`subseed_strength` is not a number from 0 to 1, is missing, or there is not one for each picture."""
+
+
 class LatentsError(InputError):
     """Latents have the wrong shape or dtype, or hold values that are not finite."""
 
@@ -130,6 +134,14 @@ class ImageError(InputError):
 
 class StrengthError(InputError):
     """`strength` is not a number from 0 to 1, leaves no step, or there is no image that it is about."""
+
+
+class HiresError(InputError):
+    """`hires` is no `Hires`, its scale, size or upscaler is wrong, or the call starts from an image already."""
+
+
+class TilingError(InputError):
+    """`vae_tiling` is no side of a tile in pixels."""
 
 
 class MaskError(InputError):
@@ -195,6 +207,10 @@ class NumericalError(EngineError):
 class CallbackError(InputError):
     """`callback_on_step_end` cannot be called as it is, or returned something else than None or a dictionary with
     latents."""
+
+
+class PreviewError(InputError):
+    """The sampler leaves no room for the predicted clean latents at this evaluation."""
 
 
 class PipelineStateError(EngineError):

@@ -37,17 +37,15 @@ class InitImage:
             raise StrengthError(
                 "this model sees the image and begins with noise, so it takes no strength; leave it out"
             )
-        share = default if strength is None else strength
-        if not isinstance(share, (int, float, np.number)) or isinstance(share, bool) or not 0 <= share <= 1:
-            raise StrengthError(f"strength is {shown(strength)}; it must be a number from 0 to 1, such as 0.8")
+        share = check_strength(default if strength is None else strength)
         if _is_latents(image, family.channels) and family.magnification == 1:
-            return cls((), check_latents(image, image.shape, "the latents in image"), float(share))
+            return cls((), check_latents(image, image.shape, "the latents in image"), share)
         pictures = tuple(read_image(one, f"image{number}") for number, one in _numbered(image))
         sizes = {size_of(picture) for picture in pictures}
         if len(sizes) > 1:
             listed = ", ".join(f"{width} x {height}" for height, width in sorted(sizes))
             raise ImageError(f"the images of a call have one size, and these are {listed} pixels")
-        return cls(pictures, None, float(share), family.magnification)
+        return cls(pictures, None, share, family.magnification)
 
     def __len__(self) -> int:
         return len(self.pictures) if self.latents is None else len(self.latents)
@@ -84,6 +82,13 @@ class InitImage:
     def of(self, prompts: int, images_per_prompt: int) -> tuple[int, ...]:
         """Which image each picture of a call starts from; see `each_of`."""
         return each_of("images", len(self), prompts, images_per_prompt)
+
+
+def check_strength(value: Any) -> float:
+    """A number from 0 to 1."""
+    if not isinstance(value, (int, float, np.number)) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise StrengthError(f"strength is {shown(value)}; it must be a number from 0 to 1, such as 0.8")
+    return float(value)
 
 
 def each_of(what: str, count: int, prompts: int, images_per_prompt: int) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .beginnings import Begin, Beginning, DrawnOnce, Encode, Encoded, Masked, begun
+from .beginnings import Begin, Beginning, DrawnOnce, Encode, Encoded, FirstNoise, Masked, begun
 from .contract import Family
 from .errors import ImageError, MaskError, MaskSizeError, OutputTypeError, shown
 from .init_image import DEFAULT_STRENGTH as IMAGE_STRENGTH
@@ -166,12 +166,11 @@ class Repainting:
     masked: DrawnOnce
     masks: np.ndarray
 
-    def __call__(self, generator: TorchGenerator, pictures: range, given: np.ndarray | None) -> list[Beginning]:
+    def __call__(self, generator: TorchGenerator, pictures: range, noise: FirstNoise) -> list[Beginning]:
         original = np.zeros((len(pictures), *self.plane), np.float32)
         if self.originals is not None:
             original = self.originals.draw(generator, pictures)
-        noise = generator.randn(original.shape) if given is None else given
-        latents = begun(self.table, original, noise, self.originals is None)
+        latents = begun(self.table, original, noise(original.shape), self.originals is None)
         left = self.masked.draw(generator, pictures)
         masks = [self.masks[self.masked.encoded.of[picture]] for picture in pictures]
         seen = [{"concat": np.concatenate(one)} for one in zip(masks, left)]

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from .beginnings import Begin
+from .beginnings import Begin, FirstNoise
 from .contract import PROMPT_TOKENS, Component
 from .sampling.noise import Draws, TorchGenerator
 from .sampling.table import StepTable
+from .variation import Variation
 
 Conditioning = Mapping[str, Any]
 """A text's embedding: for each output of the text encoder, by name, the backend's value for one text."""
@@ -182,22 +183,22 @@ def jobs(
     table: StepTable,
     denoiser: Component,
     rows: Sequence[tuple[Row, ...]],
-    seeds: Sequence[int],
+    generators: Sequence[TorchGenerator],
     plane: tuple[int, ...],
     latents: np.ndarray | None,
     begin: Begin,
+    variation: Variation | None = None,
 ) -> list[Job]:
-    """The jobs of one call. `seeds` has one seed for all pictures, whose noise is then drawn together as in diffusers,
-    or one for each. `latents` [B, C, h, w], standard normal, replace the first noise. `plane` is (C, h, w). `begin`
-    says where the loops start."""
+    """The jobs of one call. There is one generator for all pictures, whose noise is then drawn together as in
+    diffusers, or one for each. `latents` [B, C, h, w], standard normal, replace the first noise, which `variation` then
+    changes. `plane` is (C, h, w). `begin` says where the loops start."""
     count, steps = len(rows), step_inputs(table, denoiser)
-    pictures = [count] if len(seeds) == 1 else [1] * count
+    several = count if len(generators) == 1 else 1
     made: list[Job] = []
-    for seed, several in zip(seeds, pictures):
-        generator = TorchGenerator(seed)
+    for generator in generators:
         first = len(made)
-        given = None if latents is None else latents[first : first + several]
-        beginnings = begin(generator, range(first, first + several), given)
+        pictures = range(first, first + several)
+        beginnings = begin(generator, pictures, _first_noise(generator, pictures, latents, variation))
         noise = Draws(generator, (several, *plane), table.draws) if table.draws.any() else None
         for picture, start in enumerate(beginnings):
             own, changing = rows[first + picture], {**steps, **start.steps}
@@ -211,3 +212,13 @@ def seen_by(rows: Sequence[Row], seen: Mapping[str, np.ndarray]) -> dict[str, np
     return {
         name: np.stack([np.zeros_like(value) if row.blind else value for row in rows]) for name, value in seen.items()
     }
+
+
+def _first_noise(
+    generator: TorchGenerator, pictures: range, latents: np.ndarray | None, variation: Variation | None
+) -> FirstNoise:
+    def noise(shape: tuple[int, ...]) -> np.ndarray:
+        own = generator.randn(shape) if latents is None else latents[pictures.start : pictures.stop]
+        return own if variation is None else variation.vary(own, pictures)
+
+    return noise

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .beginnings import Begin, Beginning, DrawnOnce, Encode, Encoded, from_noise
+from .beginnings import Begin, Beginning, DrawnOnce, Encode, Encoded, FirstNoise, from_noise
 from .errors import NoiseLevelError, shown
 from .sampling.noise import TorchGenerator
 from .sampling.schedule import Schedule
@@ -65,7 +65,7 @@ class Upscaling:
     small: DrawnOnce
     level: np.ndarray
 
-    def __call__(self, generator: TorchGenerator, pictures: range, given: np.ndarray | None) -> list[Beginning]:
+    def __call__(self, generator: TorchGenerator, pictures: range, noise: FirstNoise) -> list[Beginning]:
         small = self.small.draw(generator, pictures)
-        made = self.begin(generator, pictures, given)
+        made = self.begin(generator, pictures, noise)
         return [replace(one, seen={"concat": seen, "class_labels": self.level}) for one, seen in zip(made, small)]

@@ -13,7 +13,8 @@ import numpy as np
 
 from ..contract import PROMPT_TOKENS, Family, Shapes, Sizes
 from ..job import Job, Phase
-from .interface import Decoded, encode_in_parts
+from ..tiling import Tiles
+from .interface import Decoded, decode_in_tiles, encode_in_parts
 from .packing import Packing, pack
 
 PIXELS_PER_DECODE = 512 * 512
@@ -248,9 +249,9 @@ class HostLanes:
         """The jobs that lie in the call, by their sample."""
         return () if self._packing is None else self._packing.jobs
 
-    def latents(self, lanes: Sequence[int]) -> np.ndarray:
+    def latents(self, lanes: Sequence[int], slot: int = 0) -> np.ndarray:
         states = self._every_state()
-        return np.stack([states[self._job(lane)][0] for lane in lanes])
+        return np.stack([states[self._job(lane)][slot] for lane in lanes])
 
     def replace(self, lanes: Sequence[int], latents: np.ndarray) -> None:
         states = self._every_state()
@@ -270,8 +271,9 @@ class HostLanes:
             return self._states
         return {**self._states, **dict(zip(self.entered, self._call.read(self._current)))}
 
-    def decode(self, lanes: Sequence[int]) -> Callable[[], Decoded]:
-        decoded = self._backend.decode(self.latents(lanes))
+    def decode(self, lanes: Sequence[int], tiles: Tiles | None = None) -> Callable[[], Decoded]:
+        latents, backend = self.latents(lanes), self._backend
+        decoded = backend.decode(latents) if tiles is None else decode_in_tiles(backend.decode, latents, tiles)
         return lambda: decoded
 
     def _sizes(self, batch: int, rows: int, tokens: int = PROMPT_TOKENS) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -112,14 +112,33 @@ class Texts:
         parts = sum(len(prompt.parts) for prompt in self.parsed)
         return parts + ((most_rows - 1) * len(self.prompts) if self.needs_negative(guided) else 0)
 
-    def check_loop(self, steps: int, guided: bool) -> None:
-        """PromptScheduleError for a switch after the last of so many steps, and EmbeddingsError for embeddings whose
-        number of tokens does not go with the others'."""
+    def again(self, prompts: list[Any] | None, negatives: list[Any] | None) -> Texts:
+        """The texts of a second pass: these, or others of the same number where they are given. PromptErrors."""
+        if prompts is None and negatives is None:
+            return self
+        new, against = checks.check_prompts(_keep(prompts, self.prompts), _keep(negatives, self.negatives))
+        return replace(
+            self,
+            prompts=tuple(new),
+            negatives=tuple(against),
+            parsed=tuple(_parsed(text, self.syntax) for text in new),
+            negative=tuple(_parsed(text, self.syntax, negative=True) for text in against),
+            embeds=self.embeds if prompts is None else None,
+            negative_embeds=self.negative_embeds if negatives is None else None,
+        )
+
+    def check_loop(self, steps: int, guided: bool, later: int = 0) -> None:
+        """PromptScheduleError for a switch after the last of so many steps, and of so many later ones of a second pass;
+        EmbeddingsError for embeddings whose number of tokens does not go with the others'."""
         for prompt in (*self.parsed, *self.negative):
             for part in prompt.parts:
-                _check_switches(part.tokens, steps)
+                _check_switches(part.tokens, steps, later)
         if self.needs_negative(guided):
             _check_lengths(self.embeds, self.negative_embeds)
+
+
+def _keep(given: list[Any] | None, own: Sequence[str]) -> list[Any]:
+    return list(own) if given is None else given
 
 
 def check_embeddings(value: Any, name: str, width: int) -> np.ndarray | None:
@@ -192,13 +211,18 @@ def _require_no_pooled(value: Any) -> None:
         )
 
 
-def _check_switches(tokens: Iterable[Any], steps: int) -> None:
+def _check_switches(tokens: Iterable[Any], steps: int, later: int) -> None:
+    most = 2.0 if later else 1.0
     for token in tokens:
-        if isinstance(token, Open) and token.when is not None and token.when > (1 if token.fraction else steps):
+        if (
+            isinstance(token, Open)
+            and token.when is not None
+            and token.when > (most if token.fraction else steps + later)
+        ):
             when = f"{token.when:g} of the steps" if token.fraction else f"step {token.when:g}"
             raise PromptScheduleError(
-                f"the prompt changes at {when}, and the loop has {steps} steps; write a step up to {steps}, or a part "
-                "of the steps up to 1.0"
+                f"the prompt changes at {when}, and the loop has {steps + later} steps; write a step up to "
+                f"{steps + later}, or a part of the steps up to {most}"
             )
 
 

@@ -23,14 +23,16 @@ Scheduled = tuple[tuple[int, Text], ...]
 
 @dataclass(frozen=True)
 class Loop:
-    """The loop that schedules are for: its steps, as they count them, and its evaluations."""
+    """The loop that schedules are for: its steps, as they count them, and its evaluations; before: the steps of a first
+    pass, of which this is the second."""
 
     steps: int
     evaluations: int
+    before: int
 
     def scheduled(self, part: Part, texts: Texts, skip: int) -> Scheduled:
         """What a part of a prompt says at each evaluation. Equal texts in a row are one."""
-        spoken = by_evaluation(schedule(part, self.steps), self.evaluations)
+        spoken = by_evaluation(schedule(part, self.steps, self.before), self.evaluations)
         starts = [i for i, text in enumerate(spoken) if i == 0 or text != spoken[i - 1]]
         return tuple((start, Text(spoken[start], texts.syntax, texts.emphasis, skip)) for start in starts)
 
@@ -41,12 +43,14 @@ def picture_rows(
     scales: np.ndarray,
     rescale: float,
     steps: int,
+    before: int = 0,
     guide: Guide = guided,
     tokenized: Callable[[], None] = lambda: None,
 ) -> list[tuple[Row, ...]]:
     """The rows of a picture of each prompt, in a loop of so many steps whose evaluations have these guidance scales.
-    guide: makes the rows of a picture. All texts are encoded together; `tokenized` is called after tokenizing."""
-    loop = Loop(counted_steps(steps, len(scales)), len(scales))
+    before: the steps of a first pass. guide: makes the rows of a picture. All texts are encoded together; `tokenized`
+    is called after tokenizing."""
+    loop = Loop(counted_steps(steps, len(scales)), len(scales), before)
     parts = [
         [loop.scheduled(part, texts, texts.skip) for part in prompt.parts] if texts.embeds is None else []
         for prompt in texts.parsed

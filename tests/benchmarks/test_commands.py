@@ -284,6 +284,7 @@ INTEGERS = [
     ("settings", "--turns", 1),
     ("settings", "--runs", 1),
     ("memory", "--steps", 1),
+    ("tiling", "--side", 8),
 ]
 
 

@@ -284,6 +284,8 @@ def test_every_input_error_was_produced_here():
     elsewhere = {e.ThreadsError, e.UnknownBackendError, e.DeviceError, e.OutputPathError, e.PromptsFileError}
     elsewhere |= {e.ImageError, e.StrengthError}  # tests/test_image_to_image.py
     elsewhere |= {e.MaskError}  # tests/test_inpainting.py
+    elsewhere |= {e.HiresError, e.TilingError, e.PreviewError}  # tests/test_hires.py, test_tiling.py, test_preview.py
+    elsewhere |= {e.VariationError}  # tests/engine/test_variation.py
     assert (produced | elsewhere) >= set(InputError.__subclasses__())
 
 
