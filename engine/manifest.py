@@ -33,7 +33,7 @@ MOST_LAYERS = 1024
 PICTURE = "verification.png"
 
 PRECISIONS = ("fp32", "fp16", "bf16")
-SOURCE_OPTIONS = ("tokenizer", "prediction-type", "scheduler")
+SOURCE_OPTIONS = ("tokenizer", "prediction-type", "scheduler", "vae", "ema")
 OPENVINO_PRECISIONS = ("fp32", "bf16")
 
 LARGEST_CHANNELS, LARGEST_FACTOR, LARGEST_CLASSES = 1024, 64, 1_000_000
