@@ -27,9 +27,9 @@ def as_torch_exports_it(graph: onnx.GraphProto) -> int:
     return len(slices)
 
 
-@pytest.mark.parametrize("component", STABLE_DIFFUSION.names)
+@pytest.mark.parametrize("component", [name for name in STABLE_DIFFUSION.names if name != "text_encoder"])
 def test_sizes_are_whole_shapes_and_slices_with_the_same_outputs(tiny_fp16, component, tmp_path):
-    """TensorRT 8.6 ignores Shape's start and end."""
+    """TensorRT 8.6 ignores Shape's start and end. The text encoder has neither: it slices nothing."""
     file = tiny_fp16 / "onnx" / f"{component}.onnx"
     model = onnx.load(str(file))
     assert not [node.name for node in model.graph.node if node.op_type == "Shape" and node.attribute]
