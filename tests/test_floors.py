@@ -24,7 +24,7 @@ FLOORS = (
         "engine.plans",
         "engine.sampling",
     ),
-    ("engine.job", "engine.request"),
+    ("engine.depth", "engine.edit", "engine.job", "engine.request", "engine.seen", "engine.upscale"),
     ("engine.backends", "engine.text"),
     ("engine",),
     ("export",),

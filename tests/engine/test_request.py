@@ -214,6 +214,7 @@ def test_every_input_error_was_produced_here():
     elsewhere = {e.ThreadsError, e.UnknownBackendError, e.DeviceError, e.OutputPathError, e.PromptsFileError}
     elsewhere |= {e.ImageError, e.StrengthError}  # tests/test_image_to_image.py
     elsewhere |= {e.MaskError}  # tests/test_inpainting.py
+    elsewhere |= {e.ChannelsError, e.DepthMapError, e.NoiseLevelError}  # tests/test_channels.py
     assert produced | elsewhere == set(InputError.__subclasses__())
 
 
