@@ -31,7 +31,7 @@ FLOORS = (
         "engine.tiling",
         "engine.variation",
     ),
-    ("engine.job", "engine.request"),
+    ("engine.depth", "engine.edit", "engine.job", "engine.request", "engine.seen", "engine.upscale"),
     ("engine.backends", "engine.text"),
     ("engine",),
     ("export",),

@@ -286,6 +286,7 @@ def test_every_input_error_was_produced_here():
     elsewhere |= {e.MaskError}  # tests/test_inpainting.py
     elsewhere |= {e.HiresError, e.TilingError, e.PreviewError}  # tests/test_hires.py, test_tiling.py, test_preview.py
     elsewhere |= {e.VariationError}  # tests/engine/test_variation.py
+    elsewhere |= {e.ChannelsError, e.DepthMapError, e.NoiseLevelError}  # tests/test_channels.py
     assert (produced | elsewhere) >= set(InputError.__subclasses__())
 
 
