@@ -5,23 +5,32 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from .bundle import Bundle
-from .infotext import Settings, parameters_text
+from .infotext import SAMPLER_OPTIONS, Settings, parameters_text
 from .picture import Picture
-from .request import Request
+from .record import Model, Record, plain
+from .request import Request, Sampling
 from .sampling.catalog import label_of, schedule_label
 from .version import __version__
 
 
-def finished_images(made: np.ndarray, request: Request, bundle: Bundle) -> Any:
+def finished_images(made: np.ndarray, request: Request, bundle: Bundle, backend: str, interrupted: bool) -> Any:
     """Pixels [B, H, W, 3] uint8 become PIL images ("pil") or float32 in 0..1 ("np"). Latents ("latent") stay as they
-    are."""
+    are. PIL images hold their settings, with `backend` as what made them, unless the request is without metadata."""
     if request.output_type == "latent":
         return made
     if request.output_type == "np":
         return made.astype(np.float32) / 255
-    return [Picture.from_pixels(pixels, parameters(request, bundle, i)) for i, pixels in enumerate(made)]
+    if not request.metadata:
+        return [Image.fromarray(pixels) for pixels in made]
+    model, texts = Model.of(bundle, backend), bool(bundle.family.tokenizers)
+    records = [Record.of(request, index, texts, model, interrupted) for index in range(len(made))]
+    return [
+        Picture.from_pixels(pixels, parameters(request, bundle, index), record.content())
+        for index, (pixels, record) in enumerate(zip(made, records))
+    ]
 
 
 def parameters(request: Request, bundle: Bundle, index: int) -> str:
@@ -29,7 +38,7 @@ def parameters(request: Request, bundle: Bundle, index: int) -> str:
     seeds, text = request.seeds, index // request.images_per_prompt
     fields: dict[str, Any] = {
         "Steps": request.steps,
-        "Sampler": label_of(request.sampling.sampler),
+        **_sampling_fields(request.sampling),
         **(request.guidance.parameters() if bundle.family.tokenizers else {}),
         "Seed": seeds[index if len(seeds) > 1 else 0],
         "Size": (request.width, request.height),
@@ -37,12 +46,29 @@ def parameters(request: Request, bundle: Bundle, index: int) -> str:
         "Model": bundle.name,
         "Precision": bundle.precision,
     }
-    if request.sampling.schedule_type is not None:
-        fields["Schedule type"] = schedule_label(request.sampling.schedule_type)
     label = request.class_labels[text]
     if label is not None:
         fields["Class"] = label
-    if len(seeds) == 1 and index > 0:
-        fields["Batch index"] = index
+    if len(seeds) == 1 and request.batch > 1:
+        fields |= {"Batch size": request.batch, "Batch index": index}
     fields["Version"] = f"LatentRT {__version__}"
     return parameters_text(Settings(request.prompts[text], request.negative_prompts[text], fields))
+
+
+def _sampling_fields(sampling: Sampling) -> dict[str, Any]:
+    """The sampler by A1111's label, and by our name where that means diffusers' sampler. A1111 has no key for a call's
+    own grid."""
+    label = label_of(sampling.sampler)
+    fields: dict[str, Any] = {"Sampler": label}
+    if sampling.schedule_type is not None:
+        fields["Schedule type"] = schedule_label(sampling.schedule_type)
+    if sampling.sampler != label:
+        fields["Scheduler"] = sampling.sampler
+    if sampling.eta:
+        fields["Eta DDIM"] = sampling.eta
+    options = dict(sampling.options)
+    fields |= {key: plain(options[option]) for key, option in SAMPLER_OPTIONS.items() if option in options}
+    for key, numbers in (("Timesteps", sampling.timesteps), ("Sigmas", sampling.sigmas)):
+        if numbers is not None:
+            fields[key] = " ".join(f"{number:.17g}" for number in numbers)
+    return fields

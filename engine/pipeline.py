@@ -185,6 +185,7 @@ class Pipeline:
         timestep_respacing: str | None = None,
         sampler_options: Mapping[str, Any] | None = None,
         class_labels: int | Sequence[int] | None = None,
+        metadata: bool = True,
     ) -> Result:
         """Makes the picture that the model's pipeline of diffusers makes from the same arguments.
 
@@ -199,7 +200,8 @@ class Pipeline:
         (None: the model's own); progress: show a bar; guidance_rescale: phi of arXiv 2305.08891; guidance_interval:
         (start, end), evaluation i of E has guidance if start <= i / E <= end, the others run without the negative
         prompt; schedule_type, timesteps, sigmas, timestep_respacing: the sampler's grid; sampler_options: its options
-        by name (docs/samplers.md). Raises the InputErrors of engine/errors.py before any work, NumericalError and not
+        by name (docs/samplers.md); metadata: whether PIL images hold their settings, which `save` writes into
+        the file. Raises the InputErrors of engine/errors.py before any work, NumericalError and not
         a black picture, BundleChangedError where the bundle's files were written to, ClosedPipelineError, and
         BusyPipelineError in a callback.
         """
@@ -208,7 +210,7 @@ class Pipeline:
                                 negative_prompt, num_images_per_prompt, eta, seed, latents, output_type,
                                 callback_on_step_end, scheduler, progress, guidance_rescale, guidance_interval,
                                 schedule_type, timesteps, sigmas, timestep_respacing, sampler_options,
-                                class_labels)  # fmt: skip
+                                class_labels, metadata)  # fmt: skip
         with self._turn():
             self.bundle.recheck_in_place()
             result = self._run(request, started)
@@ -249,7 +251,7 @@ class Pipeline:
             images, finite = decoded.image, decoded.finite.all()
         if not finite:
             raise self._overflow(request, lanes.latents(every), evaluations)
-        images = finished_images(images, request, self.bundle)
+        images = finished_images(images, request, self.bundle, self.description, interrupted)
         return Result(images, clock.timings(evaluations, lanes.path), list(request.seeds), evaluations, interrupted)
 
     def jobs(self, request: Request, tokenized: Callable[[], None] = lambda: None) -> list[Job]:

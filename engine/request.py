@@ -111,7 +111,7 @@ class Request:
     an empty prompt for each class, or one; guided: whether the negative prompts take part; class_labels: one for each
     prompt, None for a model without classes; height, width: pixels; seeds: one for all pictures, or one for each;
     latents: [B, C, h, w] standard normal float32, or None for noise; sampling: the sampler and its grid, with the
-    `table`.
+    `table`; metadata: whether pictures hold their settings.
     """
 
     prompts: tuple[str, ...]
@@ -129,6 +129,7 @@ class Request:
     callback: Any
     progress: bool
     class_labels: tuple[int | None, ...]
+    metadata: bool = True
 
     @property
     def batch(self) -> int:
@@ -166,6 +167,7 @@ class Request:
         timestep_respacing: str | None = None,
         sampler_options: Mapping[str, Any] | None = None,
         class_labels: int | Sequence[int] | None = None,
+        metadata: bool = True,
     ) -> Request:
         """The arguments of `Pipeline.__call__`, checked. Raises the InputErrors of engine/errors.py."""
         labels = checks.check_class_labels(class_labels, limits.family.classes)
@@ -216,4 +218,5 @@ class Request:
             callback=callback,
             progress=progress,
             class_labels=tuple(labels),
+            metadata=metadata,
         )

@@ -1,0 +1,131 @@
+"""Makes a picture again from what its file says, and compares the two."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .errors import MetadataError, ReproductionError, shown
+from .infotext import Ignored
+from .manifest import SHA256
+from .metadata import READ, RECORD, Metadata
+from .picture import psnr
+from .pipeline import Pipeline
+from .record import Record, call_parameters
+from .webui_call import call_of
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a picture is made again: picture number `index` of the call with these arguments. record: the file's, None if
+    A1111's text said it all; ignored: what that text asks for in vain."""
+
+    arguments: Mapping[str, Any]
+    index: int
+    record: Record | None = None
+    ignored: tuple[Ignored, ...] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a picture differs from the one in the file. psnr: dB, None for pictures of different sizes; largest: of the
+    differences of two values, of 255; reasons: what was different in the making."""
+
+    equal: bool
+    psnr: float | None
+    largest: int | None
+    reasons: tuple[str, ...]
+
+
+def plan(file: Path, found: Metadata, given: Mapping[str, Any], text_only: bool = False) -> Plan:
+    """What a picture file asks for. given: the arrays of the call, by argument, which no file holds. text_only: the
+    record counts for nothing. MetadataError if the file says nothing or is damaged, ReproductionError if an array is
+    missing."""
+    content = None if text_only else found.record()
+    if content is not None:
+        return _from_record(file, Record.from_content(content), given)
+    if found.parameters is None:
+        raise MetadataError(
+            f"{file} has no settings: neither LatentRT's record nor A1111's text; pass the file as it was written"
+        )
+    arguments, index, ignored = call_of(found.parameters, call_parameters())
+    if not {"seed", "num_inference_steps"} & arguments.keys():
+        raise MetadataError(f"{file} has a text, and no settings in it: {shown(found.parameters)}")
+    return Plan({**arguments, **given}, index, None, ignored)
+
+
+def _from_record(file: Path, record: Record, given: Mapping[str, Any]) -> Plan:
+    missing = sorted(record.inputs.keys() - given.keys())
+    if missing:
+        asked = " ".join(f"--input {name}=FILE" for name in missing)
+        raise ReproductionError(
+            f"{file} cannot be made again from its record alone: its call was given {' and '.join(missing)}, of which "
+            f"the record has a hash only; pass {asked}"
+        )
+    unknown = sorted(given.keys() - record.inputs.keys())
+    if unknown:
+        raise ReproductionError(f"the call of {file} was given no {unknown[0]}; leave out --input {unknown[0]}=...")
+    return Plan({**record.arguments, **given}, record.index, record)
+
+
+def make_again(pipeline: Pipeline, plan: Plan, progress: bool) -> Image.Image:
+    """The picture of a plan. Raises the errors of the call."""
+    arguments = dict(plan.arguments)
+    if not pipeline.bundle.family.tokenizers:  # A1111's text always has a prompt, if an empty one
+        arguments = {name: value for name, value in arguments.items() if value or "prompt" not in name}
+    images: list[Image.Image] = pipeline(**arguments, progress=progress).images
+    return images[plan.index]
+
+
+def compare(file: Path, plan: Plan, made: Image.Image) -> Comparison:
+    """The picture in the file beside the one that was made. MetadataError if the file's pixels can't be read."""
+    try:
+        with Image.open(file, formats=READ) as image:
+            kind = image.format
+            before = np.asarray(image.convert("RGB"))
+    except Exception as error:  # Pillow raises errors of many kinds for damaged files
+        raise MetadataError(f"the pixels of {file} can't be read ({shown(error)})") from error
+    after = np.asarray(made)
+    reasons = ["file: a JPEG does not keep the pixels"] if kind == "JPEG" else []
+    reasons += differences(plan.record, record_of(made))
+    if before.shape != after.shape:
+        sizes = [f"{pixels.shape[1]}x{pixels.shape[0]}" for pixels in (before, after)]
+        return Comparison(False, None, None, (f"size: {sizes[0]} in the file, {sizes[1]} now", *reasons))
+    largest = int(np.abs(before.astype(np.int16) - after).max())
+    return Comparison(largest == 0, psnr(after, before), largest, tuple(reasons))
+
+
+def record_of(made: Image.Image) -> Record:
+    """The record of a picture of this process."""
+    content = Metadata(None, made.info[RECORD]).record()
+    assert content is not None
+    return Record.from_content(content)
+
+
+def differences(old: Record | None, new: Record) -> list[str]:
+    """What was different when a picture was made, as far as its record says it."""
+    if old is None:
+        return ["settings: A1111's text, which does not say everything"]
+    found = list(old.obstacles)
+    then, now = asdict(old.model), asdict(new.model)
+    for name in then:
+        if then[name] != now[name]:
+            found.append(f"{name}: {_short(then[name])} then, {_short(now[name])} now")
+    for name in old.inputs:
+        if old.inputs[name] != new.inputs.get(name):
+            found.append(f"{name}: not the one that the picture was made from")
+    for name in sorted(old.arguments.keys() | new.arguments.keys()):
+        before, after = old.arguments.get(name), new.arguments.get(name)
+        if before != after:
+            found.append(f"{name}: {shown(before)} then, {shown(after)} now")
+    return found
+
+
+def _short(value: str | None) -> str:
+    """A hash by its beginning."""
+    return "unknown" if value is None else value[:10] if SHA256.fullmatch(value) else value
