@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from .manifest import SHA256
 from .metadata import READ, RECORD, Metadata
 from .picture import psnr
 from .pipeline import Pipeline
-from .record import Record, call_parameters
+from .record import INPUTS, Record, call_parameters
 from .webui_call import call_of
 
 
@@ -71,6 +71,18 @@ def _from_record(file: Path, record: Record, given: Mapping[str, Any]) -> Plan:
     if unknown:
         raise ReproductionError(f"the call of {file} was given no {unknown[0]}; leave out --input {unknown[0]}=...")
     return Plan({**record.arguments, **given}, record.index, record)
+
+
+def load_input(name: str, file: Path) -> Any:
+    """An array of a call: that of a .npy file, or for arguments that take a picture its path. ReproductionError."""
+    if name not in INPUTS:
+        raise ReproductionError(f"--input {name}: no call is given such an array; there are: {', '.join(INPUTS)}")
+    if file.suffix.lower() != ".npy":
+        return file
+    try:
+        return np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ReproductionError(f"--input {name}: {file} can't be read as an array ({shown(error)})") from error
 
 
 def make_again(pipeline: Pipeline, plan: Plan, progress: bool) -> Image.Image:
@@ -129,3 +141,18 @@ def differences(old: Record | None, new: Record) -> list[str]:
 def _short(value: str | None) -> str:
     """A hash by its beginning."""
     return "unknown" if value is None else value[:10] if SHA256.fullmatch(value) else value
+
+
+def report(file: Path, plan: Plan, compared: Comparison, description: str, output: Path | None) -> Iterator[str]:
+    """What `python -m engine reproduce` prints, a line each."""
+    source = "A1111's text" if plan.record is None else "its record"
+    number = f", picture {plan.index + 1} of its call" if plan.index else ""
+    yield f"made {file} again from {source}{number}, with {description}" + (f": {output}" if output else "")
+    for one in plan.ignored:
+        yield f"not honoured: {one.key}: {one.text} ({one.reason})"
+    if compared.equal:
+        yield "the pixels are equal"
+        return
+    how_far = "" if compared.psnr is None else f": PSNR {compared.psnr:.1f} dB, at most {compared.largest} of 255 apart"
+    yield f"the pixels differ{how_far}"
+    yield from (f"  {reason}" for reason in compared.reasons)
