@@ -61,7 +61,7 @@ def picture(options: argparse.Namespace) -> int:
     with load(options, check_call(options, subjects)) as pipeline:
         results = make(pipeline, wanted, options)
         if sheet is not None:
-            write_sheet(files, sheet, options.quiet)
+            write_sheet(files, sheet, options.count if len(subjects) > 1 else 1, options.quiet)
         if not options.quiet:
             from .summary import summarize
 
@@ -82,8 +82,7 @@ def compare(options: argparse.Namespace) -> int:
         rows = cells(axes, arguments)
         check_cells(pipeline, axes, rows)
         pictures = [[pipeline(**call).images[0] for call in row] for row in rows]
-    labels = [axis.labels for axis in axes]
-    write_picture(labelled_grid(pictures, labels[0], labels[1] if len(labels) > 1 else ()), file)
+    write_picture(labelled_grid(pictures, *(axis.labels for axis in axes)), file)
     if not options.quiet:
         say(f"wrote {file} ({sum(map(len, rows))} pictures, seed {arguments['seed']})")
     return 0

@@ -12,17 +12,18 @@ from .arguments import ByName, call_options
 from .errors import CompareError, EngineError
 from .pipeline import Pipeline
 from .record import UNRECORDED, call_parameters, check_call
+from .sheet import Labels
 
 MAX_CELLS = 400
 
 
 @dataclass(frozen=True)
 class Axis:
-    """An argument of a call with its values, and what a grid says about each."""
+    """An argument of a call with its values, and what the command line calls them."""
 
     argument: str
     values: tuple[Any, ...]
-    labels: tuple[str, ...]
+    labels: Labels
 
 
 def comparable() -> dict[str, argparse.Action]:
@@ -49,8 +50,7 @@ def _axis(name: str, texts: Sequence[str]) -> Axis:
     if name not in known:
         raise CompareError(f"--compare {name!r} is no argument of a call; there are: {', '.join(sorted(known))}")
     action = known[name]
-    labels = tuple(f"{name.replace('_', ' ')} {text}" for text in texts)
-    return Axis(action.dest, tuple(_value(name, action, text) for text in texts), labels)
+    return Axis(action.dest, tuple(_value(name, action, text) for text in texts), Labels(name, texts))
 
 
 def _value(name: str, action: argparse.Action, text: str) -> Any:
@@ -75,7 +75,7 @@ def cells(axes: Sequence[Axis], arguments: Mapping[str, Any]) -> list[list[dict[
     """The arguments of each call: rows for the second axis, columns for the first. An argument that is a dictionary
     keeps what the axis doesn't name."""
     across = axes[0]
-    down = axes[1] if len(axes) > 1 else Axis("", (None,), ())
+    down = axes[1] if len(axes) > 1 else Axis("", (None,), Labels("", [""]))
     return [
         [_set(_set(arguments, down.argument, low), across.argument, high) for high in across.values]
         for low in down.values
@@ -97,5 +97,5 @@ def check_cells(pipeline: Pipeline, axes: Sequence[Axis], rows: Sequence[Sequenc
             try:
                 check_call(pipeline.limits, arguments)
             except EngineError as error:
-                labels = [axis.labels[place] for axis, place in zip(axes, (column, row))]
-                raise CompareError(f"{', '.join(labels)}: {error}") from error
+                places = [f"{axis.labels.name}={axis.labels.values[i]}" for axis, i in zip(axes, (column, row))]
+                raise CompareError(f"--compare {', '.join(places)}: {error}") from error

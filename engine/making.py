@@ -231,13 +231,13 @@ def sheet_name(output: str) -> str:
     return f"{stem}-grid{extension}"
 
 
-def write_sheet(files: Sequence[Path], sheet: Path, quiet: bool) -> None:
-    """Writes the contact sheet of finished files."""
+def write_sheet(files: Sequence[Path], sheet: Path, count: int, quiet: bool) -> None:
+    """Writes the contact sheet of finished files. If there are `count` of each text, several, each has a row."""
     from PIL import Image
 
     from .output import write_picture
     from .sheet import contact_sheet
 
-    write_picture(contact_sheet([Image.open(file) for file in files]), sheet)
+    write_picture(contact_sheet([Image.open(file) for file in files], count if count > 1 else None), sheet)
     if not quiet:
         say(f"wrote {sheet}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont, features
 
@@ -17,65 +18,92 @@ BACKGROUND, INK = "white", "black"
 MARGIN = 6
 """Pixels around a label."""
 
-LARGEST_TEXT, SMALLEST_TEXT = 24, 11
-"""Pixels of a label's height; a cell of 512 pixels has the largest."""
+LARGEST_TEXT, SMALLEST_TEXT = 24, 12
+"""The size of labels in pixels; pictures of 512 pixels have the largest."""
 
-Cell = Image.Image
+WIDEST_LABEL = 24
+"""A label that is wider than the pictures may take so many times its size."""
+
+Pictures = Sequence[Sequence[Image.Image]]
 
 
-def contact_sheet(pictures: Sequence[Cell]) -> Image.Image:
-    """All pictures in rows, about as many as there are in each, in order."""
-    columns = math.ceil(math.sqrt(len(pictures)))
+@dataclass(frozen=True)
+class Labels:
+    """What the columns or the rows of a grid are: a name, and a value for each."""
+
+    name: str
+    values: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where things are on a sheet, in pixels: the margins left of and above the cells, and the size of a cell."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+    def place(self, row: int, column: int) -> tuple[int, int]:
+        """The corner of a cell."""
+        return self.left + column * (self.width + GAP), self.top + row * (self.height + GAP)
+
+
+def contact_sheet(pictures: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """All pictures in rows of `columns`, in order. Without a number of columns there are about as many as rows."""
+    columns = columns or math.ceil(math.sqrt(len(pictures)))
     rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
-    return _sheet(rows, columns, (0, 0))
+    return _paste(rows, _layout(rows, 0, 0, 1))
 
 
-def labelled_grid(rows: Sequence[Sequence[Cell]], across: Sequence[str], down: Sequence[str]) -> Image.Image:
-    """Rows of pictures, with a label above each column and before each row, where there are labels. Labels wider than a
-    picture are cut. CompareError if Pillow has no FreeType."""
-    width = max(picture.width for row in rows for picture in row)
-    font = _font(width)
-    before = max((font.getlength(label) for label in down), default=0.0)
-    margins = (
-        math.ceil(min(before, width)) + 2 * MARGIN if down else 0,
-        _line(font) + 2 * MARGIN if across else 0,
-    )
-    sheet = _sheet(rows, len(rows[0]), margins)
+def labelled_grid(rows: Pictures, across: Labels, down: Labels | None = None) -> Image.Image:
+    """Rows of pictures, with the value of each column above it and of each row before it. A value that has no room is
+    cut. CompareError if Pillow has no FreeType."""
+    font = _font(max(picture.width for row in rows for picture in row))
+    widest = WIDEST_LABEL * int(font.size)
+    line = sum(font.getmetrics())
+    left = 0 if down is None else min(widest, _width(font, [down.name, *down.values])) + 2 * MARGIN
+    layout = _layout(rows, left, 2 * line + 3 * MARGIN, min(widest, _width(font, across.values)))
+    sheet = _paste(rows, layout)
     drawing = ImageDraw.Draw(sheet)
-    cell, line = _cell(rows, len(rows[0]), margins), _line(font)
-    for i, label in enumerate(across):
-        x = margins[0] + i * (cell[0] + GAP) + cell[0] / 2
-        drawing.text((x, MARGIN), _cut(label, font, cell[0]), INK, font, anchor="ma")
-    for i, label in enumerate(down):
-        y = margins[1] + i * (cell[1] + GAP) + (cell[1] - line) / 2
-        drawing.text((margins[0] - MARGIN, y), _cut(label, font, margins[0] - 2 * MARGIN), INK, font, anchor="ra")
+
+    def write(text: str, x: float, y: float, anchor: str, room: int) -> None:
+        drawing.text((x, y), _cut(text, font, room), INK, font, anchor=anchor)
+
+    write(across.name, (layout.left + sheet.width) / 2, MARGIN, "ma", sheet.width - layout.left)
+    for column, value in enumerate(across.values):
+        write(value, layout.place(0, column)[0] + layout.width / 2, line + 2 * MARGIN, "ma", layout.width)
+    if down is not None:
+        write(down.name, left - MARGIN, line + 2 * MARGIN, "ra", left - 2 * MARGIN)
+        for row, value in enumerate(down.values):
+            y = layout.place(row, 0)[1] + (layout.height - line) / 2
+            write(value, left - MARGIN, y, "ra", left - 2 * MARGIN)
     return sheet
 
 
-def _sheet(rows: Sequence[Sequence[Cell]], columns: int, margins: tuple[int, int]) -> Image.Image:
-    """The pictures on a background, below and right of the margins."""
-    width, height = _cell(rows, columns, margins)
-    size = (margins[0] + columns * (width + GAP) - GAP, margins[1] + len(rows) * (height + GAP) - GAP)
-    sheet = Image.new("RGB", size, BACKGROUND)
-    for row, pictures in enumerate(rows):
-        for column, picture in enumerate(pictures):
-            fitted = _fitted(picture, width, height)
-            x = margins[0] + column * (width + GAP) + (width - fitted.width) // 2
-            y = margins[1] + row * (height + GAP) + (height - fitted.height) // 2
-            sheet.paste(fitted, (x, y))
-    return sheet
-
-
-def _cell(rows: Sequence[Sequence[Cell]], columns: int, margins: tuple[int, int]) -> tuple[int, int]:
-    """Width and height of a cell: those of the largest picture, or what fits the largest sheet."""
+def _layout(rows: Pictures, left: int, top: int, least: int) -> Layout:
+    """Cells for the largest picture, or for what fits the largest sheet, at least `least` pixels wide."""
+    columns = max(map(len, rows))
     width = max(picture.width for row in rows for picture in row)
     height = max(picture.height for row in rows for picture in row)
-    room = ((MAX_SIDE - margins[0]) // columns - GAP, (MAX_SIDE - margins[1]) // len(rows) - GAP)
+    room = ((MAX_SIDE - left) // columns - GAP, (MAX_SIDE - top) // len(rows) - GAP)
     scale = min(1.0, room[0] / width, room[1] / height)
-    return max(1, int(width * scale)), max(1, int(height * scale))
+    return Layout(left, top, min(room[0], max(1, least, int(width * scale))), max(1, int(height * scale)))
 
 
-def _fitted(picture: Cell, width: int, height: int) -> Image.Image:
+def _paste(rows: Pictures, layout: Layout) -> Image.Image:
+    """The sheet with its pictures, each in the middle of its cell."""
+    right, bottom = layout.place(len(rows), max(map(len, rows)))
+    sheet = Image.new("RGB", (right - GAP, bottom - GAP), BACKGROUND)
+    for row, pictures in enumerate(rows):
+        for column, picture in enumerate(pictures):
+            fitted = _fitted(picture, layout.width, layout.height)
+            x, y = layout.place(row, column)
+            sheet.paste(fitted, (x + (layout.width - fitted.width) // 2, y + (layout.height - fitted.height) // 2))
+    return sheet
+
+
+def _fitted(picture: Image.Image, width: int, height: int) -> Image.Image:
     scale = min(1.0, width / picture.width, height / picture.height)
     if scale == 1.0:
         return picture
@@ -84,7 +112,7 @@ def _fitted(picture: Cell, width: int, height: int) -> Image.Image:
 
 
 def _font(width: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own font for cells of that width."""
+    """Pillow's own font, for pictures of that width."""
     if not features.check("freetype2"):
         raise CompareError("Pillow was installed without FreeType here, so it cannot write labels; install its wheel")
     font = ImageFont.load_default(max(SMALLEST_TEXT, min(LARGEST_TEXT, width // 21)))
@@ -92,15 +120,19 @@ def _font(width: int) -> ImageFont.FreeTypeFont:
     return font
 
 
-def _line(font: ImageFont.FreeTypeFont) -> int:
-    return sum(font.getmetrics())
+def _width(font: ImageFont.FreeTypeFont, texts: Sequence[str]) -> int:
+    return math.ceil(max(font.getlength(_line(text)) for text in texts))
 
 
-def _cut(label: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """A label of one line that is no wider, with "..." for what is cut off."""
-    text = " ".join(label.split())
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(f"{text}...") > width:
-        text = text[:-1]
-    return f"{text}..."
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _cut(text: str, font: ImageFont.FreeTypeFont, room: int) -> str:
+    """A text as one line that is no wider, with "..." for what is cut off."""
+    line = _line(text)
+    if font.getlength(line) <= room:
+        return line
+    while line and font.getlength(f"{line}...") > room:
+        line = line[:-1]
+    return f"{line}..."
