@@ -53,7 +53,8 @@ def plan(file: Path, found: Metadata, given: Mapping[str, Any], text_only: bool 
         raise MetadataError(
             f"{file} has no settings: neither LatentRT's record nor A1111's text; pass the file as it was written"
         )
-    arguments, index, ignored = call_of(found.parameters, call_parameters())
+    from_noise = frozenset() if "image" in given else frozenset({"strength"})  # which changes an image
+    arguments, index, ignored = call_of(found.parameters, call_parameters() - from_noise)
     if not {"seed", "num_inference_steps"} & arguments.keys():
         raise MetadataError(f"{file} has a text, and no settings in it: {shown(found.parameters)}")
     return Plan({**arguments, **given}, index, None, ignored)

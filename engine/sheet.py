@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,9 @@ LARGEST_TEXT, SMALLEST_TEXT = 24, 12
 
 WIDEST_LABEL = 24
 """A label that is wider than the pictures may take so many times its size."""
+
+LONGEST_LABEL = 500
+"""Characters of a label that are looked at."""
 
 Pictures = Sequence[Sequence[Image.Image]]
 
@@ -125,7 +129,8 @@ def _width(font: ImageFont.FreeTypeFont, texts: Sequence[str]) -> int:
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split())
+    """A text as one line, of which no more is kept than could be shown."""
+    return " ".join(text.split())[:LONGEST_LABEL]
 
 
 def _cut(text: str, font: ImageFont.FreeTypeFont, room: int) -> str:
@@ -133,6 +138,5 @@ def _cut(text: str, font: ImageFont.FreeTypeFont, room: int) -> str:
     line = _line(text)
     if font.getlength(line) <= room:
         return line
-    while line and font.getlength(f"{line}...") > room:
-        line = line[:-1]
-    return f"{line}..."
+    fitting = bisect(range(len(line)), room, key=lambda length: math.ceil(font.getlength(f"{line[:length]}...")))
+    return f"{line[: max(0, fitting - 1)]}..."

@@ -36,6 +36,7 @@ TRANSLATIONS: Mapping[str, Translation] = {
     "Class": ("class_labels", _same),
     "Clip skip": ("clip_skip", lambda layer: layer - 1),  # the last layer is A1111's 1 and diffusers' 0
     "Emphasis": ("emphasis", lambda mode: mode.lower()),
+    "Denoising strength": ("strength", _same),
     "Eta DDIM": ("eta", _same),
     "Timesteps": ("timesteps", _numbers),
     "Sigmas": ("sigmas", _numbers),
