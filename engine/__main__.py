@@ -29,6 +29,8 @@ from .making import (
     load,
     make,
     open_bundle,
+    read_inputs,
+    read_pictures,
     read_subjects,
     sheet_name,
     write_sheet,
@@ -40,6 +42,7 @@ def picture(options: argparse.Namespace) -> int:
     """Makes and writes the pictures. Prints their files, the timings and the bundle's differences from diffusers."""
     from .output import check_output
 
+    read_pictures(options)
     if options.compare or options.batch_file is not None:
         return compare(options) if options.batch_file is None else batch(options)
     subjects = read_subjects(options)
@@ -135,7 +138,7 @@ def reproduce(options: argparse.Namespace) -> int:
     from .output import check_output, write_picture
 
     output = None if options.output is None else check_output(options.output, 1)[0]
-    given = {name: again.load_input(name, file) for name, file in options.inputs.items()}
+    given = read_inputs(options)
     plan = again.plan(options.picture, read(options.picture), given, options.text)
     with load(options, open_bundle(options)) as pipeline:
         made = again.make_again(pipeline, plan, not options.quiet)

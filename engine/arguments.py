@@ -111,6 +111,7 @@ def _add_picture(p: argparse.ArgumentParser) -> None:
     """The options of `picture`, in groups. An option that is an argument of a call has that argument's name as its
     `dest`; it then counts in files of calls and in comparisons as well."""
     _add_subject(p.add_argument_group("what the pictures show"))
+    _add_beginning(p.add_argument_group("what they begin with"))
     _add_making(p.add_argument_group("how they are made"))
     _add_sampling(p.add_argument_group("the sampler"))
     _add_several(p.add_argument_group("several pictures"))
@@ -130,6 +131,30 @@ def _add_subject(c: Group) -> None:
         default=[],
         metavar="N",
         help="a class, for a model that has classes instead of texts; may be repeated",
+    )
+
+
+def _add_beginning(c: Group) -> None:
+    c.add_argument("--image", type=path, metavar="FILE", help="a picture to start from")
+    c.add_argument(
+        "--mask",
+        dest="mask_image",
+        type=path,
+        metavar="FILE",
+        help="which part of --image is repainted: the white one",
+    )
+    c.add_argument("--composite", action="store_true", help="keep what is not white pixel for pixel")
+    c.add_argument(
+        "--padding-mask-crop",
+        type=whole_number(0, 1 << 16),
+        metavar="PIXELS",
+        help="paint only the part around the mask, with so many pixels on each side",
+    )
+    c.add_argument(
+        "--strength",
+        type=number(low=0.0),
+        metavar="S",
+        help="how much of --image changes, 0 to 1 (default: 0.8, with --mask 1)",
     )
 
 
@@ -250,6 +275,21 @@ def _add_reproduce(p: argparse.ArgumentParser) -> None:
     c.add_argument("--bundle", type=path, default=Path("engines/demo"), metavar="FOLDER", help="default: engines/demo")
     c.add_argument("--output", metavar="FILE", help="where to write the new picture (default: it is not written)")
     c.add_argument("--text", action="store_true", help="go by A1111's text, even if the file has LatentRT's record")
+    c.add_argument(
+        "--image",
+        type=path,
+        action="append",
+        metavar="FILE",
+        help="what it was made from (default: the file that the record names); may be repeated, as in its call",
+    )
+    c.add_argument(
+        "--mask",
+        dest="mask_image",
+        type=path,
+        action="append",
+        metavar="FILE",
+        help="its mask (default: the file that the record names)",
+    )
     c.add_argument(
         "--input",
         dest="inputs",

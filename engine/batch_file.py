@@ -141,7 +141,8 @@ def _make(
             raise BatchFileError(f"{file} is the file of line {other}; give this line another output")
     texts = bool(pipeline.bundle.family.tokenizers)
     seeded = arguments.get("seed") is not None
-    if all(_is_there(file, Record.of(request, i, texts, model), request, seeded) for i, file in enumerate(files)):
+    records = Record.of_call(request, texts, model)
+    if all(_is_there(file, record, request, seeded) for file, record in zip(files, records)):
         return []
     for image, file in zip(pipeline(**arguments).images, files):
         write_picture(image, file)

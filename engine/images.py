@@ -10,7 +10,8 @@ from PIL import Image
 from .bundle import Bundle
 from .infotext import SAMPLER_OPTIONS, Settings, parameters_text
 from .picture import Picture
-from .record import Model, Record, plain
+from .record import Model, Record
+from .record_fields import plain, written
 from .request import Request, Sampling
 from .sampling.catalog import label_of, schedule_label
 from .version import __version__
@@ -21,12 +22,14 @@ def finished_images(made: np.ndarray, request: Request, bundle: Bundle, backend:
     are. PIL images hold their settings, with `backend` as what made them, unless the request is without metadata."""
     if request.output_type == "latent":
         return made
+    if request.inpaint is not None and request.init is not None:
+        made = request.inpaint.finish(made, request.init, request.image_of, request.mask_of)
     if request.output_type == "np":
         return made.astype(np.float32) / 255
     if not request.metadata:
         return [Image.fromarray(pixels) for pixels in made]
     model, texts = Model.of(bundle, backend), bool(bundle.family.tokenizers)
-    records = [Record.of(request, index, texts, model, interrupted) for index in range(len(made))]
+    records = Record.of_call(request, texts, model, interrupted)
     return [
         Picture.from_pixels(pixels, parameters(request, bundle, index), record.content())
         for index, (pixels, record) in enumerate(zip(made, records))
@@ -46,9 +49,7 @@ def parameters(request: Request, bundle: Bundle, index: int) -> str:
         "Model": bundle.name,
         "Precision": bundle.precision,
     }
-    label = request.class_labels[text]
-    if label is not None:
-        fields["Class"] = label
+    fields |= written(request, index)
     if len(seeds) == 1 and request.batch > 1:
         fields |= {"Batch size": request.batch, "Batch index": index}
     fields["Version"] = f"LatentRT {__version__}"

@@ -58,6 +58,26 @@ def read_subjects(options: argparse.Namespace) -> Sequence[Subject]:
     return read_prompts(options.prompt, options.prompts) if texts else options.class_labels or [None]
 
 
+def read_pictures(options: argparse.Namespace) -> None:
+    """Puts the pictures of --image and --mask in the place of their files, which are read once for all calls."""
+    from .pixels import FromFile
+
+    for name, option in (("image", "--image"), ("mask_image", "--mask")):
+        if (file := getattr(options, name)) is not None:
+            setattr(options, name, FromFile.read(file, option))
+
+
+def read_inputs(options: argparse.Namespace) -> dict[str, Any]:
+    """The inputs that `reproduce` is given, by argument."""
+    from .inputs import load
+
+    given = {name: load(name, file) for name, file in options.inputs.items()}
+    for name in ("image", "mask_image"):
+        if files := getattr(options, name):
+            given[name] = [load(name, file) for file in files]
+    return given
+
+
 def _is_textless(folder: Path) -> bool:
     """Whether there is a bundle of a model without texts."""
     from .manifest import Manifest, read
@@ -144,7 +164,8 @@ def check_call(options: argparse.Namespace, subjects: Sequence[Subject]) -> Bund
     from .bundle import Bundle
     from .checks import check_class_labels, check_no_text, check_prompts
     from .guidance import check_guidance
-    from .request import Sampling
+    from .inpainting import check_beginning
+    from .request import Sampling, late
 
     given = subject_arguments(subjects, options)
     if "prompt" in given:
@@ -165,9 +186,18 @@ def check_call(options: argparse.Namespace, subjects: Sequence[Subject]) -> Bund
         options.timestep_respacing,
         options.sampler_options,
     )
+    init, _ = check_beginning(
+        bundle.family,
+        options.image,
+        options.strength,
+        options.mask_image,
+        options.composite,
+        options.padding_mask_crop,
+    )
+    sampling = late(sampling, init)
     table = sampling.table(schedule)
     check_guidance(
-        options.guidance_scale, options.guidance_rescale, options.guidance_interval, sampling.count, table.timesteps
+        options.guidance_scale, options.guidance_rescale, options.guidance_interval, sampling.run, table.timesteps
     )
     return bundle
 

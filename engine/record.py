@@ -9,33 +9,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import numpy as np
-
 from .bundle import Bundle
 from .errors import MetadataError, shown
-from .guidance import Guidance
-from .request import Limits, Request, Sampling
+from .inputs import INPUTS, Arrays, inputs_of
+from .inputs import from_content as inputs_from_content
+from .record_fields import FIELDS
+from .request import Limits, Request
 from .version import __version__
 
 UNRECORDED = ("output_type", "callback_on_step_end", "progress", "metadata")
 """Arguments of a call that do not say what is in the picture."""
-
-INPUTS = ("latents",)
-"""Arguments of a call that are arrays. A record has a hash of them, and `reproduce` asks for them."""
-
-
-@dataclass(frozen=True)
-class Array:
-    """An array of a call: what tells it from others, not its values."""
-
-    sha256: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @classmethod
-    def of(cls, array: np.ndarray) -> Array:
-        """The SHA-256 is that of the values, one row after the other."""
-        return cls(hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest(), array.shape, str(array.dtype))
 
 
 @dataclass(frozen=True)
@@ -82,16 +65,17 @@ class Record:
     arguments: Mapping[str, Any]
     index: int
     pictures: int
-    inputs: Mapping[str, Array]
+    inputs: Mapping[str, Arrays]
     model: Model
     obstacles: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, request: Request, index: int, texts: bool, model: Model, interrupted: bool = False) -> Record:
-        """The record of picture number `index` of a call of a model with or without texts."""
-        given = call_arguments(request, index, texts)
-        assert not given.keys() & {*UNRECORDED, *INPUTS}
-        return cls(given, index, request.batch, inputs(request), model, _obstacles(request, interrupted))
+    def of_call(cls, request: Request, texts: bool, model: Model, interrupted: bool = False) -> list[Record]:
+        """The records of a call's pictures. texts: whether the model takes some."""
+        inputs, obstacles, count = inputs_of(request), _obstacles(request, interrupted), request.batch
+        return [
+            cls(call_arguments(request, index, texts), index, count, inputs, model, obstacles) for index in range(count)
+        ]
 
     def content(self) -> dict[str, Any]:
         """The record as a JSON object."""
@@ -115,52 +99,15 @@ class Record:
         obstacles = content.get("obstacles", [])
         if not isinstance(obstacles, list) or not all(isinstance(one, str) for one in obstacles):
             raise MetadataError(f"the record in the picture has obstacles that are no texts: {shown(obstacles)}")
-        arrays = {name: _array(name, value) for name, value in _object(content, "inputs").items()}
+        arrays = {name: inputs_from_content(name, value) for name, value in _object(content, "inputs").items()}
         return cls(arguments, index, pictures, arrays, _model(model), tuple(obstacles))
 
 
 def call_arguments(request: Request, index: int, texts: bool) -> dict[str, Any]:
     """The keyword arguments of a call that makes picture number `index` again, among others like it: JSON values. What
     the call left to the model or to chance is there as it was resolved. texts: whether the model takes some."""
-    text, seeds = index // request.images_per_prompt, request.seeds
-    return {
-        "prompt": request.prompts[text] if texts else None,
-        "negative_prompt": request.negative_prompts[text] if texts else None,
-        "class_labels": request.class_labels[text],
-        "num_images_per_prompt": request.batch,
-        "seed": seeds[0] if len(seeds) == 1 else [seeds[index]] * request.batch,
-        "height": request.height,
-        "width": request.width,
-        **_sampling_arguments(request.sampling),
-        **_guidance_arguments(request.guidance),
-    }
-
-
-def inputs(request: Request) -> dict[str, Array]:
-    """The arrays that a call was given, by argument."""
-    return {} if request.latents is None else {"latents": Array.of(request.latents)}
-
-
-def _sampling_arguments(sampling: Sampling) -> dict[str, Any]:
-    return {
-        "scheduler": sampling.sampler,
-        "num_inference_steps": sampling.steps,
-        "eta": sampling.eta,
-        "schedule_type": sampling.schedule_type,
-        "timesteps": _listed(sampling.timesteps),
-        "sigmas": _listed(sampling.sigmas),
-        "timestep_respacing": None,  # it said the timesteps
-        "sampler_options": {name: plain(value) for name, value in sampling.options},
-    }
-
-
-def _guidance_arguments(guidance: Guidance) -> dict[str, Any]:
-    """A schedule has a number for each evaluation."""
-    return {
-        "guidance_scale": guidance.scales.tolist() if guidance.scheduled else guidance.scale,
-        "guidance_rescale": guidance.rescale,
-        "guidance_interval": _listed(guidance.interval),
-    }
+    arguments = {field.argument: field.value(request, index) for field in FIELDS}
+    return arguments if texts else {**arguments, "prompt": None, "negative_prompt": None}
 
 
 def _obstacles(request: Request, interrupted: bool) -> tuple[str, ...]:
@@ -194,17 +141,6 @@ def _signature() -> inspect.Signature:
     return inspect.signature(Pipeline.__call__)
 
 
-def _listed(values: tuple[float, ...] | None) -> list[float] | None:
-    return None if values is None else list(values)
-
-
-def plain(value: Any) -> Any:
-    """A value without NumPy's types and tuples."""
-    if isinstance(value, np.generic):
-        return value.item()
-    return [plain(one) for one in value] if isinstance(value, (list, tuple)) else value
-
-
 def _object(content: Mapping[str, Any], key: str) -> dict[str, Any]:
     value = content.get(key)
     if not isinstance(value, dict):
@@ -222,11 +158,3 @@ def _model(content: Mapping[str, Any]) -> Model:
     if wrong:
         raise MetadataError(f"the record in the picture has a model whose {wrong[0]} is {shown(texts[wrong[0]])}")
     return Model(**texts)  # type: ignore[arg-type]
-
-
-def _array(name: str, content: Any) -> Array:
-    found = content if isinstance(content, dict) else {}
-    digest, shape, dtype = (found.get(key) for key in ("sha256", "shape", "dtype"))
-    if name in INPUTS and isinstance(digest, str) and isinstance(shape, list) and isinstance(dtype, str):
-        return Array(digest, tuple(shape), dtype)
-    raise MetadataError(f"the record in the picture has an input {shown(name)} that is {shown(content)}")

@@ -12,11 +12,12 @@ from PIL import Image
 
 from .errors import MetadataError, ReproductionError, shown
 from .infotext import Ignored
+from .inputs import INPUTS, Arrays, from_files
 from .manifest import SHA256
 from .metadata import READ, RECORD, Metadata
 from .picture import psnr
 from .pipeline import Pipeline
-from .record import INPUTS, Record, call_parameters
+from .record import Record, call_parameters
 from .webui_call import call_of
 
 
@@ -43,9 +44,9 @@ class Comparison:
 
 
 def plan(file: Path, found: Metadata, given: Mapping[str, Any], text_only: bool = False) -> Plan:
-    """What a picture file asks for. given: the arrays of the call, by argument, which no file holds. text_only: the
-    record counts for nothing. MetadataError if the file says nothing or is damaged, ReproductionError if an array is
-    missing."""
+    """What a picture file asks for. given: inputs of the call, by argument; pictures that are not given are read from
+    the files that the record names. text_only: the record counts for nothing. MetadataError if the file says nothing or
+    is damaged, ReproductionError if an input is missing or is another."""
     content = None if text_only else found.record()
     if content is not None:
         return _from_record(file, Record.from_content(content), given)
@@ -53,37 +54,19 @@ def plan(file: Path, found: Metadata, given: Mapping[str, Any], text_only: bool 
         raise MetadataError(
             f"{file} has no settings: neither LatentRT's record nor A1111's text; pass the file as it was written"
         )
-    from_noise = frozenset() if "image" in given else frozenset({"strength"})  # which changes an image
-    arguments, index, ignored = call_of(found.parameters, call_parameters() - from_noise)
+    arguments, index, ignored = call_of(found.parameters, call_parameters(), given)
     if not {"seed", "num_inference_steps"} & arguments.keys():
         raise MetadataError(f"{file} has a text, and no settings in it: {shown(found.parameters)}")
-    return Plan({**arguments, **given}, index, None, ignored)
+    return Plan(arguments, index, None, ignored)
 
 
 def _from_record(file: Path, record: Record, given: Mapping[str, Any]) -> Plan:
-    missing = sorted(record.inputs.keys() - given.keys())
-    if missing:
-        asked = " ".join(f"--input {name}=FILE" for name in missing)
-        raise ReproductionError(
-            f"{file} cannot be made again from its record alone: its call was given {' and '.join(missing)}, of which "
-            f"the record has a hash only; pass {asked}"
-        )
     unknown = sorted(given.keys() - record.inputs.keys())
     if unknown:
-        raise ReproductionError(f"the call of {file} was given no {unknown[0]}; leave out --input {unknown[0]}=...")
-    return Plan({**record.arguments, **given}, record.index, record)
-
-
-def load_input(name: str, file: Path) -> Any:
-    """An array of a call: that of a .npy file, or for arguments that take a picture its path. ReproductionError."""
-    if name not in INPUTS:
-        raise ReproductionError(f"--input {name}: no call is given such an array; there are: {', '.join(INPUTS)}")
-    if file.suffix.lower() != ".npy":
-        return file
-    try:
-        return np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ReproductionError(f"--input {name}: {file} can't be read as an array ({shown(error)})") from error
+        option = INPUTS[unknown[0]].option
+        raise ReproductionError(f"the call of {file} was given no {unknown[0]}; leave out {option}")
+    found = {name: from_files(file, name, arrays) for name, arrays in record.inputs.items() if name not in given}
+    return Plan({**record.arguments, **found, **given}, record.index, record)
 
 
 def make_again(pipeline: Pipeline, plan: Plan, progress: bool) -> Image.Image:
@@ -129,14 +112,22 @@ def differences(old: Record | None, new: Record) -> list[str]:
     for name in then:
         if then[name] != now[name]:
             found.append(f"{name}: {_short(then[name])} then, {_short(now[name])} now")
-    for name in old.inputs:
-        if old.inputs[name] != new.inputs.get(name):
-            found.append(f"{name}: not the one that the picture was made from")
+    found += [
+        f"{name}: not the one that the picture was made from{_files(arrays)}"
+        for name, arrays in old.inputs.items()
+        if arrays != new.inputs.get(name)
+    ]
     for name in sorted(old.arguments.keys() | new.arguments.keys()):
         before, after = old.arguments.get(name), new.arguments.get(name)
         if before != after:
             found.append(f"{name}: {shown(before)} then, {shown(after)} now")
     return found
+
+
+def _files(arrays: Arrays) -> str:
+    """The files of an input, if it was in some."""
+    files = [f"{array.file}, SHA-256 {_short(array.sha256)}" for array in arrays if array.file is not None]
+    return f" ({'; '.join(files)})" if files else ""
 
 
 def _short(value: str | None) -> str:

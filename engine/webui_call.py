@@ -7,6 +7,8 @@ from typing import Any
 
 from .errors import ScheduleTypeError
 from .infotext import DEFAULTS, SAMPLER_OPTIONS, Ignored, Settings, parse_parameters
+from .inputs import INPUTS
+from .record_fields import FIELDS
 from .sampling.catalog import SAMPLERS, Found, find, sampler_parameters, schedule_type_name, schedule_types
 
 Translation = tuple[str, Callable[[Any], Any]]
@@ -33,35 +35,37 @@ TRANSLATIONS: Mapping[str, Translation] = {
     "CFG rescale": ("guidance_rescale", _same),
     "CFG interval": ("guidance_interval", _interval),
     "Seed": ("seed", _same),
-    "Class": ("class_labels", _same),
-    "Clip skip": ("clip_skip", lambda layer: layer - 1),  # the last layer is A1111's 1 and diffusers' 0
-    "Emphasis": ("emphasis", lambda mode: mode.lower()),
-    "Denoising strength": ("strength", _same),
     "Eta DDIM": ("eta", _same),
     "Timesteps": ("timesteps", _numbers),
     "Sigmas": ("sigmas", _numbers),
+    **{field.key: (field.argument, field.read) for field in FIELDS if field.key is not None},
 }
 """What a setting is in a call; of two for the same argument, the later one."""
+
+ABOUT = {field.key: field.about for field in FIELDS if field.key is not None and field.about is not None}
+"""The input without which a setting means nothing."""
 
 SPECIAL = ("Sampler", "Scheduler", "Schedule type", *SAMPLER_OPTIONS, "Size", "RNG", "Batch size", "Batch index")
 """Settings that need more than a translation."""
 
 
-def call_of(text: str, parameters: Collection[str]) -> tuple[dict[str, Any], int, tuple[Ignored, ...]]:
-    """What A1111's text asks for: the arguments of a call that has these `parameters`, the number of the picture in it,
-    and the settings that are not honoured. What the text leaves out is the call's default. MetadataError for a text
-    that is too long."""
+def call_of(
+    text: str, parameters: Collection[str], given: Mapping[str, Any]
+) -> tuple[dict[str, Any], int, tuple[Ignored, ...]]:
+    """What A1111's text asks for: the arguments of a call that has these `parameters`, with the inputs that are
+    `given`; the number of the picture in it; and the settings that are not honoured. What the text leaves out is the
+    call's default. MetadataError for a text that is too long."""
     known = {key: one for key, one in TRANSLATIONS.items() if one[0] in parameters}
     settings, ignored = parse_parameters(text, frozenset({*known, *SPECIAL}))
     arguments: dict[str, Any] = {"prompt": settings.prompt, "negative_prompt": settings.negative_prompt}
     if "prompt_syntax" in parameters:
         arguments["prompt_syntax"] = "a1111"
-    translated, wrong = _translate(settings, known)
+    translated, wrong = _translate(settings, known, given)
     size = settings.values.get("Size")
     if isinstance(size, tuple):
         arguments |= {"width": size[0], "height": size[1]}
     sampler, refused = _sampler(settings)
-    arguments |= {**translated, **sampler}
+    arguments |= {**translated, **sampler, **given}
     index, count = settings.values.get("Batch index", 0), settings.values.get("Batch size", 1)
     if isinstance(index, int) and isinstance(count, int) and 0 <= index < count:
         arguments["num_images_per_prompt"] = count
@@ -70,12 +74,18 @@ def call_of(text: str, parameters: Collection[str]) -> tuple[dict[str, Any], int
     return arguments, 0, (*ignored, *wrong, *refused)
 
 
-def _translate(settings: Settings, known: Mapping[str, Translation]) -> tuple[dict[str, Any], list[Ignored]]:
-    """The arguments that settings are, and the settings that are no values of them."""
+def _translate(
+    settings: Settings, known: Mapping[str, Translation], given: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[Ignored]]:
+    """The arguments that settings are, and the settings that are no values of them or are about an input that is not
+    given."""
     arguments, wrong = {}, []
     for key, (name, translate) in known.items():
         value = settings.values.get(key)
         if value is None or value == DEFAULTS.get(key):
+            continue
+        if key in ABOUT and ABOUT[key] not in given:
+            wrong.append(Ignored(key, str(value), f"the text has no {ABOUT[key]}; pass {INPUTS[ABOUT[key]].option}"))
             continue
         try:
             arguments[name] = translate(value)

@@ -9,8 +9,9 @@ from PIL import Image
 from engine import Pipeline, metadata
 from engine.errors import MetadataError, ReproductionError
 from engine.images import finished_images
-from engine.record import INPUTS, UNRECORDED, Array, Record, call_arguments, call_parameters, check_call
-from engine.reproduce import compare, load_input, make_again, plan, report
+from engine.inputs import INPUTS, Array, load
+from engine.record import UNRECORDED, Record, call_arguments, call_parameters, check_call
+from engine.reproduce import compare, make_again, plan, report
 
 FAST = {"num_inference_steps": 2, "progress": False}
 NOISE = np.random.default_rng(0).standard_normal((2, 4, 8, 8)).astype(np.float32)
@@ -81,7 +82,7 @@ def test_what_was_made_from_an_array_needs_the_array(demo, tmp_path):
     with pytest.raises(ReproductionError, match=r"was given latents, of which .* pass --input latents=FILE"):
         reproduced(demo, image, tmp_path)
     np.save(tmp_path / "noise.npy", NOISE)
-    assert reproduced(demo, image, tmp_path, {"latents": load_input("latents", tmp_path / "noise.npy")}).equal
+    assert reproduced(demo, image, tmp_path, {"latents": load("latents", tmp_path / "noise.npy")}).equal
     other = reproduced(demo, image, tmp_path, {"latents": NOISE[::-1]})
     assert not other.equal
     assert other.reasons == ("latents: not the one that the picture was made from",)
@@ -92,10 +93,10 @@ def test_what_was_made_from_an_array_needs_the_array(demo, tmp_path):
 
 def test_an_input_that_is_none_is_an_error(tmp_path):
     (tmp_path / "a.npy").write_bytes(b"no array")
-    with pytest.raises(ReproductionError, match=r"a\.npy can't be read as an array"):
-        load_input("latents", tmp_path / "a.npy")
-    with pytest.raises(ReproductionError, match="no call is given such an array; there are: latents"):
-        load_input("prompt", tmp_path / "a.npy")
+    with pytest.raises(ReproductionError, match=r"a\.npy' can't be read as an array"):
+        load("latents", tmp_path / "a.npy")
+    with pytest.raises(ReproductionError, match="no call is given such an input; there are: latents, image, mask_image"):
+        load("prompt", tmp_path / "a.npy")
 
 
 def test_a_callback_is_an_obstacle_that_the_record_names(demo, tmp_path):
@@ -163,7 +164,7 @@ GOOD = {
     "arguments": {"prompt": "a ring", "seed": 1},
     "index": 0,
     "pictures": 1,
-    "inputs": {"latents": {"sha256": "0", "shape": [1], "dtype": "float32"}},
+    "inputs": {"image": [{"sha256": "0", "shape": [8, 8, 3], "dtype": "uint8", "file": "a.png"}]},
     "model": {
         "bundle": "demo",
         "family": "f",
@@ -179,7 +180,7 @@ GOOD = {
 
 def test_a_record_is_read_as_it_was_written():
     record = Record.from_content(GOOD)
-    assert record.inputs == {"latents": Array("0", (1,), "float32")}
+    assert record.inputs == {"image": (Array("0", (8, 8, 3), "uint8", "a.png"),)}
     assert Record.from_content(json.loads(json.dumps(record.content()))) == record
 
 
@@ -195,7 +196,9 @@ def test_a_record_is_read_as_it_was_written():
         ({"pictures": "x"}, "is of number 0 of None pictures"),
         ({"inputs": []}, "has no inputs"),
         ({"inputs": {"latents": []}}, r"has an input 'latents' that is \[\]"),
-        ({"inputs": {"prompt": {"sha256": "0", "shape": [], "dtype": "x"}}}, "has an input 'prompt'"),
+        ({"inputs": {"prompt": [{"sha256": "0", "shape": [], "dtype": "x"}]}}, "has an input 'prompt'"),
+        ({"inputs": {"image": [{"sha256": "0", "shape": [], "dtype": "x", "file": 1}]}}, "has an input 'image'"),
+        ({"inputs": {"image": ["a.png"]}}, "has an input 'image'"),
         ({"model": {}}, "has a model whose bundle is None"),
         ({"obstacles": [1]}, r"has obstacles that are no texts: \[1\]"),
     ],

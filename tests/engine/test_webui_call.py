@@ -22,7 +22,7 @@ def line(**values):
 
 
 def test_a1111s_text_is_a_call():
-    arguments, index, ignored = call_of(TEXT, call_parameters() - {"prompt_syntax"})
+    arguments, index, ignored = call_of(TEXT, call_parameters() - {"prompt_syntax"}, {})
     assert arguments == {
         "prompt": "a cat",
         "negative_prompt": "a dog",
@@ -41,14 +41,15 @@ def test_a1111s_text_is_a_call():
 
 
 def test_what_a_call_takes_is_taken_from_the_text_when_it_can():
-    text = line(Steps=20, Sampler="Euler a", Seed=1, Size="64x64", RNG="CPU", Clip_skip=2, Emphasis="No norm")
-    text += ", Denoising strength: 0.7"
-    taken, _, ignored = call_of(text, {"prompt_syntax", "clip_skip", "emphasis", "seed", "strength"})
-    assert (taken["prompt_syntax"], taken["clip_skip"], taken["emphasis"]) == ("a1111", 1, "no norm")
-    assert taken["strength"] == 0.7
+    text = line(Steps=20, Sampler="Euler a", Seed=1, Size="64x64", RNG="CPU", Denoising_strength=0.7)
+    taken, _, ignored = call_of(text, {"prompt_syntax", "seed", "strength"}, {"image": "a.png"})
+    assert (taken["prompt_syntax"], taken["strength"], taken["image"]) == ("a1111", 0.7, "a.png")
     assert [one.key for one in ignored] == ["Steps"]
-    _, _, ignored = call_of(text, {"seed", "num_inference_steps"})
-    assert [one.key for one in ignored] == ["Clip skip", "Emphasis", "Denoising strength"]
+    taken, _, ignored = call_of(text, {"seed", "num_inference_steps", "strength"}, {})
+    assert "strength" not in taken
+    assert [(one.key, one.reason) for one in ignored] == [
+        ("Denoising strength", "the text has no image; pass --image FILE")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,9 @@ def test_what_a_call_takes_is_taken_from_the_text_when_it_can():
         ({"Schedule type": "Sideways"}, "Schedule type", "there is no such schedule type here"),
         ({"Sampler": "DDIM", "Schedule type": "Karras"}, "Schedule type", "DDIM has a grid of its own"),
         ({"RNG": "NV"}, "RNG", "noise is drawn as on the CPU, so the picture is another"),
-        ({"Denoising strength": "0.7"}, "Denoising strength", "there is no such setting here"),
+        ({"Denoising strength": "0.7"}, "Denoising strength", "the text has no image; pass --image FILE"),
+        ({"Masked area padding": "32"}, "Masked area padding", "the text has no mask_image; pass --mask FILE"),
+        ({"Mask blur": "4"}, "Mask blur", "there is no such setting here"),
         ({"CFG interval": "x"}, "CFG interval", "this is no value of it"),
         ({"Sigma noise": "99"}, "Sigma noise", "Euler a does not take it"),
         ({"Batch index": "3"}, "Batch index", "the call makes 1 pictures"),
@@ -67,8 +70,8 @@ def test_what_a_call_takes_is_taken_from_the_text_when_it_can():
 )
 def test_what_is_not_honoured_has_its_name_and_a_reason(changes, key, reason):
     values = {"Steps": "20", "Sampler": "Euler a", "Seed": "1", "RNG": "CPU", **changes}
-    known = call_parameters() - {"strength"}
-    _, _, ignored = call_of(HEAD + ", ".join(f"{name}: {value}" for name, value in values.items()), known)
+    text = HEAD + ", ".join(f"{name}: {value}" for name, value in values.items())
+    _, _, ignored = call_of(text, call_parameters(), {})
     assert [(one.key, one.reason) for one in ignored] == [(key, reason)]
 
 
