@@ -138,14 +138,16 @@ def reproduce(options: argparse.Namespace) -> int:
     from .output import check_output, write_picture
 
     output = None if options.output is None else check_output(options.output, 1)[0]
-    given = read_inputs(options)
-    plan = again.plan(options.picture, read(options.picture), given, options.text)
-    with load(options, open_bundle(options)) as pipeline:
+    plan = again.plan(options.picture, read(options.picture), read_inputs(options), options.text)
+    before = again.read_pixels(options.picture)
+    bundle = open_bundle(options)
+    again.check_family(options.picture, plan, bundle)
+    with load(options, bundle) as pipeline:
         made = again.make_again(pipeline, plan, not options.quiet)
         description = pipeline.description
     if output is not None:
         write_picture(made, output)
-    compared = again.compare(options.picture, plan, made)
+    compared = again.compare(before, plan, made)
     if not options.quiet:
         for line in again.report(options.picture, plan, compared, description, output):
             say(line)

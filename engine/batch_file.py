@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,17 +19,21 @@ from .errors import (
     PipelineStateError,
     shown,
 )
+from .inputs import INPUTS
 from .metadata import read
 from .output import check_output, find_target, write_picture
 from .pipeline import Pipeline
-from .record import Model, Record, call_parameters, check_call
+from .record import UNRECORDED, Model, Record, call_parameters, check_call
 from .request import Request
 
-UNSETTABLE = ("callback_on_step_end", "output_type", "progress", "metadata")
-"""Arguments of a call that a line does not have: a function, and what the command line decides."""
+UNSETTABLE = {*UNRECORDED, *(name for name, one in INPUTS.items() if not one.picture)}
+"""Arguments of a call that a line does not have: a function, what the command line decides, and arrays."""
 
 LAST = (BundleChangedError, DeviceLostError, PipelineStateError)
 """Errors after which no other line can succeed."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What a full disk or a used-up quota says: the next line's picture would be made for nothing."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Totals:
 def settable() -> dict[str, str]:
     """The names that a line may use, and the argument of the call that each of them is: the arguments themselves, and
     the options of the command line."""
-    parameters = call_parameters() - {*UNSETTABLE}
+    parameters = call_parameters() - UNSETTABLE
     options = {name: action.dest for name, action in call_options().items() if action.dest in parameters}
     return {**{name: name for name in sorted(parameters)}, **options}
 
@@ -103,7 +108,7 @@ def run(
 
     A line whose pictures are there is skipped: those that were made from the same arguments with the same model, where
     the files say it. BatchFileError if the file cannot be read; other errors are the failures of their lines, but for
-    those after which nothing can be made.
+    those after which nothing can be made or written.
     """
     totals, names, taken = Totals(), settable(), dict[Path, int]()
     model = Model.of(pipeline.bundle, pipeline.description)
@@ -116,6 +121,8 @@ def run(
         except LAST:
             raise
         except EngineError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in FULL:
+                raise
             warn(f"{file}:{number}: {error}")
             totals.failures.append(number)
             continue

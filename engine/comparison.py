@@ -28,7 +28,7 @@ class Axis:
 
 def comparable() -> dict[str, argparse.Action]:
     """What `--compare` takes: options of the command line that are arguments of a call."""
-    allowed = call_parameters() - {*UNRECORDED}
+    allowed = call_parameters() - UNRECORDED
     return {name: action for name, action in call_options().items() if action.dest in allowed}
 
 

@@ -140,7 +140,7 @@ def parameters_text(settings: Settings) -> str:
         lines.append(f"{NEGATIVE} {settings.negative_prompt}")
     written = {key: value for key, value in settings.values.items() if DEFAULTS.get(key) != value}
     middle = [key for key in written if key not in FIRST_KEYS and key not in LAST_KEYS]
-    pairs = [_pair(key, _written(written[key])) for key in (*FIRST_KEYS, *middle, *LAST_KEYS) if key in written]
+    pairs = [_pair(key, as_text(written[key])) for key in (*FIRST_KEYS, *middle, *LAST_KEYS) if key in written]
     return "\n".join([*lines, ", ".join(pairs)]).strip()
 
 
@@ -185,7 +185,8 @@ def _pair(key: str, value: str) -> str:
     return key if key == value else f"{key}: {_quoted(value)}"
 
 
-def _written(value: Value) -> str:
+def as_text(value: Value) -> str:
+    """A value as the text has it."""
     if isinstance(value, float):
         short = f"{value:g}"
         return short if float(short) == value else repr(value)

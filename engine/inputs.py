@@ -14,6 +14,7 @@ from .errors import ImageError, MetadataError, ReproductionError, shown
 from .init_image import InitImage
 from .inpainting import Inpaint
 from .masks import read_masks
+from .metadata import reason
 from .pixels import FromFile, Readable
 from .request import Request
 
@@ -53,15 +54,19 @@ def _masks(inpaint: Inpaint) -> Arrays:
 
 @dataclass(frozen=True)
 class Input:
-    """An argument of a call that is an input. arrays: those of a request; option: what `reproduce` takes for it."""
+    """An argument of a call that is an input. arrays: those of a request; option: what `reproduce` takes for it;
+    picture: whether it may be the name of a picture's file."""
 
     arrays: Callable[[Request], Arrays]
     option: str
+    picture: bool = True
 
 
 INPUTS: Mapping[str, Input] = {
     "latents": Input(
-        lambda request: () if request.latents is None else (Array.of(request.latents),), "--input latents=FILE"
+        lambda request: () if request.latents is None else (Array.of(request.latents),),
+        "--input latents=FILE",
+        picture=False,
     ),
     "image": Input(lambda request: () if request.init is None else _images(request.init), "--image FILE"),
     "mask_image": Input(lambda request: () if request.inpaint is None else _masks(request.inpaint), "--mask FILE"),
@@ -100,19 +105,14 @@ def load(name: str, file: Path) -> Any:
     """An input that `reproduce` is given: the array of a .npy file, or a picture. ReproductionError."""
     if name not in INPUTS:
         raise ReproductionError(f"--input {name}: no call is given such an input; there are: {', '.join(INPUTS)}")
-    if file.suffix.lower() != ".npy":
-        return _read(name, file)
     try:
-        return np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ReproductionError(f"{name} {str(file)!r} can't be read as an array ({shown(error)})") from error
-
-
-def _read(name: str, file: Path) -> FromFile:
-    try:
-        return FromFile.read(file, name)
+        return np.load(file, allow_pickle=False) if file.suffix.lower() == ".npy" else FromFile.read(file, name)
     except ImageError as error:
         raise ReproductionError(str(error)) from error
+    except (OSError, ValueError, EOFError) as error:
+        raise ReproductionError(
+            f"{name} {str(file)!r} can't be read as an array ({reason(error)}); pass what numpy.save wrote"
+        ) from error
 
 
 def from_files(picture: Path, name: str, arrays: Arrays) -> list[FromFile]:
@@ -133,7 +133,10 @@ def _from_file(picture: Path, name: str, array: Array) -> FromFile:
     file = next((one for one in (Path(array.file), picture.parent / array.file) if one.exists()), None)
     if file is None:
         raise ReproductionError(f"{picture} was made from {what}, which is not there; {remedy}")
-    read = _read(name, file)
+    try:
+        read = FromFile.read(file, name)
+    except ImageError as error:
+        raise ReproductionError(f"{picture} was made from {what}, and now {error}; or {remedy}") from error
     if hash_of(name, read) != array:
         raise ReproductionError(f"{picture} was made from {what}, and {str(file)!r} has other pixels; {remedy}")
     return read

@@ -221,7 +221,10 @@ def quickest_backend(bundle: Bundle, device: str | None) -> str | None:
 
 
 def call_sizes(pipeline: Pipeline, options: argparse.Namespace, total: int) -> list[int]:
-    """How many pictures, up to `total`, one call may make with these options."""
+    """How many pictures, up to `total`, one call may make with these options. With a mask it is one: pictures of a call
+    share a draw of the image's latents, so that each would not come again from its own seed."""
+    if options.mask_image is not None:
+        return [1]
     scale = options.guidance_scale
     guided = (max(scale) if isinstance(scale, list) else scale) > 1
     rows = pipeline.bundle.family.most_rows if guided else 1

@@ -17,7 +17,7 @@ from .record_fields import FIELDS
 from .request import Limits, Request
 from .version import __version__
 
-UNRECORDED = ("output_type", "callback_on_step_end", "progress", "metadata")
+UNRECORDED = frozenset({"output_type", "callback_on_step_end", "progress", "metadata"})
 """Arguments of a call that do not say what is in the picture."""
 
 
@@ -86,7 +86,7 @@ class Record:
         """The record in a JSON object. The values of its arguments are not checked. MetadataError if something is
         missing, of another type, or no argument of a call that a record has."""
         arguments, model = _object(content, "arguments"), _object(content, "model")
-        allowed = call_parameters() - {*UNRECORDED, *INPUTS}
+        allowed = call_parameters() - UNRECORDED - INPUTS.keys()
         for name in arguments:
             if name not in allowed:
                 raise MetadataError(

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .bundle import Bundle
 from .errors import MetadataError, ReproductionError, shown
 from .infotext import Ignored
 from .inputs import INPUTS, Arrays, from_files
 from .manifest import SHA256
-from .metadata import READ, RECORD, Metadata
+from .metadata import READ, RECORD, Metadata, reason
 from .picture import psnr
 from .pipeline import Pipeline
 from .record import Record, call_parameters
@@ -30,6 +31,14 @@ class Plan:
     index: int
     record: Record | None = None
     ignored: tuple[Ignored, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """The pixels of a file, [H, W, 3] uint8. lossy: whether its format changed them."""
+
+    values: np.ndarray
+    lossy: bool
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,17 @@ def _from_record(file: Path, record: Record, given: Mapping[str, Any]) -> Plan:
     return Plan({**record.arguments, **found, **given}, record.index, record)
 
 
+def check_family(file: Path, plan: Plan, bundle: Bundle) -> None:
+    """ReproductionError for a bundle of another kind of model, which could not take the call's arguments."""
+    if plan.record is None or plan.record.model.family == bundle.family.name:
+        return
+    model = plan.record.model
+    raise ReproductionError(
+        f"{file} was made with {model.bundle}, a {model.family} model, and {bundle.folder} is a {bundle.family.name} "
+        "model; pass --bundle with the bundle that made it"
+    )
+
+
 def make_again(pipeline: Pipeline, plan: Plan, progress: bool) -> Image.Image:
     """The picture of a plan. Raises the errors of the call."""
     arguments = dict(plan.arguments)
@@ -78,16 +98,21 @@ def make_again(pipeline: Pipeline, plan: Plan, progress: bool) -> Image.Image:
     return images[plan.index]
 
 
-def compare(file: Path, plan: Plan, made: Image.Image) -> Comparison:
-    """The picture in the file beside the one that was made. MetadataError if the file's pixels can't be read."""
+def read_pixels(file: Path) -> Pixels:
+    """The pixels of a picture file. MetadataError if they can't be read."""
     try:
         with Image.open(file, formats=READ) as image:
-            kind = image.format
-            before = np.asarray(image.convert("RGB"))
+            return Pixels(np.asarray(image.convert("RGB")), image.format == "JPEG")
     except Exception as error:  # Pillow raises errors of many kinds for damaged files
-        raise MetadataError(f"the pixels of {file} can't be read ({shown(error)})") from error
-    after = np.asarray(made)
-    reasons = ["file: a JPEG does not keep the pixels"] if kind == "JPEG" else []
+        raise MetadataError(
+            f"the pixels of {file} can't be read ({reason(error)}); pass the file as it was written"
+        ) from error
+
+
+def compare(then: Pixels, plan: Plan, made: Image.Image) -> Comparison:
+    """The picture in a file beside the one that was made."""
+    before, after = then.values, np.asarray(made)
+    reasons = ["file: a JPEG does not keep the pixels"] if then.lossy else []
     reasons += differences(plan.record, record_of(made))
     if before.shape != after.shape:
         sizes = [f"{pixels.shape[1]}x{pixels.shape[0]}" for pixels in (before, after)]
@@ -142,9 +167,16 @@ def report(file: Path, plan: Plan, compared: Comparison, description: str, outpu
     yield f"made {file} again from {source}{number}, with {description}" + (f": {output}" if output else "")
     for one in plan.ignored:
         yield f"not honoured: {one.key}: {one.text} ({one.reason})"
+    reasons = compared.reasons
+    if compared.equal and plan.record is None:
+        reasons = ()  # the text said enough
+    yield _result(compared) + (", although:" if compared.equal and reasons else "")
+    yield from (f"  {one}" for one in reasons)
+
+
+def _result(compared: Comparison) -> str:
     if compared.equal:
-        yield "the pixels are equal"
-        return
-    how_far = "" if compared.psnr is None else f": PSNR {compared.psnr:.1f} dB, at most {compared.largest} of 255 apart"
-    yield f"the pixels differ{how_far}"
-    yield from (f"  {reason}" for reason in compared.reasons)
+        return "the pixels are equal"
+    if compared.psnr is None:
+        return "the pixels differ"
+    return f"the pixels differ: PSNR {compared.psnr:.1f} dB, at most {compared.largest} of 255 apart"

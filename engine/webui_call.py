@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from .errors import ScheduleTypeError
-from .infotext import DEFAULTS, SAMPLER_OPTIONS, Ignored, Settings, parse_parameters
+from .infotext import DEFAULTS, SAMPLER_OPTIONS, Ignored, Settings, as_text, parse_parameters
 from .inputs import INPUTS
 from .record_fields import FIELDS
 from .sampling.catalog import SAMPLERS, Found, find, sampler_parameters, schedule_type_name, schedule_types
@@ -85,12 +85,14 @@ def _translate(
         if value is None or value == DEFAULTS.get(key):
             continue
         if key in ABOUT and ABOUT[key] not in given:
-            wrong.append(Ignored(key, str(value), f"the text has no {ABOUT[key]}; pass {INPUTS[ABOUT[key]].option}"))
+            wrong.append(
+                Ignored(key, as_text(value), f"the text has no {ABOUT[key]}; pass {INPUTS[ABOUT[key]].option}")
+            )
             continue
         try:
             arguments[name] = translate(value)
         except ValueError:
-            wrong.append(Ignored(key, str(value), "this is no value of it"))
+            wrong.append(Ignored(key, as_text(value), "this is no value of it"))
     return arguments, wrong
 
 

@@ -7,11 +7,12 @@ import pytest
 from PIL import Image
 
 from engine import Pipeline, metadata
+from engine.bundle import Bundle
 from engine.errors import MetadataError, ReproductionError
 from engine.images import finished_images
 from engine.inputs import INPUTS, Array, load
 from engine.record import UNRECORDED, Record, call_arguments, call_parameters, check_call
-from engine.reproduce import compare, make_again, plan, report
+from engine.reproduce import check_family, compare, make_again, plan, read_pixels, report
 
 FAST = {"num_inference_steps": 2, "progress": False}
 NOISE = np.random.default_rng(0).standard_normal((2, 4, 8, 8)).astype(np.float32)
@@ -21,7 +22,7 @@ def reproduced(pipeline, image, folder, given=None, name="a.png", text=False):
     """What the file of a picture makes, beside it."""
     image.save(folder / name)
     wanted = plan(folder / name, metadata.read(folder / name), given or {}, text)
-    return compare(folder / name, wanted, make_again(pipeline, wanted, progress=False))
+    return compare(read_pixels(folder / name), wanted, make_again(pipeline, wanted, progress=False))
 
 
 def test_every_argument_of_a_call_is_in_the_record_or_is_named_as_not_needed(demo):
@@ -91,11 +92,18 @@ def test_what_was_made_from_an_array_needs_the_array(demo, tmp_path):
         reproduced(demo, plain, tmp_path, {"latents": NOISE})
 
 
+def test_a_bundle_of_another_kind_of_model_is_an_error(demo, textless_bundles, tmp_path):
+    demo("a ring", seed=0, **FAST).images[0].save(tmp_path / "a.png")
+    wanted = plan(tmp_path / "a.png", metadata.read(tmp_path / "a.png"), {})
+    with pytest.raises(ReproductionError, match=r"made with demo, a .* model, and .*iddpm is a textless"):
+        check_family(tmp_path / "a.png", wanted, Bundle.open(textless_bundles["iddpm"]))
+
+
 def test_an_input_that_is_none_is_an_error(tmp_path):
     (tmp_path / "a.npy").write_bytes(b"no array")
     with pytest.raises(ReproductionError, match=r"a\.npy' can't be read as an array"):
         load("latents", tmp_path / "a.npy")
-    with pytest.raises(ReproductionError, match="no call is given such an input; there are: latents, image, mask_image"):
+    with pytest.raises(ReproductionError, match="no call is given such an input; there are: latents, image, mask_im"):
         load("prompt", tmp_path / "a.npy")
 
 

@@ -1,5 +1,6 @@
 """A1111's text as a call, and what is not honoured."""
 
+import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -7,7 +8,7 @@ from PIL.PngImagePlugin import PngInfo
 from engine import metadata
 from engine.errors import MetadataError
 from engine.record import call_parameters
-from engine.reproduce import compare, make_again, plan
+from engine.reproduce import compare, make_again, plan, read_pixels
 from engine.webui_call import call_of
 
 HEAD = "a cat\nNegative prompt: a dog\n"
@@ -94,7 +95,18 @@ def test_our_own_text_is_enough_to_make_the_picture_again(demo, tmp_path, argume
     image.save(tmp_path / "a.png", pnginfo=text)
     wanted = plan(tmp_path / "a.png", metadata.read(tmp_path / "a.png"), {})
     assert (wanted.record, wanted.ignored) == (None, ())
-    assert compare(tmp_path / "a.png", wanted, make_again(demo, wanted, progress=False)).equal
+    assert compare(read_pixels(tmp_path / "a.png"), wanted, make_again(demo, wanted, progress=False)).equal
+
+
+def test_our_text_and_the_pictures_are_enough_for_an_inpainted_one(demo, tmp_path):
+    begin, mask = Image.new("RGB", (64, 64), "red"), np.zeros((64, 64), bool)
+    mask[:, :32] = True
+    given = {"image": begin, "mask_image": mask}
+    arguments = {"strength": 0.9, "composite": True, "padding_mask_crop": 2, "seed": 1, "num_inference_steps": 2}
+    image = demo("a ring", **arguments, **given, progress=False).images[0]
+    wanted, _, ignored = call_of(image.info["parameters"], call_parameters(), given)
+    assert ignored == ()
+    assert demo(**wanted, progress=False).images[0].tobytes() == image.tobytes()
 
 
 def test_a_text_without_settings_is_an_error(tmp_path):
