@@ -25,12 +25,13 @@ from .webui_call import call_of
 @dataclass(frozen=True)
 class Plan:
     """How a picture is made again: picture number `index` of the call with these arguments. record: the file's, None if
-    A1111's text said it all; ignored: what that text asks for in vain."""
+    A1111's text said it all; ignored: what that text asks for in vain; model: its name in that text."""
 
     arguments: Mapping[str, Any]
     index: int
     record: Record | None = None
     ignored: tuple[Ignored, ...] = ()
+    model: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,10 +64,10 @@ def plan(file: Path, found: Metadata, given: Mapping[str, Any], text_only: bool 
         raise MetadataError(
             f"{file} has no settings: neither LatentRT's record nor A1111's text; pass the file as it was written"
         )
-    arguments, index, ignored = call_of(found.parameters, call_parameters(), given)
-    if not {"seed", "num_inference_steps"} & arguments.keys():
+    asked = call_of(found.parameters, call_parameters(), given)
+    if not {"seed", "num_inference_steps"} & asked.arguments.keys():
         raise MetadataError(f"{file} has a text, and no settings in it: {shown(found.parameters)}")
-    return Plan(arguments, index, None, ignored)
+    return Plan(asked.arguments, asked.index, None, asked.ignored, asked.model)
 
 
 def _from_record(file: Path, record: Record, given: Mapping[str, Any]) -> Plan:
@@ -113,7 +114,7 @@ def compare(then: Pixels, plan: Plan, made: Image.Image) -> Comparison:
     """The picture in a file beside the one that was made."""
     before, after = then.values, np.asarray(made)
     reasons = ["file: a JPEG does not keep the pixels"] if then.lossy else []
-    reasons += differences(plan.record, record_of(made))
+    reasons += differences(plan, record_of(made))
     if before.shape != after.shape:
         sizes = [f"{pixels.shape[1]}x{pixels.shape[0]}" for pixels in (before, after)]
         return Comparison(False, None, None, (f"size: {sizes[0]} in the file, {sizes[1]} now", *reasons))
@@ -128,10 +129,13 @@ def record_of(made: Image.Image) -> Record:
     return Record.from_content(content)
 
 
-def differences(old: Record | None, new: Record) -> list[str]:
-    """What was different when a picture was made, as far as its record says it."""
+def differences(plan: Plan, new: Record) -> list[str]:
+    """What was different when a picture was made, as far as its file says it."""
+    old = plan.record
     if old is None:
-        return ["settings: A1111's text, which does not say everything"]
+        known = plan.model is None or plan.model == new.model.bundle
+        other = [] if known else [f"model: {plan.model} then, {new.model.bundle} now"]
+        return [*other, "settings: A1111's text, which does not say everything"]
     found = list(old.obstacles)
     then, now = asdict(old.model), asdict(new.model)
     for name in then:

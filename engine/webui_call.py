@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from .errors import ScheduleTypeError
@@ -49,12 +50,20 @@ SPECIAL = ("Sampler", "Scheduler", "Schedule type", *SAMPLER_OPTIONS, "Size", "R
 """Settings that need more than a translation."""
 
 
-def call_of(
-    text: str, parameters: Collection[str], given: Mapping[str, Any]
-) -> tuple[dict[str, Any], int, tuple[Ignored, ...]]:
-    """What A1111's text asks for: the arguments of a call that has these `parameters`, with the inputs that are
-    `given`; the number of the picture in it; and the settings that are not honoured. What the text leaves out is the
-    call's default. MetadataError for a text that is too long."""
+@dataclass(frozen=True)
+class Asked:
+    """What A1111's text asks for: the arguments of a call, the number of the picture in it, the settings that are not
+    honoured, and the model's name, None where the text has none."""
+
+    arguments: Mapping[str, Any]
+    index: int
+    ignored: tuple[Ignored, ...]
+    model: str | None
+
+
+def call_of(text: str, parameters: Collection[str], given: Mapping[str, Any]) -> Asked:
+    """What A1111's text asks for of a call that has these `parameters`, with the inputs that are `given`. What the text
+    leaves out is the call's default. MetadataError for a text that is too long."""
     known = {key: one for key, one in TRANSLATIONS.items() if one[0] in parameters}
     settings, ignored = parse_parameters(text, frozenset({*known, *SPECIAL}))
     arguments: dict[str, Any] = {"prompt": settings.prompt, "negative_prompt": settings.negative_prompt}
@@ -69,9 +78,11 @@ def call_of(
     index, count = settings.values.get("Batch index", 0), settings.values.get("Batch size", 1)
     if isinstance(index, int) and isinstance(count, int) and 0 <= index < count:
         arguments["num_images_per_prompt"] = count
-        return arguments, index, (*ignored, *wrong, *refused)
-    wrong.append(Ignored("Batch index", str(index), f"the call makes {count} pictures"))
-    return arguments, 0, (*ignored, *wrong, *refused)
+    else:
+        wrong.append(Ignored("Batch index", str(index), f"the call makes {count} pictures"))
+        index = 0
+    model = settings.values.get("Model")
+    return Asked(arguments, index, (*ignored, *wrong, *refused), None if model is None else str(model))
 
 
 def _translate(

@@ -288,9 +288,10 @@ def test_every_command_of_the_page_runs(demo_bundle, tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     (tmp_path / "engines").mkdir()
     (tmp_path / "engines" / "demo").symlink_to(demo_bundle)
+    Image.new("L", (64, 64), 255).save("mask.png")
     (tmp_path / "calls.jsonl").write_text(re.search(r"```json\n(.*?)```", PAGE, re.DOTALL)[1])
     commands = [line for line in PAGE.splitlines() if line.startswith("python -m engine ")]
-    assert len(commands) >= 10
+    assert len(commands) >= 14
     for line in commands:
         backend = ["--backend", "onnxruntime"] if re.search("engine (picture|reproduce)", line) else []
         assert main([*shlex.split(line)[3:], *backend]) == 0, line

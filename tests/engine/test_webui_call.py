@@ -23,8 +23,8 @@ def line(**values):
 
 
 def test_a1111s_text_is_a_call():
-    arguments, index, ignored = call_of(TEXT, call_parameters() - {"prompt_syntax"}, {})
-    assert arguments == {
+    asked = call_of(TEXT, call_parameters() - {"prompt_syntax"}, {})
+    assert asked.arguments == {
         "prompt": "a cat",
         "negative_prompt": "a dog",
         "num_inference_steps": 20,
@@ -37,18 +37,19 @@ def test_a1111s_text_is_a_call():
         "sampler_options": {"rho": 5.0},
         "num_images_per_prompt": 1,
     }
-    assert index == 0
-    assert [(one.key, one.reason) for one in ignored] == [("Sigma churn", "DPM++ 2M does not take it")]
+    assert (asked.index, asked.model) == (0, "other")
+    assert [(one.key, one.reason) for one in asked.ignored] == [("Sigma churn", "DPM++ 2M does not take it")]
 
 
 def test_what_a_call_takes_is_taken_from_the_text_when_it_can():
     text = line(Steps=20, Sampler="Euler a", Seed=1, Size="64x64", RNG="CPU", Denoising_strength=0.7)
-    taken, _, ignored = call_of(text, {"prompt_syntax", "seed", "strength"}, {"image": "a.png"})
+    asked = call_of(text, {"prompt_syntax", "seed", "strength"}, {"image": "a.png"})
+    taken = asked.arguments
     assert (taken["prompt_syntax"], taken["strength"], taken["image"]) == ("a1111", 0.7, "a.png")
-    assert [one.key for one in ignored] == ["Steps"]
-    taken, _, ignored = call_of(text, {"seed", "num_inference_steps", "strength"}, {})
-    assert "strength" not in taken
-    assert [(one.key, one.reason) for one in ignored] == [
+    assert [one.key for one in asked.ignored] == ["Steps"]
+    asked = call_of(text, {"seed", "num_inference_steps", "strength"}, {})
+    assert "strength" not in asked.arguments
+    assert [(one.key, one.reason) for one in asked.ignored] == [
         ("Denoising strength", "the text has no image; pass --image FILE")
     ]
 
@@ -72,7 +73,7 @@ def test_what_a_call_takes_is_taken_from_the_text_when_it_can():
 def test_what_is_not_honoured_has_its_name_and_a_reason(changes, key, reason):
     values = {"Steps": "20", "Sampler": "Euler a", "Seed": "1", "RNG": "CPU", **changes}
     text = HEAD + ", ".join(f"{name}: {value}" for name, value in values.items())
-    _, _, ignored = call_of(text, call_parameters(), {})
+    ignored = call_of(text, call_parameters(), {}).ignored
     assert [(one.key, one.reason) for one in ignored] == [(key, reason)]
 
 
@@ -104,9 +105,18 @@ def test_our_text_and_the_pictures_are_enough_for_an_inpainted_one(demo, tmp_pat
     given = {"image": begin, "mask_image": mask}
     arguments = {"strength": 0.9, "composite": True, "padding_mask_crop": 2, "seed": 1, "num_inference_steps": 2}
     image = demo("a ring", **arguments, **given, progress=False).images[0]
-    wanted, _, ignored = call_of(image.info["parameters"], call_parameters(), given)
-    assert ignored == ()
-    assert demo(**wanted, progress=False).images[0].tobytes() == image.tobytes()
+    asked = call_of(image.info["parameters"], call_parameters(), given)
+    assert (asked.ignored, asked.model) == ((), "demo")
+    assert demo(**asked.arguments, progress=False).images[0].tobytes() == image.tobytes()
+
+
+def test_another_model_is_a_reason_for_other_pixels(demo, tmp_path):
+    text = PngInfo()
+    text.add_text("parameters", "a ring\nSteps: 1, Sampler: Euler a, Seed: 1, Model: other")
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png", pnginfo=text)
+    wanted = plan(tmp_path / "a.png", metadata.read(tmp_path / "a.png"), {})
+    again = compare(read_pixels(tmp_path / "a.png"), wanted, make_again(demo, wanted, progress=False))
+    assert again.reasons == ("model: other then, demo now", "settings: A1111's text, which does not say everything")
 
 
 def test_a_text_without_settings_is_an_error(tmp_path):
