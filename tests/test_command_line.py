@@ -283,12 +283,15 @@ def test_no_metadata_leaves_a_plain_file(demo_bundle, tmp_path):
 PAGE = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_every_command_of_the_page_runs(demo_bundle, tmp_path, monkeypatch, capsys):
     """In the order of the page, in a folder where the bundle is engines/demo."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "engines").mkdir()
     (tmp_path / "engines" / "demo").symlink_to(demo_bundle)
-    Image.new("L", (64, 64), 255).save("mask.png")
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    mask.save("mask.png")
     (tmp_path / "calls.jsonl").write_text(re.search(r"```json\n(.*?)```", PAGE, re.DOTALL)[1])
     commands = [line for line in PAGE.splitlines() if line.startswith("python -m engine ")]
     assert len(commands) >= 14
