@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from .bundle import Bundle
@@ -78,8 +78,10 @@ class Record:
         ]
 
     def content(self) -> dict[str, Any]:
-        """The record as a JSON object."""
-        return asdict(self)
+        """The record as a JSON object, of the same values: dataclasses.asdict would copy them, which takes longer than
+        all else that is done for a record."""
+        inputs = {name: [vars(array) for array in arrays] for name, arrays in self.inputs.items()}
+        return {**vars(self), "inputs": inputs, "model": vars(self.model)}
 
     @classmethod
     def from_content(cls, content: Mapping[str, Any]) -> Record:
