@@ -266,11 +266,9 @@ def sheet_name(output: str) -> str:
 
 def write_sheet(files: Sequence[Path], sheet: Path, count: int, quiet: bool) -> None:
     """Writes the contact sheet of finished files. If there are `count` of each text, several, each has a row."""
-    from PIL import Image
-
     from .output import write_picture
     from .sheet import contact_sheet
 
-    write_picture(contact_sheet([Image.open(file) for file in files], count if count > 1 else None), sheet)
+    write_picture(contact_sheet(files, count if count > 1 else None), sheet)
     if not quiet:
         say(f"wrote {sheet}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, features
 
@@ -28,7 +29,11 @@ WIDEST_LABEL = 24
 LONGEST_LABEL = 500
 """Characters of a label that are looked at."""
 
-Pictures = Sequence[Sequence[Image.Image]]
+MOST_IN_LINE = 100
+"""Columns or rows of a contact sheet of which a picture is still something: 78 pixels of the largest sheet."""
+
+Size = tuple[int, int]
+"""Width and height in pixels."""
 
 
 @dataclass(frozen=True)
@@ -53,22 +58,39 @@ class Layout:
         return self.left + column * (self.width + GAP), self.top + row * (self.height + GAP)
 
 
-def contact_sheet(pictures: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """All pictures in rows of `columns`, in order. Without a number of columns there are about as many as rows."""
-    columns = columns or math.ceil(math.sqrt(len(pictures)))
-    rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
-    return _paste(rows, _layout(rows, 0, 0, 1))
+def contact_sheet(files: Sequence[Path], columns: int | None = None) -> Image.Image:
+    """The pictures of all files in rows of `columns`, in order. Without a number of columns, and where there would be
+    more than 100 columns or rows, there are about as many columns as rows. One file is open at a time."""
+    square = math.ceil(math.sqrt(len(files)))
+    columns = columns or square
+    if max(columns, math.ceil(len(files) / columns)) > MOST_IN_LINE:
+        columns = square
+    rows = [files[start : start + columns] for start in range(0, len(files), columns)]
+    layout = _layout([[_size(file) for file in row] for row in rows], 0, 0, 1)
+    return _paste(((_opened(file) for file in row) for row in rows), len(rows), columns, layout)
 
 
-def labelled_grid(rows: Pictures, across: Labels, down: Labels | None = None) -> Image.Image:
+def _size(file: Path) -> Size:
+    with Image.open(file) as image:
+        return image.size
+
+
+def _opened(file: Path) -> Image.Image:
+    with Image.open(file) as image:
+        image.load()
+        return image
+
+
+def labelled_grid(rows: Sequence[Sequence[Image.Image]], across: Labels, down: Labels | None = None) -> Image.Image:
     """Rows of pictures, with the value of each column above it and of each row before it. A value that has no room is
     cut. CompareError if Pillow has no FreeType."""
     font = _font(max(picture.width for row in rows for picture in row))
     widest = WIDEST_LABEL * int(font.size)
     line = sum(font.getmetrics())
     left = 0 if down is None else min(widest, _width(font, [down.name, *down.values])) + 2 * MARGIN
-    layout = _layout(rows, left, 2 * line + 3 * MARGIN, min(widest, _width(font, across.values)))
-    sheet = _paste(rows, layout)
+    sizes = [[picture.size for picture in row] for row in rows]
+    layout = _layout(sizes, left, 2 * line + 3 * MARGIN, min(widest, _width(font, across.values)))
+    sheet = _paste(rows, len(rows), len(rows[0]), layout)
     drawing = ImageDraw.Draw(sheet)
 
     def write(text: str, x: float, y: float, anchor: str, room: int) -> None:
@@ -85,19 +107,20 @@ def labelled_grid(rows: Pictures, across: Labels, down: Labels | None = None) ->
     return sheet
 
 
-def _layout(rows: Pictures, left: int, top: int, least: int) -> Layout:
-    """Cells for the largest picture, or for what fits the largest sheet, at least `least` pixels wide."""
+def _layout(rows: Sequence[Sequence[Size]], left: int, top: int, least: int) -> Layout:
+    """Cells for the largest picture of rows of these sizes, or for what fits the largest sheet, at least `least` pixels
+    wide."""
     columns = max(map(len, rows))
-    width = max(picture.width for row in rows for picture in row)
-    height = max(picture.height for row in rows for picture in row)
+    width = max(size[0] for row in rows for size in row)
+    height = max(size[1] for row in rows for size in row)
     room = ((MAX_SIDE - left) // columns - GAP, (MAX_SIDE - top) // len(rows) - GAP)
     scale = min(1.0, room[0] / width, room[1] / height)
     return Layout(left, top, min(room[0], max(1, least, int(width * scale))), max(1, int(height * scale)))
 
 
-def _paste(rows: Pictures, layout: Layout) -> Image.Image:
-    """The sheet with its pictures, each in the middle of its cell."""
-    right, bottom = layout.place(len(rows), max(map(len, rows)))
+def _paste(rows: Iterable[Iterable[Image.Image]], height: int, width: int, layout: Layout) -> Image.Image:
+    """A sheet of so many rows and columns with its pictures, each in the middle of its cell."""
+    right, bottom = layout.place(height, width)
     sheet = Image.new("RGB", (right - GAP, bottom - GAP), BACKGROUND)
     for row, pictures in enumerate(rows):
         for column, picture in enumerate(pictures):

@@ -1,5 +1,8 @@
 """Sheets of several pictures."""
 
+import os
+import resource
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,24 +15,48 @@ def picture(colour, width=64, height=64):
     return Image.new("RGB", (width, height), colour)
 
 
-def test_a_contact_sheet_has_the_pictures_in_order_and_whole():
-    sheet = contact_sheet([picture(colour) for colour in ("red", "green", "blue")])
+@pytest.fixture
+def files(tmp_path):
+    """The files of pictures."""
+
+    def write(*pictures):
+        names = [tmp_path / f"{number}.png" for number in range(len(pictures))]
+        for name, one in zip(names, pictures):
+            one.save(name)
+        return names
+
+    return write
+
+
+def test_a_contact_sheet_has_the_pictures_in_order_and_whole(files):
+    sheet = contact_sheet(files(*(picture(colour) for colour in ("red", "green", "blue"))))
     assert sheet.size == (2 * 64 + GAP, 2 * 64 + GAP)
     corners = [sheet.getpixel(place) for place in ((0, 0), (64 + GAP, 0), (0, 64 + GAP), (64 + GAP, 64 + GAP))]
     assert corners == [(255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255)]
     assert sheet.getpixel((64, 0)) == (255, 255, 255)
-    assert contact_sheet([picture("red")] * 6, columns=2).size == (2 * 64 + GAP, 3 * 64 + 2 * GAP)
+    assert contact_sheet(files(picture("red")) * 6, columns=2).size == (2 * 64 + GAP, 3 * 64 + 2 * GAP)
 
 
-def test_pictures_of_several_sizes_are_in_the_middle_of_their_cells():
-    sheet = contact_sheet([picture("red", 64, 32), picture("blue", 32, 64)])
+def test_a_sheet_of_very_many_pictures_opens_one_at_a_time_and_is_no_strip(files):
+    many = files(picture("red", 4, 4)) * 2000
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, limits[1]))
+    try:
+        sheets = [contact_sheet(many, columns) for columns in (None, 2, 1000)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert [sheet.size for sheet in sheets] == [(45 * 8 - GAP, 45 * 8 - GAP)] * 3
+
+
+def test_pictures_of_several_sizes_are_in_the_middle_of_their_cells(files):
+    sheet = contact_sheet(files(picture("red", 64, 32), picture("blue", 32, 64)))
     assert sheet.size == (2 * 64 + GAP, 64)
     assert [sheet.getpixel((32, y)) for y in (15, 16, 47, 48)] == [(255,) * 3, (255, 0, 0), (255, 0, 0), (255,) * 3]
 
 
-def test_a_sheet_that_would_be_too_large_has_smaller_pictures(monkeypatch):
+def test_a_sheet_that_would_be_too_large_has_smaller_pictures(files, monkeypatch):
     monkeypatch.setattr("engine.sheet.MAX_SIDE", 400)
-    sheet = contact_sheet([picture("red", 128, 64)] * 9, columns=9)
+    sheet = contact_sheet(files(picture("red", 128, 64)) * 9, columns=9)
     assert sheet.width <= 400
     assert sheet.getpixel((0, sheet.height // 2)) == (255, 0, 0)
     grid = labelled_grid([[picture("red", 256, 256)] * 3] * 3, Labels("a", "123"), Labels("b", "456"))
