@@ -227,6 +227,23 @@ def test_values_may_have_commas_and_options_of_samplers_are_arguments(demo_bundl
     assert f"wrote {tmp_path / 'a.png'} (4 pictures, seed 1)" in capsys.readouterr().out
 
 
+def test_an_inpainted_picture_comes_again_from_its_own_seed_and_from_its_file(demo_bundle, tmp_path, capsys):
+    begin, mask, moved = (tmp_path / name for name in ("begin.png", "mask.png", "moved.png"))
+    Image.new("RGB", (64, 64), "red").save(begin)
+    Image.new("L", (64, 64), 255).save(mask)
+    words = ["picture", "a star", "--image", begin, "--mask", mask, "--steps", 1, "--quiet"]
+    assert command(demo_bundle, *words, "--seed", 3, "--count", 2, "--output", tmp_path / "a.png") == 0
+    assert command(demo_bundle, *words, "--seed", 4, "--output", tmp_path / "b.png") == 0
+    pair, alone = (Image.open(tmp_path / name).tobytes() for name in ("a-1.png", "b.png"))
+    assert pair == alone
+    mask.rename(moved)
+    assert command(demo_bundle, "reproduce", tmp_path / "b.png") == 2
+    assert f"from the mask_image '{mask}' (64 x 64 pixels, SHA-256 " in capsys.readouterr().err
+    assert command(demo_bundle, "reproduce", tmp_path / "b.png", "--mask", moved) == 0
+    assert command(demo_bundle, "reproduce", tmp_path / "b.png", "--mask", moved, "--image", tmp_path / "none.png") == 2
+    assert "none.png' cannot be read (No such file or directory)" in capsys.readouterr().err
+
+
 def test_reproduce_says_whether_the_pixels_are_equal(demo_bundle, demo, tmp_path, capsys):
     file = tmp_path / "a.png"
     demo(["a ring", "a star"], num_inference_steps=2, seed=0, progress=False).images[1].save(file)
