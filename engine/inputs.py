@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +93,9 @@ def _array(name: str, content: Any) -> Array:
     digest, shape, dtype, file = (found.get(key) for key in ("sha256", "shape", "dtype", "file"))
     if not (isinstance(digest, str) and isinstance(shape, list) and isinstance(dtype, str)):
         raise _wrong(name, content)
-    if file is not None and not isinstance(file, str):
+    if not all(isinstance(side, int) for side in shape):
+        raise _wrong(name, content)
+    if file is not None and not (isinstance(file, str) and len(shape) >= 2):
         raise _wrong(name, content)
     return Array(digest, tuple(shape), dtype, file)
 
@@ -130,7 +133,7 @@ def _from_file(picture: Path, name: str, array: Array) -> FromFile:
             f"a hash only; {remedy}"
         )
     what = f"the {name} {array.file!r} ({_described(array)})"
-    file = next((one for one in (Path(array.file), picture.parent / array.file) if one.exists()), None)
+    file = next((one for one in (Path(array.file), picture.parent / array.file) if os.path.isfile(one)), None)
     if file is None:
         raise ReproductionError(f"{picture} was made from {what}, which is not there; {remedy}")
     try:

@@ -91,11 +91,16 @@ def check_family(file: Path, plan: Plan, bundle: Bundle) -> None:
 
 
 def make_again(pipeline: Pipeline, plan: Plan, progress: bool) -> Image.Image:
-    """The picture of a plan. Raises the errors of the call."""
+    """The picture of a plan. Raises the errors of the call, and MetadataError for a record that contradicts itself."""
     arguments = dict(plan.arguments)
     if not pipeline.bundle.family.tokenizers:  # A1111's text always has a prompt, if an empty one
         arguments = {name: value for name, value in arguments.items() if value or "prompt" not in name}
     images: list[Image.Image] = pipeline(**arguments, progress=progress).images
+    if plan.index >= len(images):
+        raise MetadataError(
+            f"the record in the picture is of number {plan.index} of a call that makes {len(images)} pictures; its "
+            "A1111 text may still be right (--text)"
+        )
     return images[plan.index]
 
 

@@ -1,6 +1,7 @@
 """A record names the pictures that a picture was made from; whoever makes it again needs them, and no others."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,17 @@ def test_files_are_looked_for_beside_the_picture_too(demo, files, monkeypatch):
     monkeypatch.chdir("/")
     wanted = plan(files / "made.png", metadata.read(files / "made.png"), {})
     assert make_again(demo, wanted, progress=False).tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize("name", ["pipe", "a\0b", "x" * 5000])
+def test_the_names_in_a_record_may_be_anything(demo, files, name):
+    os.mkfifo("pipe")  # reading it would wait for ever
+    image = demo("a ring", image="first.png", **FAST).images[0]
+    content = json.loads(image.info["latentrt"])
+    content["inputs"]["image"][0]["file"] = name
+    image.info["latentrt"] = json.dumps(content)
+    with pytest.raises(ReproductionError, match="which is not there; pass --image FILE"):
+        reproduced(demo, image)
 
 
 def test_a_picture_that_was_in_no_file_is_asked_for(demo, files):

@@ -207,6 +207,8 @@ def test_a_record_is_read_as_it_was_written():
         ({"inputs": {"prompt": [{"sha256": "0", "shape": [], "dtype": "x"}]}}, "has an input 'prompt'"),
         ({"inputs": {"image": [{"sha256": "0", "shape": [], "dtype": "x", "file": 1}]}}, "has an input 'image'"),
         ({"inputs": {"image": ["a.png"]}}, "has an input 'image'"),
+        ({"inputs": {"image": [{"sha256": "0", "shape": [], "dtype": "x", "file": "a.png"}]}}, "has an input 'image'"),
+        ({"inputs": {"image": [{"sha256": "0", "shape": ["8", 8], "dtype": "x"}]}}, "has an input 'image'"),
         ({"model": {}}, "has a model whose bundle is None"),
         ({"obstacles": [1]}, r"has obstacles that are no texts: \[1\]"),
     ],
@@ -219,6 +221,9 @@ def test_a_record_with_something_wrong_is_an_error(change, words):
 def test_values_of_a_record_are_checked_as_a_calls(demo, tmp_path):
     image = demo("a ring", seed=0, **FAST).images[0]
     content = json.loads(image.info["latentrt"])
+    image.info["latentrt"] = json.dumps({**content, "index": 3, "pictures": 4})
+    with pytest.raises(MetadataError, match="is of number 3 of a call that makes 1 pictures; its A1111 text"):
+        reproduced(demo, image, tmp_path)
     content["arguments"]["num_inference_steps"] = "many"
     image.info["latentrt"] = json.dumps(content)
     with pytest.raises(ValueError, match="num_inference_steps is 'many'"):
