@@ -26,7 +26,7 @@ TOKENIZER = "tokenizer/tokenizer.json"
 PICTURE = "verification.png"
 
 PRECISIONS = ("fp32", "fp16", "bf16")
-SOURCE_OPTIONS = ("tokenizer", "prediction-type", "scheduler")
+SOURCE_OPTIONS = ("tokenizer", "prediction-type", "scheduler", "vae", "ema")
 OPENVINO_PRECISIONS = ("fp32", "bf16")
 
 LARGEST_CHANNELS, LARGEST_FACTOR, LARGEST_CLASSES = 1024, 64, 1_000_000

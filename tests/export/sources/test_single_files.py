@@ -12,6 +12,8 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from engine.fields import Field
+from engine.manifest import SOURCE_OPTIONS, Origin
 from export import errors as e
 from export.sources import averages, compvis
 from export.sources.checkpoint import BUILT_IN, resolve
@@ -256,6 +258,15 @@ def test_a_vae_of_its_own_stands_in_for_the_files(first, other, tmp_path, layout
     plain = opened(file)
     assert source.fingerprint("vae") != plain.fingerprint("vae")
     assert source.fingerprint("unet") == plain.fingerprint("unet")
+
+
+def test_a_manifest_may_name_every_option_of_a_model(first, other, tmp_path):
+    (_, tensors), (_, names) = first, other
+    given = saved(names, tmp_path / "vae.ckpt")
+    file = saved({**tensors, **averaged(tensors, lambda value: value + 1)}, tmp_path / "full.ckpt")
+    source = opened(file, ema=True, vae=given, prediction_type="epsilon", scheduler="euler_a")
+    assert set(source.options) == set(SOURCE_OPTIONS)
+    assert Origin.of(Field({**source.origin, "options": source.options})).options == source.options
 
 
 def test_a_vae_may_be_a_folder_and_the_file_may_lack_its_own(first, other, tmp_path):
