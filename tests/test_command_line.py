@@ -82,36 +82,39 @@ def test_without_metadata_a_file_that_is_there_is_skipped(demo, tmp_path):
     assert metadata.read(tmp_path / "many-1.png") == metadata.Metadata(None, None)
 
 
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("{", "it is not JSON"),
-        ("[" * 100_000, "it is not JSON"),
-        ("5", "it is 5; write an object such as"),
-        ({"prompt": "a", "colour": "red"}, "'colour' is no argument; there are: output, "),
-        ({"prompt": "a", "metadata": False}, "'metadata' is no argument"),
-        ({"prompt": "a", "steps": 2, "num_inference_steps": 3}, "num_inference_steps is given twice, once as 'num_inf"),
-        ({"prompt": "a", "steps": "many"}, "num_inference_steps is 'many'; it must be an integer"),
-        ({"prompt": "a", "height": 500}, "height 500 is not a multiple of 8"),
-        ({"prompt": "a", "seed": -1}, "seed -1 is not an integer"),
-        ({"prompt": "a", "latents": [1]}, "'latents' is no argument"),
-        ({"prompt": "a", "image": "/nowhere.png"}, "image '/nowhere.png' cannot be read (No such file or directory)"),
-        ({"prompt": "a", "mask": "mask.png"}, "mask_image says which part of an image is repainted; pass image too"),
-        ({"prompt": "a", "strength": 0.5}, "strength says how much of an image changes; pass image too"),
-        ({"seed": 1}, "prompt is missing"),
-        ({"prompt": "a", "output": 5}, "output is 5; it must be a file's name"),
-        ({"prompt": "a", "output": "a.gif"}, "the extension '.gif' is no format of pictures"),
-        ({"prompt": "a", "output": "/nowhere/a.png"}, "/nowhere is not a folder"),
-    ],
-)
-def test_a_line_that_fails_is_named_and_the_others_are_made(demo, tmp_path, line, words):
-    totals, _, warned = batch(demo, tmp_path, {"prompt": "a ring"}, line, {"prompt": "a star"})
-    assert (totals.made, totals.failures) == (2, [2])
-    assert len(warned) == 1
-    assert warned[0].startswith("2: ")
-    assert words in warned[0]
-    assert pictures(tmp_path) == ["many-1.png", "many-3.png"]
-    assert str(totals) == "lines: 2 made, 0 were there already, 1 failed (line 2)"
+FAILING = [
+    ("{", "it is not JSON"),
+    ("[" * 100_000, "it is not JSON"),
+    ("5", "it is 5; write an object such as"),
+    ({"prompt": "a", "colour": "red"}, "'colour' is no argument; there are: output, "),
+    ({"prompt": "a", "metadata": False}, "'metadata' is no argument"),
+    ({"prompt": "a", "steps": 2, "num_inference_steps": 3}, "num_inference_steps is given twice, once as 'num_inf"),
+    ({"prompt": "a", "steps": "many"}, "num_inference_steps is 'many'; it must be an integer"),
+    ({"prompt": "a", "height": 500}, "height 500 is not a multiple of 8"),
+    ({"prompt": "a", "seed": -1}, "seed -1 is not an integer"),
+    ({"prompt": "a", "latents": [1]}, "'latents' is no argument"),
+    ({"prompt": "a", "image": "/nowhere.png"}, "image '/nowhere.png' cannot be read (No such file or directory)"),
+    ({"prompt": "a", "mask": "mask.png"}, "mask_image says which part of an image is repainted; pass image too"),
+    ({"prompt": "a", "strength": 0.5}, "strength says how much of an image changes; pass image too"),
+    ({"seed": 1}, "prompt is missing"),
+    ({"prompt": "a", "output": 5}, "output is 5; it must be a file's name"),
+    ({"prompt": "a", "output": "a.gif"}, "the extension '.gif' is no format of pictures"),
+    ({"prompt": "a", "output": "/nowhere/a.png"}, "/nowhere is not a folder"),
+]
+"""Lines, and words of what is said of them."""
+
+
+def test_a_line_that_fails_is_named_and_the_others_are_made(demo, tmp_path):
+    totals, _, warned = batch(
+        demo, tmp_path, {"prompt": "a ring"}, *(line for line, _ in FAILING), {"prompt": "a star"}
+    )
+    assert (totals.made, totals.failures) == (2, list(range(2, len(FAILING) + 2)))
+    assert len(warned) == len(FAILING)
+    for number, ((_, words), said) in enumerate(zip(FAILING, warned), 2):
+        assert said.startswith(f"{number}: ")
+        assert words in said
+    assert pictures(tmp_path) == ["many-1.png", f"many-{len(FAILING) + 2}.png"]
+    assert str(totals).endswith(f"{len(FAILING)} failed (lines 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, ...)")
 
 
 def test_two_lines_for_one_file_are_a_mistake_of_the_second(demo, tmp_path):

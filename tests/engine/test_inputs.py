@@ -15,7 +15,7 @@ from engine.pixels import FromFile
 from engine.record import check_call
 from engine.reproduce import compare, make_again, plan, read_pixels, report
 
-FAST = {"num_inference_steps": 3, "seed": 1, "progress": False}
+FAST = {"num_inference_steps": 2, "seed": 1, "progress": False}
 
 
 def reproduced(pipeline, image, given=None):
@@ -114,15 +114,15 @@ def test_files_are_looked_for_beside_the_picture_too(demo, files, monkeypatch):
     assert make_again(demo, wanted, progress=False).tobytes() == image.tobytes()
 
 
-@pytest.mark.parametrize("name", ["pipe", "a\0b", "x" * 5000])
-def test_the_names_in_a_record_may_be_anything(demo, files, name):
+def test_the_names_in_a_record_may_be_anything(demo, files):
     os.mkfifo("pipe")  # reading it would wait for ever
     image = demo("a ring", image="first.png", **FAST).images[0]
     content = json.loads(image.info["latentrt"])
-    content["inputs"]["image"][0]["file"] = name
-    image.info["latentrt"] = json.dumps(content)
-    with pytest.raises(ReproductionError, match="which is not there; pass --image FILE"):
-        reproduced(demo, image)
+    for name in ("pipe", "a\0b", "x" * 5000):
+        content["inputs"]["image"][0]["file"] = name
+        image.info["latentrt"] = json.dumps(content)
+        with pytest.raises(ReproductionError, match="which is not there; pass --image FILE"):
+            reproduced(demo, image)
 
 
 def test_a_picture_that_was_in_no_file_is_asked_for(demo, files):
