@@ -19,7 +19,7 @@ from benchmarks.latency import GUIDANCE, progress
 from benchmarks.options import integer_from
 from benchmarks.report import conditions, print_table, write_json
 from engine import Pipeline
-from engine.arguments import interval, number
+from engine.argument_types import interval, number
 from engine.guidance import inside_interval
 from engine.picture import psnr
 from export.demo.judge import judge, scenes_to_ask_for

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.errors import BenchmarkUsageError
-from engine.arguments import shorten
+from engine.argument_types import shorten
 from engine.libraries import install_command, installed
 
 PLOTS = (".png", ".svg", ".pdf")

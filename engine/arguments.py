@@ -4,31 +4,46 @@ should appear at once."""
 from __future__ import annotations
 
 import argparse
-import errno
-import math
-import os
-import re
 import sys
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from .errors import PromptError, PromptsFileError
+from .argument_types import (
+    ByName,
+    axis,
+    device,
+    enlargement,
+    given_input,
+    interval,
+    inversion,
+    number,
+    numbers,
+    option,
+    path,
+    scales,
+    whole_number,
+)
+from .errors import EngineError, PromptError, PromptsFileError
 from .version import __version__
 
 BACKENDS = ("tensorrt", "openvino", "onnxruntime")
 """A copy of the names in engine.backends, which need NumPy."""
 
+Group = argparse._ArgumentGroup
+
 MAX_PICTURES = 10_000
-MAX_PROMPTS_BYTES = 16 << 20
+MAX_FILE_BYTES = 16 << 20
 
 PICTURE_NOTES = """\
 A text that begins with "-" comes last, after "--":  %(prog)s --steps 30 -- "-text"
 --count 3 --seed 0 makes the pictures of seeds 0, 1 and 2, for each text; any of them comes again from its own seed
-alone. Without --backend: TensorRT where it and a GPU are found; else for a small model (U-Net of less than 256 MB)
-ONNX Runtime, which starts fastest, and for a large one OpenVINO; in each case what is installed.
+alone, and from its file with `reproduce`. Without --backend: TensorRT where it and a GPU are found; else for a small
+model (U-Net of less than 256 MB) ONNX Runtime, which starts fastest, and for a large one OpenVINO; in each case what is
+installed. docs/command_line.md has examples.
 Exit code: 0, 2 for a mistake in the command, 1 for a failure."""
+
+REPRODUCE_NOTES = """\
+Exit code: 0 for equal pixels, 3 for others; 2 if the picture cannot be made again, 1 for a failure."""
 
 DOCTOR_NOTES = """\
 Exit code: 0 if every bundle that was found can make pictures here with one backend at least; 1 if one cannot, or none
@@ -65,6 +80,14 @@ def parser() -> argparse.ArgumentParser:
     _add_picture(
         commands.add_parser("picture", help="make pictures from texts", epilog=PICTURE_NOTES, formatter_class=layout)
     )
+    _add_reproduce(
+        commands.add_parser(
+            "reproduce",
+            help="make a picture again from what its file says",
+            epilog=REPRODUCE_NOTES,
+            formatter_class=layout,
+        )
+    )
     c = commands.add_parser("samplers", help="list the samplers with their schedule types and options")
     c.add_argument("names", nargs="*", metavar="NAME", help="show the options of these samplers")
     c.add_argument("--debug", action="store_true", help="print the traceback of an error")
@@ -86,19 +109,44 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def _add_picture(c: argparse.ArgumentParser) -> None:
+def _add_picture(p: argparse.ArgumentParser) -> None:
+    """The options of `picture`, in groups. An option that is an argument of a call has that argument's name as its
+    `dest`; it then counts in files of calls and in comparisons as well."""
+    _add_subject(p.add_argument_group("what the pictures show"))
+    _add_beginning(p.add_argument_group("what they begin with"))
+    _add_making(p.add_argument_group("how they are made"))
+    _add_second_pass(p.add_argument_group("variations and a second pass"))
+    _add_sampling(p.add_argument_group("the sampler"))
+    _add_several(p.add_argument_group("several pictures"))
+    _add_files(p.add_argument_group("files"))
+    _add_machine(p.add_argument_group("the machine"))
+
+
+def _add_subject(c: Group) -> None:
     c.add_argument("prompt", nargs="*", metavar="PROMPT", help="a text in quotes, or several")
     c.add_argument("--prompts", type=path, metavar="FILE", help="more texts, one a line, in UTF-8")
+    c.add_argument("--negative-prompt", default="", metavar="TEXT", help="what the pictures should not show")
     c.add_argument(
         "--class-label",
+        dest="class_labels",
         type=whole_number(0, 2**31 - 1),
         action="append",
         default=[],
         metavar="N",
         help="a class, for a model that has classes instead of texts; may be repeated",
     )
+    _add_prompting(c)
+
+
+def _add_beginning(c: Group) -> None:
     c.add_argument("--image", type=path, metavar="FILE", help="a picture to start from")
-    c.add_argument("--mask", type=path, metavar="FILE", help="which part of --image is repainted: the white one")
+    c.add_argument(
+        "--mask",
+        dest="mask_image",
+        type=path,
+        metavar="FILE",
+        help="which part of --image is repainted: the white one",
+    )
     c.add_argument("--composite", action="store_true", help="keep what is not white pixel for pixel")
     c.add_argument(
         "--padding-mask-crop",
@@ -127,17 +175,19 @@ def _add_picture(c: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of the noise that the upscaler adds to --image (default: 20)",
     )
-    _add_second_pass(c)
-    c.add_argument("--bundle", type=path, default=Path("engines/demo"), metavar="FOLDER", help="default: engines/demo")
+
+
+def _add_making(c: Group) -> None:
     c.add_argument(
-        "--output",
-        default="picture.png",
-        metavar="FILE",
-        help="a .png, .jpg or .webp (lossless) file; several pictures get numbers (default: picture.png)",
+        "--seed",
+        type=whole_number(0, 2**64 - 1),
+        metavar="N",
+        help="the seed of the first picture of each text (default: a random one)",
     )
-    c.add_argument("--negative-prompt", default="", metavar="TEXT", help="what the pictures should not show")
-    _add_prompting(c)
-    c.add_argument("--steps", type=whole_number(1, 1000), default=20, metavar="N", help="default: 20")
+    c.add_argument(
+        "--height", type=whole_number(1, 1 << 16), metavar="PIXELS", help="default: what the bundle is best at"
+    )
+    c.add_argument("--width", type=whole_number(1, 1 << 16), metavar="PIXELS")
     c.add_argument(
         "--guidance-scale",
         type=scales,
@@ -158,29 +208,9 @@ def _add_picture(c: argparse.ArgumentParser) -> None:
         metavar="START:END",
         help="the part of the steps with guidance, such as 0.2:0.8; the others are faster (default: 0:1)",
     )
-    c.add_argument(
-        "--seed",
-        type=whole_number(0, 2**64 - 1),
-        metavar="N",
-        help="the seed of the first picture of each text (default: a random one)",
-    )
-    _add_sampling(c)
-    c.add_argument(
-        "--height", type=whole_number(1, 1 << 16), metavar="PIXELS", help="default: what the bundle is best at"
-    )
-    c.add_argument("--width", type=whole_number(1, 1 << 16), metavar="PIXELS")
-    c.add_argument(
-        "--count", type=whole_number(1, MAX_PICTURES), default=1, metavar="N", help="pictures of each text (default: 1)"
-    )
-    c.add_argument("--backend", choices=BACKENDS, metavar="NAME", help=f"{', '.join(BACKENDS)} (default: see below)")
-    c.add_argument("--device", type=device, metavar="NAME", help="cpu, cuda or cuda:N (default: by the backend)")
-    c.add_argument("--no-cuda-graphs", action="store_true", help="launch every kernel of a step from the host")
-    c.add_argument("--threads", type=whole_number(1, 1024), metavar="N", help="default: every core")
-    c.add_argument("--quiet", action="store_true", help="print errors only")
-    c.add_argument("--debug", action="store_true", help="print the traceback of an error")
 
 
-def _add_prompting(c: argparse.ArgumentParser) -> None:
+def _add_prompting(c: Group) -> None:
     c.add_argument(
         "--prompt-syntax",
         choices=("a1111", "plain"),
@@ -210,7 +240,7 @@ def _add_prompting(c: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_second_pass(c: argparse.ArgumentParser) -> None:
+def _add_second_pass(c: Group) -> None:
     c.add_argument(
         "--subseed", type=whole_number(0, 2**64 - 1), metavar="N", help="the seed of a variation (default: random)"
     )
@@ -230,11 +260,16 @@ def _add_second_pass(c: argparse.ArgumentParser) -> None:
     c.add_argument("--hires-prompt", metavar="TEXT", help="the text of the second pass (default: the same)")
 
 
-def _add_sampling(c: argparse.ArgumentParser) -> None:
+def _add_sampling(c: Group) -> None:
     c.add_argument(
+        "--steps", dest="num_inference_steps", type=whole_number(1, 1000), default=20, metavar="N", help="default: 20"
+    )
+    c.add_argument(
+        "--sampler",
         "--scheduler",
+        dest="scheduler",
         metavar="NAME",
-        help="a sampler: our name, diffusers' class or A1111's label; `samplers` lists them (default: the model's own)",
+        help="our name, diffusers' class or A1111's label; `samplers` lists them (default: the model's own)",
     )
     c.add_argument(
         "--schedule-type", metavar="NAME", help="the sampler's noise levels, such as karras (default: its own)"
@@ -244,9 +279,10 @@ def _add_sampling(c: argparse.ArgumentParser) -> None:
     c.add_argument("--timestep-respacing", metavar="TEXT", help="timesteps in Improved DDPM's way, such as ddim50")
     c.add_argument(
         "--sampler-option",
+        dest="sampler_options",
         type=option,
-        action="append",
-        default=[],
+        action=ByName,
+        default={},
         metavar="NAME=VALUE",
         help="an option of the sampler, such as s_churn=10; may be repeated",
     )
@@ -255,110 +291,98 @@ def _add_sampling(c: argparse.ArgumentParser) -> None:
     )
 
 
-def shorten(text: str, characters: int = 60) -> str:
-    """A quoted text for a message, cut to so many characters."""
-    return repr(text if len(text) <= characters else text[:characters] + "...")
+def _add_several(c: Group) -> None:
+    c.add_argument(
+        "--count", type=whole_number(1, MAX_PICTURES), default=1, metavar="N", help="pictures of each text (default: 1)"
+    )
+    c.add_argument(
+        "--grid", action="store_true", help="also write all pictures on one sheet, to the output's name with -grid"
+    )
+    c.add_argument(
+        "--compare",
+        type=axis,
+        action="append",
+        default=[],
+        metavar="NAME=V,V,...",
+        help="one labelled grid with a picture for each value of an option, such as sampler=ddim,euler_a; given twice: "
+        "the first across, the second down. Values that have commas are separated by ;",
+    )
+    c.add_argument(
+        "--batch-file",
+        type=path,
+        metavar="FILE",
+        help="calls, one JSON object a line, with the names of options; what a line doesn't say, the other options do. "
+        "What is already written is skipped",
+    )
 
 
-def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """An argument's type: an integer from `low` to `high`."""
-
-    def parse(text: str) -> int:
-        written = re.fullmatch(r"[+-]?[0-9]+", text.strip())
-        value = int(text) if written and len(text) <= 40 else low - 1  # Python refuses to read thousands of digits
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{shorten(text)} is not a whole number from {low} to {high}")
-        return value
-
-    return parse
-
-
-def number(low: float = -math.inf) -> Callable[[str], float]:
-    """An argument's type: a finite number, at least `low`."""
-
-    def parse(text: str) -> float:
-        value = math.nan
-        with suppress(ValueError):
-            value = float(text)
-        if not math.isfinite(value) or value < low:
-            floor = f" from {low:g} up" if math.isfinite(low) else ""
-            raise argparse.ArgumentTypeError(f"{shorten(text)} is not a finite number{floor}")
-        return value
-
-    return parse
+def _add_files(c: Group) -> None:
+    c.add_argument("--bundle", type=path, default=Path("engines/demo"), metavar="FOLDER", help="default: engines/demo")
+    c.add_argument(
+        "--output",
+        default="picture.png",
+        metavar="FILE",
+        help="a .png, .jpg or .webp (lossless) file; several pictures get numbers (default: picture.png)",
+    )
+    c.add_argument(
+        "--no-metadata", dest="metadata", action="store_false", help="write no settings into the pictures' files"
+    )
 
 
-def scales(text: str) -> float | list[float]:
-    """An argument's type: a finite number, or several with commas between them."""
-    values = numbers(text)
-    return values[0] if len(values) == 1 else values
+def _add_machine(c: Group) -> None:
+    c.add_argument("--backend", choices=BACKENDS, metavar="NAME", help=f"{', '.join(BACKENDS)} (default: see below)")
+    c.add_argument("--device", type=device, metavar="NAME", help="cpu, cuda or cuda:N (default: by the backend)")
+    c.add_argument("--no-cuda-graphs", action="store_true", help="launch every kernel of a step from the host")
+    c.add_argument("--threads", type=whole_number(1, 1024), metavar="N", help="default: every core")
+    c.add_argument("--quiet", action="store_true", help="print errors only")
+    c.add_argument("--debug", action="store_true", help="print the traceback of an error")
 
 
-def enlargement(text: str) -> dict[str, float | int]:
-    """An argument's type: a factor, or WIDTHxHEIGHT in pixels; the arguments of `Hires`."""
-    if re.fullmatch(r"[0-9]{1,5}x[0-9]{1,5}", text):
-        width, height = map(int, text.split("x"))
-        return {"width": width, "height": height}
-    return {"scale": number(low=1.0)(text)}
+def _add_reproduce(p: argparse.ArgumentParser) -> None:
+    c = p.add_argument_group("the picture")
+    c.add_argument("picture", type=path, metavar="PICTURE", help="a .png, .jpg or .webp file of LatentRT or A1111")
+    c.add_argument("--bundle", type=path, default=Path("engines/demo"), metavar="FOLDER", help="default: engines/demo")
+    c.add_argument("--output", metavar="FILE", help="where to write the new picture (default: it is not written)")
+    c.add_argument("--text", action="store_true", help="go by A1111's text, even if the file has LatentRT's record")
+    c.add_argument(
+        "--image",
+        type=path,
+        action="append",
+        metavar="FILE",
+        help="what it was made from (default: the file that the record names); may be repeated, as in its call",
+    )
+    c.add_argument(
+        "--mask",
+        dest="mask_image",
+        type=path,
+        action="append",
+        metavar="FILE",
+        help="its mask (default: the file that the record names)",
+    )
+    c.add_argument(
+        "--input",
+        dest="inputs",
+        type=given_input,
+        action=ByName,
+        default={},
+        metavar="NAME=FILE",
+        help="an array that the call was given, such as latents=noise.npy; may be repeated",
+    )
+    _add_machine(p.add_argument_group("the machine"))
 
 
-def interval(text: str) -> tuple[float, float]:
-    """An argument's type: two finite numbers with a colon between them."""
-    parts = text.split(":")
-    if len(parts) != 2:
-        raise argparse.ArgumentTypeError(f"{shorten(text)} is not START:END, such as 0.2:0.8")
-    return number()(parts[0]), number()(parts[1])
+def call_options() -> dict[str, argparse.Action]:
+    """The options of `picture` by every name that they have: `--sampler` is "sampler"; its hyphens may be
+    underscores."""
+    actions = _picture_parser()._actions
+    named = {text.lstrip("-").replace("-", "_"): action for action in actions for text in action.option_strings}
+    return {**named, **{action.dest: action for action in actions}}
 
 
-def numbers(text: str) -> list[float]:
-    """An argument's type: finite numbers with commas between them."""
-    return [number()(part) for part in text.split(",")]
-
-
-def option(text: str) -> tuple[str, bool | int | float | str]:
-    """An argument's type: a name and its value, which is true, false, a number or a word."""
-    name, equals, written = (part.strip() for part in text.partition("="))
-    if not (name and equals and written):
-        raise argparse.ArgumentTypeError(f"{shorten(text)} is not like NAME=VALUE")
-    if written.lower() in ("true", "false"):
-        return name, written.lower() == "true"
-    for kind in (int, float):
-        with suppress(ValueError):
-            return name, kind(written)
-    return name, written
-
-
-def inversion(text: str) -> tuple[Path, str | None]:
-    """An argument's type: a file, and after the last "=" a word."""
-    file, equals, token = text.rpartition("=")
-    if not equals:
-        return path(text), None
-    if not token:
-        raise argparse.ArgumentTypeError(f"{shorten(text)} has no word after the '='; write FILE=TOKEN, or FILE alone")
-    return path(file), token
-
-
-def device(text: str) -> str:
-    """An argument's type: "cpu", "cuda" or "cuda:N"."""
-    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,4})?", text):
-        raise argparse.ArgumentTypeError(f"{shorten(text)} is none of cpu, cuda and cuda:N with the number of a GPU")
-    return text
-
-
-def path(text: str) -> Path:
-    """An argument's type: a name that a file can have; ~ is the home folder."""
-    with suppress(RuntimeError):  # no user of that name: the file is called ~something
-        text = os.path.expanduser(text)
-    try:
-        os.stat(text)
-    except ValueError as error:  # NUL, halves of surrogate pairs
-        raise argparse.ArgumentTypeError(f"{shorten(text)} cannot be a file's name") from error
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise argparse.ArgumentTypeError(f"{shorten(text)} is too long for a file's name") from error
-    if not text:
-        raise argparse.ArgumentTypeError("'' names no file")
-    return Path(text)
+def _picture_parser() -> argparse.ArgumentParser:
+    p = Parser(prog=f"{program()} picture")
+    _add_picture(p)
+    return p
 
 
 def read_prompts(given: list[str], file: Path | None) -> list[str]:
@@ -373,26 +397,30 @@ def read_prompts(given: list[str], file: Path | None) -> list[str]:
 
 
 def _prompts_of(file: Path) -> list[str]:
+    wanted = "one prompt a line"
+    prompts = [line.strip() for line in read_lines(file, "--prompts", wanted, PromptsFileError) if line.strip()]
+    if not prompts:
+        raise PromptsFileError(f"--prompts {str(file)!r} has no line with a text; write {wanted}")
+    return prompts
+
+
+def read_lines(file: Path, option: str, wanted: str, error: type[EngineError]) -> list[str]:
+    """The lines of a text file in UTF-8. `error` if it cannot be read, with what is wanted of it."""
     try:
         with open(file, "rb") as stream:
-            content = stream.read(MAX_PROMPTS_BYTES + 1)
-    except OSError as error:
-        raise PromptsFileError(
-            f"--prompts {str(file)!r} cannot be read ({error.strerror}); pass a text file with one prompt a line"
-        ) from error
-    if len(content) > MAX_PROMPTS_BYTES:
-        raise PromptsFileError(
-            f"--prompts {str(file)!r} has more than {MAX_PROMPTS_BYTES} bytes; pass a text file with one prompt a line"
-        )
+            content = stream.read(MAX_FILE_BYTES + 1)
+    except OSError as failure:
+        raise error(
+            f"{option} {str(file)!r} cannot be read ({failure.strerror}); pass a text file with {wanted}"
+        ) from failure
+    if len(content) > MAX_FILE_BYTES:
+        raise error(f"{option} {str(file)!r} has more than {MAX_FILE_BYTES} bytes; pass a text file with {wanted}")
     try:
         text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise PromptsFileError(
-            f"--prompts {str(file)!r} is not UTF-8: line {line} has the byte 0x{content[error.start]:02x}; "
-            f"save it as UTF-8, one prompt a line"
-        ) from error
-    prompts = [line.strip() for line in text.split("\n") if line.strip()]
-    if not prompts:
-        raise PromptsFileError(f"--prompts {str(file)!r} has no line with a text; write one prompt a line")
-    return prompts
+    except UnicodeDecodeError as failure:
+        line = content.count(b"\n", 0, failure.start) + 1
+        raise error(
+            f"{option} {str(file)!r} is not UTF-8: line {line} has the byte 0x{content[failure.start]:02x}; "
+            f"save it as UTF-8, {wanted}"
+        ) from failure
+    return text.split("\n")

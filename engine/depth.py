@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,10 +52,6 @@ class Depth:
         channels = self.channels(*plane[1:])
         encoded = Encoded.of_images(request.init, request.height, request.width, request.image_of, encode)
         return seeing(from_images(request.table, encoded), [{"concat": channels[one]} for one in of])
-
-    def parameters(self) -> Mapping[str, Any]:
-        """See `Seen`."""
-        return {}
 
 
 def _read(source: Any, what: str) -> np.ndarray:

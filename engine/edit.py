@@ -3,7 +3,7 @@ picture. StableDiffusionInstructPix2PixPipeline."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,3 @@ class Edit:
         assert request.init is not None
         encoded = Encoded.of_images(request.init, request.height, request.width, request.image_of, encode)
         return seeing(from_noise(request.table, plane), [{"concat": encoded.mean[image]} for image in encoded.of])
-
-    def parameters(self) -> Mapping[str, Any]:
-        """See `Seen`."""
-        return {"Image CFG scale": self.scale}

@@ -307,3 +307,21 @@ class MetadataError(EngineError):
     """A picture's settings can't be read, or are too long for its format."""
 
     exit_code = 2
+
+
+class ReproductionError(EngineError):
+    """A picture's file does not have all that made the picture, or an array is given that its call did not have."""
+
+    exit_code = 2
+
+
+class BatchFileError(EngineError):
+    """A file of calls is not readable or not UTF-8, or a line is no call."""
+
+    exit_code = 2
+
+
+class CompareError(EngineError):
+    """What `--compare` names can't be compared: an argument or a value that there isn't, or too many of them."""
+
+    exit_code = 2

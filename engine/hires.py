@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -53,11 +53,11 @@ class Hires:
     @property
     def mode(self) -> str:
         """The upscaler's name. HiresError if there is none of that name or label."""
-        given = self.upscaler
-        for name, label in UPSCALERS.items():
-            if isinstance(given, str) and given.lower() in (name, label.lower()):
-                return name
-        raise HiresError(f"the upscaler of hires is {shown(given)}; it must be one of {', '.join(UPSCALERS)}")
+        found = _upscaler(self.upscaler)
+        if found is None:
+            given = shown(self.upscaler)
+            raise HiresError(f"the upscaler of hires is {given}; it must be one of {', '.join(UPSCALERS)}")
+        return found
 
     def size(self, height: int, width: int, factor: int) -> tuple[int, int]:
         """Height and width of the second pass after a first one of that size, in pixels. HiresError."""
@@ -86,16 +86,40 @@ class Hires:
         return fields
 
 
+def is_upscaler(given: Any) -> bool:
+    """Whether there is an upscaler of that name or label."""
+    return _upscaler(given) is not None
+
+
+def _upscaler(given: Any) -> str | None:
+    for name, label in UPSCALERS.items():
+        if isinstance(given, str) and given.lower() in (name, label.lower()):
+            return name
+    return None
+
+
 def check_hires(hires: Any, image: Any) -> Hires | None:
-    """The argument of a call, as far as it goes without the first pass's size. HiresError."""
+    """The argument of a call, a Hires or a dictionary of its fields, as far as it goes without the first pass's size.
+    HiresError."""
     if hires is None:
         return None
+    if isinstance(hires, Mapping):
+        hires = _from_mapping(hires)
     if not isinstance(hires, Hires):
         raise HiresError(f"hires is {shown(hires)}; pass engine.Hires(scale=2), or None for one pass")
     if image is not None:
         raise HiresError("hires is a second pass after a picture from noise, and image is given; pass one of them")
     _ = hires.mode
     return hires
+
+
+def _from_mapping(given: Mapping[Any, Any]) -> Hires:
+    """What a line of a file or a record has."""
+    names = [field.name for field in fields(Hires)]
+    for name in given:
+        if name not in names:
+            raise HiresError(f"hires has {shown(name)}; there are: {', '.join(names)}")
+    return Hires(**given)
 
 
 def _checked_scale(value: Any) -> float:

@@ -5,26 +5,36 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from .bundle import Bundle
 from .hires import Hires
-from .infotext import Settings, parameters_text
+from .infotext import SAMPLER_OPTIONS, Settings, parameters_text
 from .picture import Picture
-from .request import Request
+from .record import Model, Record
+from .record_fields import plain, written
+from .request import Request, Sampling
 from .sampling.catalog import label_of, schedule_label
 from .version import __version__
 
 
-def finished_images(made: np.ndarray, request: Request, bundle: Bundle) -> Any:
+def finished_images(made: np.ndarray, request: Request, bundle: Bundle, backend: str, interrupted: bool) -> Any:
     """Pixels [B, H, W, 3] uint8 become PIL images ("pil") or float32 in 0..1 ("np"). Latents ("latent") stay as they
-    are."""
+    are. PIL images hold their settings, with `backend` as what made them, unless the request is without metadata."""
     if request.output_type == "latent":
         return made
     if request.inpaint is not None and request.init is not None:
         made = request.inpaint.finish(made, request.init, request.image_of, request.mask_of)
     if request.output_type == "np":
         return made.astype(np.float32) / 255
-    return [Picture.from_pixels(pixels, parameters(request, bundle, i)) for i, pixels in enumerate(made)]
+    if not request.metadata:
+        return [Image.fromarray(pixels) for pixels in made]
+    model, texts = Model.of(bundle, backend), bool(bundle.family.tokenizers)
+    records = Record.of_call(request, texts, model, interrupted)
+    return [
+        Picture.from_pixels(pixels, parameters(request, bundle, index), record.content())
+        for index, (pixels, record) in enumerate(zip(made, records))
+    ]
 
 
 def parameters(request: Request, bundle: Bundle, index: int) -> str:
@@ -32,7 +42,7 @@ def parameters(request: Request, bundle: Bundle, index: int) -> str:
     seeds, text = request.seeds, index // request.images_per_prompt
     fields: dict[str, Any] = {
         "Steps": request.steps,
-        "Sampler": label_of(request.sampling.sampler),
+        **_sampling_fields(request.sampling),
         **(request.guidance.parameters() if bundle.family.tokenizers else {}),
         "Seed": seeds[index if len(seeds) > 1 else 0],
         "Size": (request.width, request.height),
@@ -40,21 +50,13 @@ def parameters(request: Request, bundle: Bundle, index: int) -> str:
         "Model": bundle.name,
         "Precision": bundle.precision,
     }
-    if request.sampling.schedule_type is not None:
-        fields["Schedule type"] = schedule_label(request.sampling.schedule_type)
-    if request.init is not None and not bundle.family.begins_with_noise:
-        fields["Denoising strength"] = request.init.strength
-    if request.seen is not None:
-        fields |= request.seen.parameters()
+    fields |= written(request, index)
     if request.variation is not None:
         fields["Variation seed"], fields["Variation seed strength"] = request.variation.of(index)
     if request.hires is not None and request.second is not None:
         fields |= second_pass_parameters(request.hires, request, request.second, text)
-    label = request.class_labels[text]
-    if label is not None:
-        fields["Class"] = label
-    if len(seeds) == 1 and index > 0:
-        fields["Batch index"] = index
+    if len(seeds) == 1 and request.batch > 1:
+        fields |= {"Batch size": request.batch, "Batch index": index}
     fields["Version"] = f"LatentRT {__version__}"
     return parameters_text(Settings(request.prompts[text], request.negative_prompts[text], fields))
 
@@ -74,4 +76,23 @@ def second_pass_parameters(hires: Hires, first: Request, second: Request, text: 
     ):
         if own[text] != before[text]:
             fields[key] = own[text]
+    return fields
+
+
+def _sampling_fields(sampling: Sampling) -> dict[str, Any]:
+    """The sampler by A1111's label, and by our name where that means diffusers' sampler. A1111 has no key for a call's
+    own grid."""
+    label = label_of(sampling.sampler)
+    fields: dict[str, Any] = {"Sampler": label}
+    if sampling.schedule_type is not None:
+        fields["Schedule type"] = schedule_label(sampling.schedule_type)
+    if sampling.sampler != label:
+        fields["Scheduler"] = sampling.sampler
+    if sampling.eta:
+        fields["Eta DDIM"] = sampling.eta
+    options = dict(sampling.options)
+    fields |= {key: plain(options[option]) for key, option in SAMPLER_OPTIONS.items() if option in options}
+    for key, numbers in (("Timesteps", sampling.timesteps), ("Sigmas", sampling.sigmas)):
+        if numbers is not None:
+            fields[key] = " ".join(f"{number:.17g}" for number in numbers)
     return fields

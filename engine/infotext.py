@@ -54,7 +54,10 @@ INTEGERS = {
     "Hires steps",
     "Mask blur",
     "Masked area padding",
+    "Batch size",
     "Batch index",
+    "Class",
+    "Noise level",
 }
 FLOATS = {
     "CFG scale",
@@ -78,16 +81,25 @@ FLOATS = {
     "Schedule max sigma",
     "Schedule min sigma",
     "Schedule rho",
+    "CFG rescale",
 }
+
+SAMPLER_OPTIONS = {
+    "Eta": "eta",
+    "Sigma churn": "s_churn",
+    "Sigma tmin": "s_tmin",
+    "Sigma tmax": "s_tmax",
+    "Sigma noise": "s_noise",
+    "Schedule rho": "rho",
+}
+"""A1111's keys of options that our samplers have, and our names of them."""
+
 SIZES = {"Size", "Seed resize from", "Hires resize"}
 TABLES = {"Lora hashes", "TI hashes"}
 """Values that are not text: "512x768" is (512, 768), and "name: hash, name: hash" a dictionary."""
 
 DEFAULTS: dict[str, Value] = {"Clip skip": 1, "RNG": "GPU", "Emphasis": "Original"}
 """What a text without the key means, and what is therefore not written."""
-
-HONOURED = frozenset({"Steps", "Sampler", "CFG scale", "Seed", "Size", "Batch index", "RNG"})
-"""What the pipeline does as A1111 does it."""
 
 DESCRIPTIONS = frozenset({"Model", "Model hash", "VAE", "VAE hash", "Precision", "Version", "User"})
 """What says how a picture came to be, and asks for nothing."""
@@ -129,11 +141,11 @@ def parameters_text(settings: Settings) -> str:
         lines.append(f"{NEGATIVE} {settings.negative_prompt}")
     written = {key: value for key, value in settings.values.items() if DEFAULTS.get(key) != value}
     middle = [key for key in written if key not in FIRST_KEYS and key not in LAST_KEYS]
-    pairs = [_pair(key, _written(written[key])) for key in (*FIRST_KEYS, *middle, *LAST_KEYS) if key in written]
+    pairs = [_pair(key, as_text(written[key])) for key in (*FIRST_KEYS, *middle, *LAST_KEYS) if key in written]
     return "\n".join([*lines, ", ".join(pairs)]).strip()
 
 
-def parse_parameters(text: str, honoured: frozenset[str] = HONOURED) -> tuple[Settings, tuple[Ignored, ...]]:
+def parse_parameters(text: str, honoured: frozenset[str]) -> tuple[Settings, tuple[Ignored, ...]]:
     """The settings in A1111's text, with A1111's defaults, and those of them that this program doesn't honour: keys
     that are neither in `honoured` nor descriptions, what is no value of its key, and noise of another generator than
     the CPU's. MetadataError for texts of more than 2**20 characters.
@@ -174,7 +186,8 @@ def _pair(key: str, value: str) -> str:
     return key if key == value else f"{key}: {_quoted(value)}"
 
 
-def _written(value: Value) -> str:
+def as_text(value: Value) -> str:
+    """A value as the text has it."""
     if isinstance(value, float):
         short = f"{value:g}"
         return short if float(short) == value else repr(value)

@@ -10,7 +10,7 @@ import numpy as np
 from .checks import check_latents
 from .contract import Family
 from .errors import ImageError, StrengthError, shown
-from .pixels import BICUBIC, LANCZOS, Readable, read_image, resized, size_of
+from .pixels import BICUBIC, LANCZOS, Readable, file_of, read_image, resized, size_of
 
 DEFAULT_STRENGTH = 0.8
 
@@ -18,12 +18,13 @@ DEFAULT_STRENGTH = 0.8
 @dataclass(frozen=True, eq=False)
 class InitImage:
     """What a loop starts from, checked: n pictures, or their latents [n, C, h, w] scaled as the U-Net sees them.
-    magnification: see `Family`."""
+    magnification: see `Family`. files: the name of each picture's file, None for pictures that are from none."""
 
     pictures: tuple[Readable, ...]
     latents: np.ndarray | None
     strength: float
     magnification: int = 1
+    files: tuple[str | None, ...] = ()
 
     @classmethod
     def check(cls, image: Any, strength: Any, family: Family, default: float) -> InitImage | None:
@@ -40,12 +41,13 @@ class InitImage:
         share = check_strength(default if strength is None else strength)
         if _is_latents(image, family.channels) and family.magnification == 1:
             return cls((), check_latents(image, image.shape, "the latents in image"), share)
-        pictures = tuple(read_image(one, f"image{number}") for number, one in _numbered(image))
+        numbered = _numbered(image)
+        pictures = tuple(read_image(one, f"image{number}") for number, one in numbered)
         sizes = {size_of(picture) for picture in pictures}
         if len(sizes) > 1:
             listed = ", ".join(f"{width} x {height}" for height, width in sorted(sizes))
             raise ImageError(f"the images of a call have one size, and these are {listed} pixels")
-        return cls(pictures, None, share, family.magnification)
+        return cls(pictures, None, share, family.magnification, tuple(file_of(one) for _, one in numbered))
 
     def __len__(self) -> int:
         return len(self.pictures) if self.latents is None else len(self.latents)

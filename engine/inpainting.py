@@ -4,7 +4,7 @@ and latents of what it leaves of the image."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +31,14 @@ class Inpaint:
     """What of the images of a call is repainted, checked.
 
     masks: each [H, W] uint8, of the images' size. composite: what is not white stays pixel for pixel. padding: that of
-    the part around the mask, if that part alone is painted.
+    the part around the mask, if that part alone is painted. files: the name of each mask's file, None for a mask
+    that is from none.
     """
 
     masks: tuple[np.ndarray, ...]
     composite: bool
     padding: int | None
+    files: tuple[str | None, ...] = ()
 
     @classmethod
     def check(
@@ -57,7 +59,8 @@ class Inpaint:
         if "mask" not in (family.joins, *family["denoiser"].input_names):
             which = "models of this kind" if family.tokenizers else "models without texts"
             raise MaskError(f"mask_image is given, and {which} repaint no part of an image; leave it out")
-        masks = tuple(read_masks(mask_image))
+        read, files = read_masks(mask_image)
+        masks = tuple(read)
         _require_size(masks, init.full_size(family.factor))
         if not isinstance(composite, (bool, np.bool_)):
             raise MaskError(f"composite is {shown(composite)}; it must be True or False")
@@ -65,7 +68,7 @@ class Inpaint:
         for what, given in (("composite", composite), ("padding_mask_crop", padding is not None)):
             if given:
                 _require_pixels(what, init, output_type)
-        return cls(masks, bool(composite), padding)
+        return cls(masks, bool(composite), padding, tuple(files))
 
     def crop(self, height: int, width: int) -> Crop | None:
         """The part that is painted at that size, None for all. MaskError for a black mask."""
@@ -149,10 +152,6 @@ class Repaint:
         masks = inpaint.latent_masks(height, width, height // plane[1])
         drawn = DrawnOnce(Encoded(*encode(masked.astype(np.float32)), of))
         return Repainting(request.table, plane, originals, drawn, masks[[mask for _, mask in pairs]])
-
-    def parameters(self) -> Mapping[str, Any]:
-        """See `Seen`."""
-        return {}
 
 
 @dataclass(frozen=True, eq=False)

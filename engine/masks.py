@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from .errors import MaskError
-from .pixels import Readable, read_image
+from .pixels import Readable, file_of, read_image
 
 WHITE = 128
 """From here on a value of 255 counts as white, as 0.5 of 1 does in diffusers."""
@@ -21,16 +21,17 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 """ITU-R 601, which Pillow's mode L has too."""
 
 
-def read_masks(source: Any) -> list[np.ndarray]:
+def read_masks(source: Any) -> tuple[list[np.ndarray], list[str | None]]:
     """The masks [H, W] uint8 of a call: of anything that `read_image` takes, arrays of bool, arrays [n, H, W], or a
-    list. Raises MaskError and ImageError."""
+    list; and the names of their files, None for those that are from none. Raises MaskError and ImageError."""
     if isinstance(source, np.ndarray) and source.ndim == 3 and source.shape[2] > 4:
         source = list(source)
     if not isinstance(source, (list, tuple)):
-        return [_read(source, "mask_image")]
+        return [_read(source, "mask_image")], [file_of(source)]
     if not source:
         raise MaskError("mask_image is an empty list; pass a mask, or one for each text")
-    return [_read(one, f"mask_image[{number}]") for number, one in enumerate(source)]
+    read = [_read(one, f"mask_image[{number}]") for number, one in enumerate(source)]
+    return read, [file_of(one) for one in source]
 
 
 def _read(source: Any, what: str) -> np.ndarray:

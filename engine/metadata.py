@@ -87,7 +87,10 @@ def read(path: str | os.PathLike[str]) -> Metadata:
             exif = image.getexif().get_ifd(ExifTags.IFD.Exif) if "exif" in info else {}
             comment, note = exif.get(ExifTags.Base.UserComment), exif.get(ExifTags.Base.MakerNote)
     except Exception as error:  # Pillow raises errors of many kinds for damaged files
-        raise MetadataError(f"{shown(str(path))} can't be read as a picture ({shown(error)})") from error
+        raise MetadataError(
+            f"{shown(str(path))} can't be read as a picture ({reason(error)}); pass the PNG, JPEG or WebP that was "
+            "written"
+        ) from error
     text = info.get(PARAMETERS, info.get("comment") if image.format == "GIF" else None)
     if text is None and isinstance(comment, bytes):
         text = _comment(comment)
@@ -97,6 +100,11 @@ def read(path: str | os.PathLike[str]) -> Metadata:
     if stored is None and isinstance(note, bytes) and note.startswith(MAKER):
         stored = note[len(MAKER) :]
     return Metadata(text if isinstance(text, str) else None, stored)
+
+
+def reason(error: Exception) -> str:
+    """What went wrong with a file, in words where the error has some."""
+    return getattr(error, "strerror", None) or shown(error)
 
 
 def _png_text(info: Info) -> PngInfo:

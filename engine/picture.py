@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from os import PathLike
 from typing import IO, Any
 
@@ -17,12 +18,12 @@ class Picture(Image.Image):
     """A PIL image that writes its settings whenever it is saved; otherwise a plain `Image.Image`."""
 
     @classmethod
-    def from_pixels(cls, pixels: np.ndarray, parameters: str) -> Picture:
-        """A picture of `pixels` [height, width, 3] uint8."""
+    def from_pixels(cls, pixels: np.ndarray, parameters: str, record: Mapping[str, Any] | None = None) -> Picture:
+        """A picture of `pixels` [height, width, 3] uint8 with A1111's text and a record of JSON values."""
         plain = Image.fromarray(pixels)
         picture = cls()
         picture.__setstate__(plain.__getstate__())
-        embed(picture, parameters)
+        embed(picture, parameters, record)
         return picture
 
     def save(

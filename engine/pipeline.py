@@ -224,6 +224,7 @@ class Pipeline:
         subseed_strength: float | Sequence[float] | None = None,
         hires: Hires | None = None,
         vae_tiling: bool | int | None = None,
+        metadata: bool = True,
     ) -> Result:
         """Makes the picture that the model's pipeline of diffusers makes from the same arguments.
 
@@ -251,9 +252,9 @@ class Pipeline:
         brackets, AND, schedules and any length, with its `emphasis`: "original", "no norm" or "ignore"
         (docs/prompts.md); clip_skip: the text encoder's last layers that are left out, with "plain" not for the
         negative prompt; prompt_embeds, negative_prompt_embeds: [prompts, T, C] float32 in place of texts;
-        pooled_prompt_embeds: for models that take some. Raises the InputErrors of engine/errors.py before any work,
-        NumericalError and not a black picture, BundleChangedError where the bundle's files were written to,
-        ClosedPipelineError, and BusyPipelineError in a callback.
+        pooled_prompt_embeds: for models that take some; metadata: whether the pictures hold their settings. Raises the
+        InputErrors of engine/errors.py before any work, NumericalError and not a black picture, BundleChangedError
+        where the bundle's files were written to, ClosedPipelineError, and BusyPipelineError in a callback.
         """
         started = perf_counter()
         request = Request.check(self.limits, prompt, height, width, num_inference_steps, guidance_scale,
@@ -267,7 +268,7 @@ class Pipeline:
                                 depth_map=depth_map, image_guidance_scale=image_guidance_scale,
                                 noise_level=noise_level,
                                 subseed=subseed, subseed_strength=subseed_strength, hires=hires,
-                                vae_tiling=vae_tiling)  # fmt: skip
+                                vae_tiling=vae_tiling, metadata=metadata)  # fmt: skip
         with self._turn():
             self.bundle.recheck_in_place()
             result = self._run(request, started)
@@ -296,7 +297,7 @@ class Pipeline:
             images, finite = decoded.image, decoded.finite.all()
         if not finite:
             raise self._overflow(request, lanes.latents(every), evaluations)
-        images = finished_images(images, request, self.bundle)
+        images = finished_images(images, request, self.bundle, self.description, interrupted)
         return Result(images, clock.timings(lanes.path), list(request.seeds), evaluations, interrupted)
 
     def _loop(

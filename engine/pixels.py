@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from os import PathLike, fspath
+from dataclasses import dataclass
+from os import PathLike, fsdecode, fspath
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,12 +22,27 @@ LANCZOS, BICUBIC = Image.Resampling.LANCZOS, Image.Resampling.BICUBIC
 _WHITE = (255, 255, 255, 255)
 
 
+@dataclass(frozen=True, eq=False)
+class FromFile:
+    """A picture that was read before its call, with the name of its file as it was given."""
+
+    picture: Readable
+    file: str
+
+    @classmethod
+    def read(cls, path: str | PathLike[str], what: str) -> FromFile:
+        """ImageError for what is no picture."""
+        return cls(read_image(path, what), fspath(path))
+
+
 def read_image(source: Any, what: str = "image") -> Readable:
     """A picture of a path, a PIL image or an array: [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], uint8, or float in 0..1.
 
     EXIF's orientation is applied. What is transparent shows white, as in A1111. Of an animation it is the first frame.
     16 bits of grey keep their precision. ImageError for what is no picture, is damaged or has more than 2**26 pixels.
     """
+    if isinstance(source, FromFile):
+        return source.picture
     if isinstance(source, np.ndarray):
         return _from_array(source, what)
     if isinstance(source, (str, PathLike)):
@@ -34,6 +50,15 @@ def read_image(source: Any, what: str = "image") -> Readable:
     if isinstance(source, Image.Image):
         return _decoded(source, what)
     raise ImageError(f"{what} is a {type(source).__name__}; pass a path, a PIL image or a NumPy array [H, W, 3]")
+
+
+def file_of(source: Any) -> str | None:
+    """The name of the file that a picture is from, None where it is from none."""
+    if isinstance(source, FromFile):
+        return source.file
+    if isinstance(source, (str, PathLike)):
+        return fsdecode(source)
+    return getattr(source, "filename", None) or None  # PIL images that were opened by name have one
 
 
 def size_of(image: Readable) -> tuple[int, int]:

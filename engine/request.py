@@ -142,8 +142,8 @@ class Request:
     sampling: the sampler and its grid, with the `table`; texts: the prompts in their syntax, and embeddings; variation:
     what changes the first noise, or None; hires: what is asked of a second pass, or None; second: that pass, whose
     `init` has no picture yet; vae_tiling: whether pictures go through the VAE in tiles, or their side in pixels;
-    x0_slots: with a callback, where each evaluation leaves the predicted clean latents; steps_before: of a
-    first pass.
+    x0_slots: with a callback, where each evaluation leaves the predicted clean latents; steps_before: of a first
+    pass; metadata: whether pictures hold their settings.
     """
 
     prompts: tuple[str, ...]
@@ -171,6 +171,7 @@ class Request:
     vae_tiling: bool | int | None = None
     x0_slots: tuple[int | None, ...] | None = None
     steps_before: int = 0
+    metadata: bool = True
 
     @property
     def image_of(self) -> tuple[int, ...]:
@@ -238,6 +239,7 @@ class Request:
         subseed_strength: float | Sequence[float] | None = None,
         hires: Hires | None = None,
         vae_tiling: bool | int | None = None,
+        metadata: bool = True,
     ) -> Request:
         """The arguments of `Pipeline.__call__`, checked. Raises the InputErrors of engine/errors.py."""
         labels = checks.check_class_labels(class_labels, limits.family.classes)
@@ -321,6 +323,7 @@ class Request:
             variation=Variation.check(subseed, subseed_strength, batch),
             hires=hires,
             vae_tiling=check_tiling(vae_tiling, limits.family.factor),
+            metadata=metadata,
         )
         return request if hires is None else replace(request, second=_second_pass(limits, request, hires))
 

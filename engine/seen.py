@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .beginnings import Begin, Encode
@@ -40,9 +39,6 @@ class Seen(Protocol):
 
     def begin(self, request: Request, plane: tuple[int, ...], encode: Encode) -> Begin:
         """Where the loops of a request start, and what each row sees. `plane` is (C, h, w)."""
-
-    def parameters(self) -> Mapping[str, Any]:
-        """Its fields in a picture's parameters."""
 
 
 def check_seen(

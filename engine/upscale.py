@@ -3,7 +3,6 @@ StableDiffusionUpscalePipeline."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -51,10 +50,6 @@ class Upscale:
             DrawnOnce(Encoded(mean, np.full_like(mean, self.noise), request.image_of)),
             np.array(self.level, np.int32),
         )
-
-    def parameters(self) -> Mapping[str, Any]:
-        """See `Seen`."""
-        return {"Noise level": self.level}
 
 
 @dataclass(frozen=True, eq=False)

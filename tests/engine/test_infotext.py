@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from engine.errors import MetadataError
 from engine.infotext import DEFAULTS, Ignored, Settings, parameters_text, parse_parameters
 
+HONOURED = frozenset({"Steps", "Sampler", "CFG scale", "Seed", "Size", "RNG"})
 QUICK = settings(max_examples=80, deadline=None)
 
 OF_A1111 = """a cat, (blue:1.2)
@@ -39,7 +40,7 @@ VALUES = {
 
 
 def test_a1111s_text_is_read_and_what_is_not_honoured_is_named():
-    found, ignored = parse_parameters(OF_A1111)
+    found, ignored = parse_parameters(OF_A1111, HONOURED)
     assert found == Settings("a cat, (blue:1.2)\nsecond line", 'bad, "worse"\nand more', {**DEFAULTS, **VALUES})
     assert [one.key for one in ignored] == [
         "Schedule type",
@@ -71,14 +72,14 @@ def test_what_a1111_leaves_out_is_left_out():
 
 
 def test_noise_of_the_cpu_is_honoured():
-    _, ignored = parse_parameters("a\nSteps: 20, Sampler: Euler, RNG: CPU, Model: x, Version: LatentRT 0.3.0")
+    _, ignored = parse_parameters("a\nSteps: 20, Sampler: Euler, RNG: CPU, Model: x, Version: LatentRT 0.3.0", HONOURED)
     assert ignored == ()
 
 
 def test_fewer_than_three_pairs_are_of_the_prompt():
-    assert parse_parameters("a cat\nSteps: 20, Seed: 1") == (Settings("a cat\nSteps: 20, Seed: 1"), ())
-    assert parse_parameters("") == (Settings(""), ())
-    assert parse_parameters("a\nNegative prompt: b\nc")[0] == Settings("a", "b\nc")
+    assert parse_parameters("a cat\nSteps: 20, Seed: 1", HONOURED) == (Settings("a cat\nSteps: 20, Seed: 1"), ())
+    assert parse_parameters("", HONOURED) == (Settings(""), ())
+    assert parse_parameters("a\nNegative prompt: b\nc", HONOURED)[0] == Settings("a", "b\nc")
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,9 @@ def test_fewer_than_three_pairs_are_of_the_prompt():
 )
 def test_what_is_no_value_of_its_key_is_named(key, text):
     values = {"Sampler": "Euler", "Model": "x", "Version": "y", "RNG": "CPU"}
-    found, ignored = parse_parameters("a\n" + ", ".join(f"{k}: {v}" for k, v in {**values, key: text}.items()))
+    found, ignored = parse_parameters(
+        "a\n" + ", ".join(f"{k}: {v}" for k, v in {**values, key: text}.items()), HONOURED
+    )
     assert ignored == (Ignored(key, text, "this is no value of it"),)
     assert found.values == {**DEFAULTS, **values}
 
@@ -121,7 +124,7 @@ NAME = st.from_regex(r"[a-z][a-z0-9_]{0,8}", fullmatch=True)
     ),
 )
 def test_writing_and_reading_again_is_the_identity(prompt, negative, values):
-    found, _ = parse_parameters(parameters_text(Settings(prompt, negative, values)))
+    found, _ = parse_parameters(parameters_text(Settings(prompt, negative, values)), HONOURED)
     assert found == Settings(prompt, negative, {**DEFAULTS, **values})
 
 
@@ -131,7 +134,7 @@ PARTS = ["Steps: 2", ", ", ":", '"', "\\", "Seed", ": 1", "\n", " ", "Negative p
 @QUICK
 @given(st.text(max_size=60) | st.lists(st.sampled_from(PARTS), max_size=30).map("".join))
 def test_any_text_is_read(text):
-    found, ignored = parse_parameters(text)
+    found, ignored = parse_parameters(text, HONOURED)
     assert isinstance(found, Settings)
     assert all(isinstance(one.text, str) for one in ignored)
 
@@ -139,7 +142,7 @@ def test_any_text_is_read(text):
 @pytest.mark.parametrize("unit", ["a", "a ", "a:", 'a: "', 'ab: "\\', "ab: 1, ", ",", "\n", '"', "\\"])
 def test_long_texts_take_no_longer_than_their_length(unit):
     start = time.thread_time()
-    parse_parameters(unit * 50_000)
+    parse_parameters(unit * 50_000, HONOURED)
     assert time.thread_time() - start < 2
     with pytest.raises(MetadataError, match="the picture's text has 2000000 characters; at most 1048576 are read"):
-        parse_parameters("a" * 2_000_000)
+        parse_parameters("a" * 2_000_000, HONOURED)
