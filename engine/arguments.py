@@ -230,6 +230,10 @@ def _add_prompting(c: Group) -> None:
         metavar="N",
         help="how many of the text encoder's last layers are left out; 1 is A1111's 2 (default: 0)",
     )
+    _add_vectors(c)
+
+
+def _add_vectors(c: Group) -> None:
     c.add_argument(
         "--textual-inversion",
         type=inversion,
@@ -368,6 +372,7 @@ def _add_reproduce(p: argparse.ArgumentParser) -> None:
         metavar="NAME=FILE",
         help="an array that the call was given, such as latents=noise.npy; may be repeated",
     )
+    _add_vectors(c)
     _add_machine(p.add_argument_group("the machine"))
 
 

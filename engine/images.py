@@ -67,7 +67,10 @@ def second_pass_parameters(hires: Hires, first: Request, second: Request, text: 
     if "Hires upscale" not in fields:
         fields["Hires resize"] = second.width, second.height
     if second.sampling.sampler != first.sampling.sampler:
-        fields["Hires sampler"] = label_of(second.sampling.sampler)
+        label = label_of(second.sampling.sampler)
+        fields["Hires sampler"] = label
+        if second.sampling.sampler != label:
+            fields["Hires scheduler"] = second.sampling.sampler
     if second.guidance.scale != first.guidance.scale:
         fields["Hires CFG Scale"] = second.guidance.scale
     for key, own, before in (

@@ -157,7 +157,7 @@ FIELDS = (
     Field("prompt_syntax", lambda request, _: request.texts.syntax),
     Field(
         "clip_skip",
-        lambda request, _: request.texts.skip,
+        lambda request, _: request.texts.skip or None,
         "Clip skip",
         write=lambda layers: layers + 1,
         read=lambda layers: layers - 1,

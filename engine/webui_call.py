@@ -55,11 +55,12 @@ HIRES = {
     "Hires steps": "steps",
     "Denoising strength": "strength",
     "Hires sampler": "scheduler",
+    "Hires scheduler": "scheduler",
     "Hires CFG Scale": "guidance_scale",
     "Hires prompt": "prompt",
     "Hires negative prompt": "negative_prompt",
 }
-"""A1111's keys of a second pass, and the fields of `Hires`."""
+"""A1111's keys of a second pass and our own, and the fields of `Hires`; of two for one field, the later one."""
 
 SPECIAL = (
     *HIRES,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine import Pipeline, metadata
+from engine import Hires, Pipeline, metadata
 from engine.bundle import Bundle
 from engine.errors import MetadataError, ReproductionError
 from engine.images import finished_images
@@ -47,14 +47,33 @@ def test_every_argument_of_a_call_is_in_the_record_or_is_named_as_not_needed(dem
         },
         {"prompt": "a", "scheduler": "ddim", "timestep_respacing": "ddim4", "eta": 0.7},
         {"prompt": "a", "scheduler": "euler_a", "schedule_type": "sgm_uniform", "num_images_per_prompt": 2},
+        {"prompt": "a [red:blue:1] (ring:1.2)", "prompt_syntax": "a1111", "emphasis": "no norm", "clip_skip": 1},
+        {"prompt": "a ring AND a star:0.5", "prompt_syntax": "a1111", "num_images_per_prompt": 2},
+        {"prompt": ["a ring", "a star"], "seed": 7, "subseed": [4, 5], "subseed_strength": [0.2, 0.5]},
+        {"prompt": "a", "hires": Hires(scale=1.5, steps=3, prompt="a star", scheduler="euler"), "seed": 2},
+        {"prompt": "a", "hires": Hires(height=96, guidance_scale=lambda i, t: 2.5 + i), "vae_tiling": 64},
     ],
-    ids=lambda arguments: str(arguments.get("scheduler")),
+    ids=lambda arguments: " ".join(arguments),
 )
 def test_every_picture_of_a_call_comes_again_from_its_file(demo, tmp_path, arguments):
     for image in demo(**{**FAST, **arguments}).images:
         again = reproduced(demo, image, tmp_path)
         assert again.equal
         assert again.reasons == ()
+
+
+def test_embeddings_are_inputs(demo, tmp_path):
+    rng = np.random.default_rng(0)
+    given = {
+        "prompt_embeds": rng.standard_normal((2, 77, 128), np.float32),
+        "negative_prompt_embeds": rng.standard_normal((2, 77, 128), np.float32),
+    }
+    image = demo(**given, seed=[1, 2], **FAST).images[1]
+    assert reproduced(demo, image, tmp_path, given).equal
+    with pytest.raises(
+        ReproductionError, match=r"was given prompt_embeds, of which .* pass --input prompt_embeds=FILE"
+    ):
+        reproduced(demo, image, tmp_path)
 
 
 def test_models_without_texts_are_reproduced_too(textless_bundles, tmp_path):
@@ -103,7 +122,7 @@ def test_an_input_that_is_none_is_an_error(tmp_path):
     (tmp_path / "a.npy").write_bytes(b"no array")
     with pytest.raises(ReproductionError, match=r"a\.npy' can't be read as an array"):
         load("latents", tmp_path / "a.npy")
-    with pytest.raises(ReproductionError, match="no call is given such an input; there are: latents, image, mask_im"):
+    with pytest.raises(ReproductionError, match="no call is given such an input; there are: latents, image, depth_map"):
         load("prompt", tmp_path / "a.npy")
 
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from engine import metadata
+from engine import Hires, metadata
 from engine.errors import MetadataError
 from engine.record import call_parameters
 from engine.reproduce import compare, make_again, plan, read_pixels
@@ -67,6 +67,11 @@ def test_what_a_call_takes_is_taken_from_the_text_when_it_can():
         ({"CFG interval": "x"}, "CFG interval", "this is no value of it"),
         ({"Sigma noise": "99"}, "Sigma noise", "Euler a does not take it"),
         ({"Batch index": "3"}, "Batch index", "the call makes 1 pictures"),
+        (
+            {"Hires upscale": "2", "Hires upscaler": "R-ESRGAN 4x+", "Denoising strength": "0.5"},
+            "Hires upscaler",
+            "there is no such upscaler here, so bilinear is taken",
+        ),
         ({"Tiling": "True"}, "Tiling", "there is no such setting here"),
     ],
 )
@@ -86,8 +91,16 @@ def test_what_is_not_honoured_has_its_name_and_a_reason(changes, key, reason):
         {"seed": 3, "scheduler": "euler", "sigmas": [10.1, 1 / 3, 0]},
         {"seed": 3, "scheduler": "dpmpp_2m_karras", "guidance_rescale": 0.5},
         {"seed": 3, "scheduler": "dpm++ 2m", "schedule_type": "SGM Uniform"},
+        {"seed": 3, "scheduler": "ddim", "subseed": 9, "subseed_strength": 0.3},
+        {"seed": 3, "scheduler": "ddim", "clip_skip": 1, "emphasis": "ignore", "prompt_syntax": "a1111"},
+        {
+            "seed": 3,
+            "scheduler": "ddim",
+            "hires": Hires(1.5, steps=3, strength=0.6, upscaler="bicubic", prompt="a star"),
+        },
+        {"seed": 3, "scheduler": "ddim", "hires": Hires(width=96, height=80, scheduler="euler", guidance_scale=3)},
     ],
-    ids=lambda arguments: arguments["scheduler"],
+    ids=lambda arguments: " ".join(arguments),
 )
 def test_our_own_text_is_enough_to_make_the_picture_again(demo, tmp_path, arguments):
     image = demo("a ring", num_inference_steps=2, progress=False, **arguments).images[-1]
