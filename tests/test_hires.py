@@ -102,22 +102,23 @@ def test_a_second_pass_from_pixels_is_diffusers_two_calls(both):
 def test_a_larger_picture_shows_what_was_asked_for(demo, upscaler):
     seen = []
     made = demo(
-        "a large red circle on a blue background",
+        ["a large red circle on a blue background"] * 3,
         num_inference_steps=20,
-        seed=3,
-        hires=Hires(upscaler=upscaler, strength=0.5),
+        seed=[0, 1, 2],
+        hires=Hires(scale=1.25, upscaler=upscaler, strength=0.5),
         callback_on_step_end=lambda _, i, t, tensors: seen.append((i, tensors["latents"].shape[2])),
         progress=False,
     )
-    verdict = judge(np.asarray(made.images[0].resize((64, 64))))
-    assert made.images[0].size == (128, 128)
-    assert (verdict.shape, verdict.colour, verdict.background) == ("circle", "red", "blue")
+    for image in made.images:
+        verdict = judge(np.asarray(image.resize((64, 64))))
+        assert image.size == (80, 80)
+        assert (verdict.shape, verdict.colour, verdict.background, verdict.size) == ("circle", "red", "blue", "large")
     assert made.evaluations == len(made.timings.steps) == 30
-    assert seen == [(i, 8 if i < 20 else 16) for i in range(30)]
+    assert seen == [(i, 8 if i < 20 else 10) for i in range(30)]
     parameters = made.images[0].info["parameters"]
     assert "Size: 64x64" in parameters
     assert "Denoising strength: 0.5" in parameters
-    assert "Hires upscale: 2" in parameters
+    assert "Hires upscale: 1.25" in parameters
     assert f"Hires upscaler: {'Latent' if upscaler == 'bilinear' else 'Lanczos'}" in parameters
 
 
