@@ -111,7 +111,7 @@ def run(
     those after which nothing can be made or written.
     """
     totals, names, taken = Totals(), settable(), dict[Path, int]()
-    model = Model.of(pipeline.bundle, pipeline.description)
+    model = Model.of(pipeline.bundle, pipeline.description, pipeline.loaded)
     for number, text in enumerate(read_lines(file, "--batch-file", "one JSON object a line", BatchFileError), 1):
         if not text.strip():
             continue
@@ -172,4 +172,12 @@ def _is_there(file: Path, wanted: Record, request: Request, seeded: bool) -> boo
 def _identity(record: Record, seeded: bool) -> tuple[Any, ...]:
     """What two records of the same picture have in common, on any backend."""
     arguments = {name: value for name, value in record.arguments.items() if seeded or name != "seed"}
-    return arguments, record.index, record.pictures, record.inputs, record.model.weights, record.model.build
+    return (
+        arguments,
+        record.index,
+        record.pictures,
+        record.inputs,
+        record.model.weights,
+        record.model.build,
+        record.model.loaded,
+    )

@@ -18,9 +18,12 @@ from .sampling.catalog import label_of, schedule_label
 from .version import __version__
 
 
-def finished_images(made: np.ndarray, request: Request, bundle: Bundle, backend: str, interrupted: bool) -> Any:
+def finished_images(
+    made: np.ndarray, request: Request, bundle: Bundle, backend: str, interrupted: bool, loaded: str = ""
+) -> Any:
     """Pixels [B, H, W, 3] uint8 become PIL images ("pil") or float32 in 0..1 ("np"). Latents ("latent") stay as they
-    are. PIL images hold their settings, with `backend` as what made them, unless the request is without metadata."""
+    are. PIL images hold their settings, with `backend` and what was `loaded` as what made them, unless the request is
+    without metadata."""
     if request.output_type == "latent":
         return made
     if request.inpaint is not None and request.init is not None:
@@ -29,7 +32,7 @@ def finished_images(made: np.ndarray, request: Request, bundle: Bundle, backend:
         return made.astype(np.float32) / 255
     if not request.metadata:
         return [Image.fromarray(pixels) for pixels in made]
-    model, texts = Model.of(bundle, backend), bool(bundle.family.tokenizers)
+    model, texts = Model.of(bundle, backend, loaded), bool(bundle.family.tokenizers)
     records = Record.of_call(request, texts, model, interrupted)
     return [
         Picture.from_pixels(pixels, parameters(request, bundle, index), record.content())

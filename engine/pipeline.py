@@ -168,6 +168,12 @@ class Pipeline:
         return self._backend.description
 
     @property
+    def loaded(self) -> str:
+        """The textual inversions that are loaded, with the beginnings of their hashes."""
+        words = {} if self._encode is None else self._encode.table.hashes
+        return ", ".join(f"textual inversion {word!r} {digest[:10]}" for word, digest in sorted(words.items()))
+
+    @property
     def profiles(self) -> tuple[Shapes, ...]:
         """The sizes and numbers of pictures that one call may ask for."""
         return self._backend.profiles
@@ -297,7 +303,7 @@ class Pipeline:
             images, finite = decoded.image, decoded.finite.all()
         if not finite:
             raise self._overflow(request, lanes.latents(every), evaluations)
-        images = finished_images(images, request, self.bundle, self.description, interrupted)
+        images = finished_images(images, request, self.bundle, self.description, interrupted, self.loaded)
         return Result(images, clock.timings(lanes.path), list(request.seeds), evaluations, interrupted)
 
     def _loop(

@@ -25,7 +25,7 @@ UNRECORDED = frozenset({"output_type", "callback_on_step_end", "progress", "meta
 class Model:
     """What made a picture. weights: the manifest's hash of the model's files, None where it has none; build: a hash of
     the bundle's graphs, its tokenizer and its scheduler's configuration; backend: the inference library, its version
-    and the device."""
+    and the device; loaded: the textual inversions in it, with the beginnings of their hashes."""
 
     bundle: str
     family: str
@@ -34,10 +34,11 @@ class Model:
     precision: str
     backend: str
     version: str
+    loaded: str = ""
 
     @classmethod
-    def of(cls, bundle: Bundle, backend: str) -> Model:
-        """`backend`: the pipeline's description."""
+    def of(cls, bundle: Bundle, backend: str, loaded: str = "") -> Model:
+        """`backend`: the pipeline's description; `loaded`: what it has loaded."""
         contents = bundle.contents
         files = [f"{name} {file.sha256}" for name, file in sorted(contents.files.items()) if not name.endswith(".png")]
         build = "\n".join([*files, json.dumps(contents.scheduler, sort_keys=True)])
@@ -49,6 +50,7 @@ class Model:
             contents.precision,
             backend,
             __version__,
+            loaded,
         )
 
 
@@ -155,7 +157,7 @@ def _count(value: Any) -> int | None:
 
 
 def _model(content: Mapping[str, Any]) -> Model:
-    texts = {field.name: content.get(field.name) for field in fields(Model)}
+    texts = {field.name: content.get(field.name, "" if field.name == "loaded" else None) for field in fields(Model)}
     wrong = [name for name, text in texts.items() if not isinstance(text, str) and (name, text) != ("weights", None)]
     if wrong:
         raise MetadataError(f"the record in the picture has a model whose {wrong[0]} is {shown(texts[wrong[0]])}")

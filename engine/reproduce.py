@@ -166,7 +166,7 @@ def _files(arrays: Arrays) -> str:
 
 def _short(value: str | None) -> str:
     """A hash by its beginning."""
-    return "unknown" if value is None else value[:10] if SHA256.fullmatch(value) else value
+    return "unknown" if value is None else value[:10] if SHA256.fullmatch(value) else value or "nothing"
 
 
 def report(file: Path, plan: Plan, compared: Comparison, description: str, output: Path | None) -> Iterator[str]:

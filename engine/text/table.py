@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -40,6 +41,11 @@ class TokenTable:
     def words(self) -> Mapping[str, range]:
         """The words of the textual inversions, with their ids."""
         return {word: ids for word, (ids, _) in self._added.items()}
+
+    @property
+    def hashes(self) -> Mapping[str, str]:
+        """The SHA-256 of each word's vectors."""
+        return {word: hashlib.sha256(vectors.tobytes()).hexdigest() for word, (_, vectors) in self._added.items()}
 
     def add(self, inversion: Inversion) -> None:
         """Adds a word. InversionWidthError if its vectors are another model's, InversionError if it is there, in any

@@ -1,10 +1,12 @@
 """A record has all that makes a picture again, and a damaged one is an error by name."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from engine import Hires, Pipeline, metadata
 from engine.bundle import Bundle
@@ -60,6 +62,18 @@ def test_every_picture_of_a_call_comes_again_from_its_file(demo, tmp_path, argum
         again = reproduced(demo, image, tmp_path)
         assert again.equal
         assert again.reasons == ()
+
+
+def test_a_textual_inversion_belongs_to_what_made_a_picture(demo_bundle, tmp_path):
+    save_file({"dot": np.ones((1, 128), np.float32)}, tmp_path / "dot.safetensors")
+    with Pipeline.load(demo_bundle, backend="onnxruntime") as pipeline:
+        word = pipeline.load_textual_inversion(tmp_path / "dot.safetensors")
+        image = pipeline("a dot", seed=0, **FAST).images[0]
+        assert reproduced(pipeline, image, tmp_path).reasons == ()
+        pipeline.unload_textual_inversion(word)
+        again = reproduced(pipeline, image, tmp_path)
+    assert not again.equal
+    assert re.fullmatch(r"loaded: textual inversion 'dot' [0-9a-f]{10} then, nothing now", again.reasons[0])
 
 
 def test_embeddings_are_inputs(demo, tmp_path):
