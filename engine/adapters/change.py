@@ -1,0 +1,180 @@
+"""What one layer of an adapter does to a weight, in float32 or float64.
+
+Sources: LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732), DoRA (arXiv:2402.09353), LyCORIS (arXiv:2309.14859) with
+LoCon, LoHa and LoKr, (IA)^3 (arXiv:2205.05638), OFT (arXiv:2306.07280).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import AdapterError, AdapterShapeError
+from ..text.tensors import StoredTensor
+
+KINDS = {
+    "lora": {"down", "up"},
+    "loha": {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
+    "ia3": {"weight"},
+    "full": {"diff"},
+    "oft": {"oft_blocks"},
+}
+"""Each kind's tensors that a layer can't lack. LoKr has several forms of each factor."""
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """One layer of an adapter. layer: its name in the file, for messages. The tensors are read when they are needed."""
+
+    layer: str
+    tensors: Mapping[str, StoredTensor]
+    alpha: float | None = None
+    rank_stabilized: bool = False
+
+    @property
+    def kind(self) -> str:
+        """ "lora", "loha", "lokr", "ia3", "full" or "oft". AdapterError if tensors are missing."""
+        if {"lokr_w1", "lokr_w1_a"} & set(self.tensors) and {"lokr_w2", "lokr_w2_a"} & set(self.tensors):
+            return "lokr"
+        for kind, needed in KINDS.items():
+            if needed <= set(self.tensors):
+                return kind
+        raise AdapterError(f"the layer {self.layer} has only {sorted(self.tensors)}: the file is incomplete; get it again")
+
+    def delta(self, base: np.ndarray, weight: float = 1.0, dyn: int | None = None) -> np.ndarray:
+        """The change of `base`, in its type and shape. dyn: of a LoRA, only the first so many ranks count.
+
+        AdapterShapeError if the layer is made for a weight of another shape."""
+        kind = self.kind
+        if kind == "oft":
+            return self._rotated(base, weight) - base
+        if kind == "ia3":
+            return weight * self._scaled(base)
+        change = self._fitted(self._product(kind, base.dtype, dyn), base.shape)
+        if "dora_scale" not in self.tensors:
+            return weight * change
+        return weight * (self._decomposed(base + change) - base)
+
+    def _values(self, name: str, dtype: np.dtype) -> np.ndarray:
+        return self.tensors[name].values().astype(dtype)
+
+    def _scale(self, rank: int) -> float:
+        if "scale" in self.tensors:
+            return float(self.tensors["scale"].values().reshape(-1)[0])
+        alpha = self.alpha or rank
+        return alpha / math.sqrt(rank) if self.rank_stabilized else alpha / rank
+
+    def _product(self, kind: str, dtype: np.dtype, dyn: int | None) -> np.ndarray:
+        if kind == "lora":
+            return self._lora(dtype, dyn)
+        if kind == "loha":
+            rank = self.tensors["hada_w1_b"].shape[0]
+            return self._scale(rank) * self._pair("hada_w1", "hada_t1", dtype) * self._pair("hada_w2", "hada_t2", dtype)
+        if kind == "lokr":
+            return self._lokr(dtype)
+        return self._values("diff", dtype)
+
+    def _lora(self, dtype: np.dtype, dyn: int | None) -> np.ndarray:
+        down, up = self._values("down", dtype), self._values("up", dtype)
+        scale = self._scale(down.shape[0])
+        up = up.reshape(up.shape[:2])
+        if "mid" in self.tensors:
+            mid = self._values("mid", dtype)[:dyn]
+            down = down.reshape(down.shape[:2])
+            return scale * np.einsum("nm...,in,mj->ij...", mid, up[:, :dyn], down, optimize=True)
+        if up.shape[1] != down.shape[0]:
+            raise AdapterShapeError(
+                f"the layer {self.layer} has factors of the shapes {up.shape} and {down.shape}, whose ranks differ: the "
+                "file is damaged; get it again"
+            )
+        return scale * np.tensordot(up[:, :dyn], down[:dyn], 1)
+
+    def _pair(self, name: str, core: str, dtype: np.dtype) -> np.ndarray:
+        """The product of two factors, around a core if there is one."""
+        a, b = self._values(f"{name}_a", dtype), self._values(f"{name}_b", dtype)
+        if core in self.tensors:
+            return np.einsum("ij...,ip,jr->pr...", self._values(core, dtype), a, b, optimize=True)
+        return np.tensordot(a, b, 1)
+
+    def _lokr(self, dtype: np.dtype) -> np.ndarray:
+        ranks = [self.tensors[name].shape[0] for name in ("lokr_w2_b", "lokr_w1_b") if name in self.tensors]
+        scale = self._scale(ranks[0]) if ranks else 1.0
+        first = self._values("lokr_w1", dtype) if "lokr_w1" in self.tensors else self._pair("lokr_w1", "", dtype)
+        whole = "lokr_w2" in self.tensors
+        second = self._values("lokr_w2", dtype) if whole else self._pair("lokr_w2", "lokr_t2", dtype)
+        return scale * np.kron(first.reshape(first.shape + (1,) * (second.ndim - first.ndim)), second)
+
+    def _fitted(self, change: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """A convolution's change may be stored flat, a linear layer's as a 1x1 convolution. An inpainting model's first
+        convolution has 9 input channels, of which the first 4 are a plain model's."""
+        if change.size == math.prod(shape) and change.shape[0] == shape[0]:
+            return change.reshape(shape)
+        if change.ndim == 4 and len(shape) == 4 and (change.shape[1], shape[1]) == (4, 9):
+            padded = np.zeros((change.shape[0], 9, *change.shape[2:]), change.dtype)
+            padded[:, :4] = change
+            if padded.shape == shape:
+                return padded
+        raise AdapterShapeError(
+            f"the layer {self.layer} changes a weight of the shape {change.shape}, and the model's has {shape}; load an "
+            "adapter that was trained for this kind of model"
+        )
+
+    def _decomposed(self, weight: np.ndarray) -> np.ndarray:
+        """DoRA. A magnitude of one row is a norm of each input column, any other a norm of each output row."""
+        magnitude = self._values("dora_scale", weight.dtype)
+        columns = magnitude.ndim > 1 and magnitude.shape[0] == 1 and weight.shape[0] != 1
+        kept = 1 if columns else 0
+        axes = tuple(axis for axis in range(weight.ndim) if axis != kept)
+        if magnitude.size != weight.shape[kept]:
+            raise AdapterShapeError(
+                f"the layer {self.layer} has magnitudes of the shape {magnitude.shape} for a weight of the shape "
+                f"{weight.shape}; load an adapter that was trained for this kind of model"
+            )
+        norm = np.sqrt(np.sum(weight**2, axis=axes, keepdims=True))
+        return magnitude.reshape(norm.shape) * weight / norm
+
+    def _scaled(self, base: np.ndarray) -> np.ndarray:
+        """(IA)^3: a factor for each input column or each output row."""
+        factors = self._values("weight", base.dtype).reshape(-1)
+        on_input = "on_input" in self.tensors and bool(self.tensors["on_input"].storage.data[0])
+        axis = 1 if on_input else 0
+        if factors.size != base.shape[axis]:
+            raise AdapterShapeError(
+                f"the layer {self.layer} has {factors.size} factors for a weight of the shape {base.shape}; load an "
+                "adapter that was trained for this kind of model"
+            )
+        shape = [1] * base.ndim
+        shape[axis] = factors.size
+        return base * factors.reshape(shape)
+
+    def _rotated(self, base: np.ndarray, weight: float) -> np.ndarray:
+        """OFT: each block of output rows is turned by the Cayley transform of a skew matrix."""
+        blocks = self._values("oft_blocks", base.dtype)
+        if blocks.ndim != 3 or blocks.shape[0] * blocks.shape[1] != base.shape[0]:
+            raise AdapterShapeError(
+                f"the layer {self.layer} has rotations of the shape {blocks.shape} for a weight of the shape {base.shape}; "
+                "load an OFT that was trained for this kind of model"
+            )
+        identity = np.eye(blocks.shape[1], dtype=base.dtype)
+        skew = blocks - blocks.swapaxes(1, 2)
+        if self.alpha:
+            norm = float(np.linalg.norm(skew)) + 1e-8
+            skew = skew * min(norm, self.alpha * base.shape[0]) / norm
+        turn = (identity + skew) @ np.linalg.inv(identity - skew)
+        partial = weight * turn + (1 - weight) * identity
+        rows = base.reshape(blocks.shape[0], blocks.shape[1], -1)
+        return (partial.swapaxes(1, 2) @ rows).reshape(base.shape)
+
+
+def changed(base: np.ndarray, changes: Sequence[tuple[Change, float]], dyn: int | None = None) -> np.ndarray:
+    """`base` with the changes of several adapters, each computed from `base`, so that their order does not matter.
+
+    Computed in float32, or in float64 for such weights, and cast to the type of `base` once."""
+    exact = base.astype(np.float64 if base.dtype == np.float64 else np.float32)
+    total = exact.copy()
+    for change, weight in changes:
+        total += change.delta(exact, weight, dyn)
+    return total.astype(base.dtype)
