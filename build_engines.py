@@ -35,7 +35,18 @@ LONGEST_NAME = 100
 FOR_TENSORRT = ("rows", "components", "diagnose", "workspace", "max_aux_streams", "optimization_level")
 """Options that say how plans are built."""
 
-FOR_A_MODEL = ("output", "name", "precision", "opset", "random_weights", "tokenizer", "prediction_type", "scheduler")
+FOR_A_MODEL = (
+    "output",
+    "name",
+    "precision",
+    "opset",
+    "random_weights",
+    "tokenizer",
+    "prediction_type",
+    "scheduler",
+    "ema",
+    "vae",
+)
 """Options that say how a model becomes a bundle, and that a bundle which is there has behind it."""
 
 
@@ -139,7 +150,19 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--prediction-type",
         metavar="TYPE",
-        help="epsilon or v_prediction, for a single file of an SD 2.x model that does not say",
+        help="epsilon or v_prediction, for a single file of an SD 2.x model (default: what the .yaml beside it says, "
+        "else epsilon for global_step 875000 and v_prediction for others)",
+    )
+    p.add_argument(
+        "--ema",
+        action="store_true",
+        help="the U-Net's running averages (model_ema.*) are the model, for a single file that holds both",
+    )
+    p.add_argument(
+        "--vae",
+        type=Path,
+        metavar="FILE_OR_FOLDER",
+        help="another VAE for a single file, in CompVis' or diffusers' layout (default: the file's own)",
     )
     p.add_argument(
         "--scheduler",
@@ -287,7 +310,13 @@ def build_bundle(
     from export.sources.checkpoint import resolve
 
     source = resolve(
-        options.model, options.random_weights, options.tokenizer, options.prediction_type, options.scheduler
+        options.model,
+        options.random_weights,
+        options.tokenizer,
+        options.prediction_type,
+        options.scheduler,
+        options.ema,
+        options.vae,
     )
     if options.name is not None:
         source.name = options.name

@@ -55,6 +55,7 @@ def picture(options: argparse.Namespace) -> int:
             files,
         )
     )
+    read_pictures(options)
     bundle = check_call(options, subjects)
 
     from .pipeline import Pipeline
@@ -84,6 +85,15 @@ def read_subjects(options: argparse.Namespace) -> Sequence[Subject]:
     """The texts of the command line. For a model without texts its classes, or one None."""
     texts = options.prompt or options.prompts or not _is_textless(options.bundle)
     return read_prompts(options.prompt, options.prompts) if texts else options.class_label or [None]
+
+
+def read_pictures(options: argparse.Namespace) -> None:
+    """Puts the pictures of --image and --mask in the place of their files, which are read once for all calls."""
+    from .pixels import read_image
+
+    for name in ("image", "mask"):
+        if (file := getattr(options, name)) is not None:
+            setattr(options, name, read_image(file, f"--{name}"))
 
 
 def _is_textless(folder: Path) -> bool:
@@ -144,6 +154,11 @@ def make(pipeline: Pipeline, wanted: Sequence[tuple[Subject, int, Path]], option
                 sigmas=options.sigmas,
                 timestep_respacing=options.timestep_respacing,
                 sampler_options=dict(options.sampler_option),
+                image=options.image,
+                strength=options.strength,
+                mask_image=options.mask,
+                composite=options.composite,
+                padding_mask_crop=options.padding_mask_crop,
             )
         for subject, seed, file, image in zip(subjects, seeds, files, result.images):
             write_picture(image, file)
@@ -178,7 +193,8 @@ def check_call(options: argparse.Namespace, subjects: Sequence[Subject]) -> Bund
     from .bundle import Bundle
     from .checks import check_class_labels, check_no_text, check_prompts
     from .guidance import check_guidance
-    from .request import Sampling
+    from .inpainting import check_beginning
+    from .request import Sampling, late
 
     given = call_arguments(subjects, options)
     if "prompt" in given:
@@ -199,9 +215,13 @@ def check_call(options: argparse.Namespace, subjects: Sequence[Subject]) -> Bund
         options.timestep_respacing,
         dict(options.sampler_option),
     )
+    init, _ = check_beginning(
+        bundle.family, options.image, options.strength, options.mask, options.composite, options.padding_mask_crop
+    )
+    sampling = late(sampling, init)
     table = sampling.table(schedule)
     check_guidance(
-        options.guidance_scale, options.guidance_rescale, options.guidance_interval, sampling.count, table.timesteps
+        options.guidance_scale, options.guidance_rescale, options.guidance_interval, sampling.run, table.timesteps
     )
     return bundle
 

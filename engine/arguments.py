@@ -97,6 +97,21 @@ def _add_picture(c: argparse.ArgumentParser) -> None:
         metavar="N",
         help="a class, for a model that has classes instead of texts; may be repeated",
     )
+    c.add_argument("--image", type=path, metavar="FILE", help="a picture to start from")
+    c.add_argument("--mask", type=path, metavar="FILE", help="which part of --image is repainted: the white one")
+    c.add_argument("--composite", action="store_true", help="keep what is not white pixel for pixel")
+    c.add_argument(
+        "--padding-mask-crop",
+        type=whole_number(0, 1 << 16),
+        metavar="PIXELS",
+        help="paint only the part around the mask, with so many pixels on each side",
+    )
+    c.add_argument(
+        "--strength",
+        type=number(low=0.0),
+        metavar="S",
+        help="how much of --image changes, 0 to 1 (default: 0.8, with --mask 1)",
+    )
     c.add_argument("--bundle", type=path, default=Path("engines/demo"), metavar="FOLDER", help="default: engines/demo")
     c.add_argument(
         "--output",

@@ -68,5 +68,5 @@ def _model(source: Origin) -> list[str]:
     kinds = {"built-in": [] if source.id == "demo" else [source.id], "random": [source.id, "--random-weights"]}
     words: list[str] = kinds.get(source.kind, [source.path or source.id])
     for name, value in source.options.items():
-        words += [f"--{name}", value]
+        words += [f"--{name}"] if name == "ema" else [f"--{name}", value]
     return words

@@ -38,6 +38,7 @@ class Tensor:
     leave.
     below: integers are below this number, or index the dimension of this name; real numbers are spread over 0 to it.
     None stands for standard normal values.
+    default: what every element is where a job has no value of its own; None if a job must have one.
     solver: guidance and the sampler read it, not the U-Net. exact: what follows from it alone is computed in float32,
     whatever the model's precision is. fed_by: the component's output that becomes this input in the next step.
     """
@@ -47,6 +48,7 @@ class Tensor:
     dtype: str = "float32"
     changes: Literal["never", "loop", "step"] = "loop"
     below: int | str | None = None
+    default: float | None = None
     solver: bool = False
     exact: bool = False
     fed_by: str | None = None

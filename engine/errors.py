@@ -103,6 +103,22 @@ class SamplerOptionError(InputError):
     """An option in `sampler_options` is not one of the sampler's, or its value is wrong."""
 
 
+class ImageError(InputError):
+    """A picture to start from is not a picture, is damaged or too large, or the model can't start from one."""
+
+
+class StrengthError(InputError):
+    """`strength` is not a number from 0 to 1, leaves no step, or there is no image that it is about."""
+
+
+class MaskError(InputError):
+    """`mask_image` is no mask, or an argument that is about one does not go with the rest of the call."""
+
+
+class MaskSizeError(MaskError):
+    """`mask_image` has another size than `image`."""
+
+
 class OutputPathError(InputError):
     """The name of a picture's file is not allowed, or it is the name of something that is never replaced, such as a
     folder or a device."""

@@ -3,10 +3,11 @@
 text_encoder  a text's tokens become its embedding
 denoiser      one whole step: the U-Net on slot 0 of the state, row by row; guidance (`mixing` combines the rows'
               outputs per sample, `rescale` brings back the standard deviation of one); the sampler,
-              `next_state = update @ [state; output; noise]`
+              `next_state = update @ [state; output; noise]`; inpainting: where `mask` is 0, slot 0 of the next state
+              becomes `blend[0] original + blend[1] start_noise`
 vae_decoder   latents become pixels. `magnitude` is a sum over the absolute values before they are clamped: it is finite
               if they all are, which pixels cannot tell
-vae_encoder   pixels become the mean and the standard deviation of latents
+vae_encoder   pixels in -1..1 become the mean and the standard deviation of latents
 
 Models without texts (DDPM, Improved DDPM, unconditional latent diffusion) have a denoiser of their own:
 
@@ -44,7 +45,7 @@ def _encoder(channels: int, factor: int) -> Component:
     latents = ("batch", channels, "height", "width")
     return Component(
         "vae_encoder",
-        inputs=(Tensor("image", _pixels(factor), "uint8", below=256),),
+        inputs=(Tensor("image", _pixels(factor), below=1),),
         outputs=(Tensor("mean", latents), Tensor("std", latents)),
         required=False,
     )
@@ -72,7 +73,11 @@ def _denoiser(channels: int) -> Component:
             Tensor("mixing", ("batch", "rows"), changes="step", solver=True),
             Tensor("rescale", ("batch", "rows"), below=1, solver=True),
             Tensor("update", ("batch", SLOTS, SLOTS + 2), changes="step", solver=True),
+            Tensor("blend", ("batch", 2), changes="step", below=1, default=0.0, solver=True),
             Tensor("noise", ("batch", *plane), changes="step", solver=True),
+            Tensor("mask", ("batch", 1, "height", "width"), below=1, default=1.0, solver=True),
+            Tensor("original", ("batch", *plane), default=0.0, solver=True),
+            Tensor("start_noise", ("batch", *plane), default=0.0, solver=True),
         ),
         outputs=(Tensor("next_state", state),),
     )

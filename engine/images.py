@@ -19,6 +19,8 @@ def finished_images(made: np.ndarray, request: Request, bundle: Bundle) -> Any:
     are."""
     if request.output_type == "latent":
         return made
+    if request.inpaint is not None and request.init is not None:
+        made = request.inpaint.finish(made, request.init, request.image_of, request.mask_of)
     if request.output_type == "np":
         return made.astype(np.float32) / 255
     return [Picture.from_pixels(pixels, parameters(request, bundle, i)) for i, pixels in enumerate(made)]
@@ -39,6 +41,8 @@ def parameters(request: Request, bundle: Bundle, index: int) -> str:
     }
     if request.sampling.schedule_type is not None:
         fields["Schedule type"] = schedule_label(request.sampling.schedule_type)
+    if request.init is not None:
+        fields["Denoising strength"] = request.init.strength
     label = request.class_labels[text]
     if label is not None:
         fields["Class"] = label

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .beginnings import Begin
 from .contract import Component
 from .sampling.noise import Draws, TorchGenerator
 from .sampling.table import StepTable
@@ -100,7 +101,12 @@ def step_inputs(table: StepTable, denoiser: Component) -> dict[str, np.ndarray]:
     known = {"timestep": table.timesteps, "update": table.updates, "clip": table.clips, "variance": table.variances}
     if "clip" in denoiser.input_names:
         known["update"] = np.concatenate([table.updates, table.clipped[:, :, np.newaxis]], axis=2)
-    return {tensor.name: known[tensor.name].astype(np.float32) for tensor in denoiser.stepped if tensor.name in known}
+    made = {tensor.name: known[tensor.name].astype(np.float32) for tensor in denoiser.stepped if tensor.name in known}
+    for tensor in denoiser.stepped:
+        if tensor.default is not None:
+            shape = tensor.shape({"batch": len(table)})
+            made[tensor.name] = np.full(shape, tensor.default, np.float32)
+    return made
 
 
 def classed(class_label: int | None) -> tuple[Row, ...]:
@@ -133,18 +139,21 @@ def jobs(
     seeds: Sequence[int],
     plane: tuple[int, ...],
     latents: np.ndarray | None,
+    begin: Begin,
 ) -> list[Job]:
     """The jobs of one call. `seeds` has one seed for all pictures, whose noise is then drawn together as in diffusers,
-    or one for each. `latents` [B, C, h, w], standard normal, replace the first noise. `plane` is (C, h, w)."""
+    or one for each. `latents` [B, C, h, w], standard normal, replace the first noise. `plane` is (C, h, w). `begin`
+    says where the loops start."""
     count, steps = len(rows), step_inputs(table, denoiser)
     pictures = [count] if len(seeds) == 1 else [1] * count
     made: list[Job] = []
     for seed, several in zip(seeds, pictures):
         generator = TorchGenerator(seed)
         first = len(made)
-        start = generator.randn((several, *plane)) if latents is None else latents[first : first + several]
+        given = None if latents is None else latents[first : first + several]
+        beginnings = begin(generator, range(first, first + several), given)
         noise = Draws(generator, (several, *plane), table.draws) if table.draws.any() else None
-        for picture in range(several):
-            scaled = start[picture] * np.float32(table.initial_scale)
-            made.append(Job(scaled, table, rows[first + picture], steps, noise, picture))
+        for picture, start in enumerate(beginnings):
+            own = {**steps, **start.steps}
+            made.append(Job(start.latents, table, rows[first + picture], own, noise, picture, start.extras))
     return made

@@ -32,6 +32,7 @@ REQUIREMENTS: dict[str, tuple[str, ...]] = {
         "onnxruntime>=1.20",
         "huggingface_hub>=1",
         "filelock>=3.16",
+        "pyyaml>=6",
     ),
     "benchmarks": ("matplotlib>=3.8", "psutil>=6"),
 }

@@ -16,7 +16,7 @@ from .errors import BundleNotFoundError, ManifestError, ManifestVersionError, Un
 from .family import COMPONENTS, FAMILIES, KINDS, Traits
 from .fields import Field
 
-FORMAT = 4
+FORMAT = 6
 """Version of the manifest. It changes whenever an older runtime would misread a newer bundle.
 3: names the family; the denoiser takes a timestep for each sample.
 4: the denoiser takes `rescale`, and its state has five slots; models without texts have traits and no tokenizer."""

@@ -15,6 +15,7 @@ import numpy as np
 from . import checks
 from .backends import open_backend
 from .backends.interface import Backend, Lanes
+from .beginnings import Begin, Encoded, Masked, from_images, from_noise
 from .bundle import Bundle, as_path, while_replaced
 from .contract import Range, Shapes
 from .errors import (
@@ -52,7 +53,9 @@ class Pipeline:
             encode = self._text_conditioning()
         except (SchedulerConfigError, ManifestError) as error:
             raise type(error)(f"{error}. Build the bundle again: {bundle.command()}") from error
-        self.limits = Limits(bundle.family, schedule, backend.profiles, partial(_build_command, bundle, backend))
+        self.limits = Limits(
+            bundle.family, schedule, backend.profiles, partial(_build_command, bundle, backend), backend.encodes_images
+        )
         self._encode = encode
         self._lock = threading.RLock()
         self._busy = self._closed = self._interrupt = False
@@ -185,6 +188,11 @@ class Pipeline:
         timestep_respacing: str | None = None,
         sampler_options: Mapping[str, Any] | None = None,
         class_labels: int | Sequence[int] | None = None,
+        image: Any = None,
+        strength: float | None = None,
+        mask_image: Any = None,
+        composite: bool = False,
+        padding_mask_crop: int | None = None,
     ) -> Result:
         """Makes the picture that the model's pipeline of diffusers makes from the same arguments.
 
@@ -199,16 +207,20 @@ class Pipeline:
         (None: the model's own); progress: show a bar; guidance_rescale: phi of arXiv 2305.08891; guidance_interval:
         (start, end), evaluation i of E has guidance if start <= i / E <= end, the others run without the negative
         prompt; schedule_type, timesteps, sigmas, timestep_respacing: the sampler's grid; sampler_options: its options
-        by name (docs/samplers.md). Raises the InputErrors of engine/errors.py before any work, NumericalError and not
-        a black picture, BundleChangedError where the bundle's files were written to, ClosedPipelineError, and
-        BusyPipelineError in a callback.
+        by name (docs/samplers.md); image: what to start from, a path, a PIL image, an array [H, W, 3] of uint8 or of
+        float in 0..1, latents [n, C, h, w], or a list: one for all pictures, for each text or for each picture;
+        strength: how much of it changes, the share of the steps that are run (default: 0.8, with a mask 1);
+        mask_image: white is repainted; composite: what is not white stays pixel for pixel; padding_mask_crop: paint
+        only the part around the mask, with so many pixels on each side (docs/tasks.md). Raises the InputErrors of
+        engine/errors.py before any work, NumericalError and not a black picture, BundleChangedError where the bundle's
+        files were written to, ClosedPipelineError, and BusyPipelineError in a callback.
         """
         started = perf_counter()
         request = Request.check(self.limits, prompt, height, width, num_inference_steps, guidance_scale,
                                 negative_prompt, num_images_per_prompt, eta, seed, latents, output_type,
                                 callback_on_step_end, scheduler, progress, guidance_rescale, guidance_interval,
                                 schedule_type, timesteps, sigmas, timestep_respacing, sampler_options,
-                                class_labels)  # fmt: skip
+                                class_labels, image, strength, mask_image, composite, padding_mask_crop)  # fmt: skip
         with self._turn():
             self.bundle.recheck_in_place()
             result = self._run(request, started)
@@ -260,7 +272,31 @@ class Pipeline:
         each = [one for one in rows for _ in range(request.images_per_prompt)]
         plane = self.bundle.family.plane(request.height, request.width)
         denoiser = self.bundle.family["denoiser"]
-        return jobs(request.table, denoiser, each, request.seeds, plane, request.latents)
+        return jobs(
+            request.table, denoiser, each, request.seeds, plane, request.latents, self._beginning(request, plane)
+        )
+
+    def _beginning(self, request: Request, plane: tuple[int, ...]) -> Begin:
+        """Where the loops of a request start."""
+        encoded, inpaint = self._encoded(request), request.inpaint
+        if encoded is None or request.init is None:
+            return from_noise(request.table, plane)
+        if inpaint is None:
+            return from_images(request.table, encoded)
+        masks = inpaint.latent_masks(request.height, request.width, self.bundle.family.factor)
+        return Masked(request.table, encoded, masks, request.mask_of, request.init.strength == 1)
+
+    def _encoded(self, request: Request) -> Encoded | None:
+        """The images that a request starts from, through the VAE encoder."""
+        init = request.init
+        if init is None:
+            return None
+        of = request.image_of
+        if init.latents is not None:
+            return Encoded(init.latents, None, of)
+        pixels = init.pixels if request.inpaint is None else partial(request.inpaint.pixels, init)
+        mean, std = self._backend.encode_image(pixels(request.height, request.width))
+        return Encoded(mean, std, of)
 
     def _rows(self, request: Request, tokenized: Callable[[], None]) -> list[tuple[Row, ...]]:
         """The rows of a picture of each text or class."""

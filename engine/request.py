@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache, partial
 from typing import Any
 
@@ -12,8 +12,10 @@ import numpy as np
 
 from . import checks
 from .contract import Family, Shapes
-from .errors import TimestepsError
+from .errors import ImageError, SizeError, TimestepsError
 from .guidance import Guidance, Scale, check_guidance, without_text
+from .init_image import InitImage, each_of
+from .inpainting import Inpaint, check_beginning
 from .sampling.catalog import checked_options, sampler_name, schedule_type_name, step_table
 from .sampling.respacing import space_timesteps
 from .sampling.schedule import Schedule
@@ -34,6 +36,8 @@ class Sampling:
     timesteps: tuple[float, ...] | None
     sigmas: tuple[float, ...] | None
     options: tuple[tuple[str, Any], ...]
+    start: int = 0
+    """The step that the loop starts with, for image to image."""
 
     @classmethod
     def check(
@@ -68,6 +72,11 @@ class Sampling:
             return len(self.timesteps)
         return self.steps if self.sigmas is None else len(self.sigmas) - 1
 
+    @property
+    def run(self) -> int:
+        """The number of steps that are run."""
+        return self.count - self.start
+
     def table(self, schedule: Schedule) -> StepTable:
         """The step table on a model's noise schedule, which nobody can change: calls share it."""
         table = step_table(
@@ -75,6 +84,7 @@ class Sampling:
             schedule,
             self.steps,
             self.eta,
+            self.start,
             schedule_type=self.schedule_type,
             timesteps=self.timesteps,
             sigmas=self.sigmas,
@@ -86,6 +96,11 @@ class Sampling:
         return table
 
 
+def late(sampling: Sampling, init: InitImage | None) -> Sampling:
+    """The sampling from the step on with which a loop from an image starts. StrengthError if none is left."""
+    return sampling if init is None else replace(sampling, start=init.first_step(sampling.count))
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a loaded model allows: its family, its noise schedule and the sizes that it serves.
@@ -95,6 +110,8 @@ class Limits:
     schedule: Schedule
     profiles: tuple[Shapes, ...]
     build_command: checks.BuildCommand
+    encodes_images: bool
+    """Whether there is a VAE encoder, which image to image needs."""
 
     @cached_property
     def table(self) -> Callable[[Sampling], StepTable]:
@@ -110,8 +127,8 @@ class Request:
     prompts, negative_prompts: one of each for every text, for `images_per_prompt` pictures; a model without texts has
     an empty prompt for each class, or one; guided: whether the negative prompts take part; class_labels: one for each
     prompt, None for a model without classes; height, width: pixels; seeds: one for all pictures, or one for each;
-    latents: [B, C, h, w] standard normal float32, or None for noise; sampling: the sampler and its grid, with the
-    `table`.
+    latents: [B, C, h, w] standard normal float32, or None for noise; init: the images to start from, or None;
+    inpaint: what of these is repainted, None for all; sampling: the sampler and its grid, with the `table`.
     """
 
     prompts: tuple[str, ...]
@@ -129,6 +146,20 @@ class Request:
     callback: Any
     progress: bool
     class_labels: tuple[int | None, ...]
+    init: InitImage | None = None
+    inpaint: Inpaint | None = None
+
+    @property
+    def image_of(self) -> tuple[int, ...]:
+        """The image of each picture."""
+        return () if self.init is None else self.init.of(len(self.prompts), self.images_per_prompt)
+
+    @property
+    def mask_of(self) -> tuple[int, ...]:
+        """The mask of each picture."""
+        if self.inpaint is None:
+            return ()
+        return each_of("masks", len(self.inpaint.masks), len(self.prompts), self.images_per_prompt)
 
     @property
     def batch(self) -> int:
@@ -166,6 +197,11 @@ class Request:
         timestep_respacing: str | None = None,
         sampler_options: Mapping[str, Any] | None = None,
         class_labels: int | Sequence[int] | None = None,
+        image: Any = None,
+        strength: float | None = None,
+        mask_image: Any = None,
+        composite: bool = False,
+        padding_mask_crop: int | None = None,
     ) -> Request:
         """The arguments of `Pipeline.__call__`, checked. Raises the InputErrors of engine/errors.py."""
         labels = checks.check_class_labels(class_labels, limits.family.classes)
@@ -187,14 +223,24 @@ class Request:
             timestep_respacing,
             sampler_options,
         )
+        init, inpaint = check_beginning(
+            limits.family, image, strength, mask_image, composite, padding_mask_crop, output_type
+        )
+        if init is not None:
+            _require_encoder(limits, init)
+            init.of(len(prompts), int(num_images_per_prompt))
+        if inpaint is not None:
+            each_of("masks", len(inpaint.masks), len(prompts), int(num_images_per_prompt))
+        sampling = late(sampling, init)
         table = limits.table(sampling)
-        guidance = check_guidance(guidance_scale, guidance_rescale, guidance_interval, sampling.count, table.timesteps)
+        guidance = check_guidance(guidance_scale, guidance_rescale, guidance_interval, sampling.run, table.timesteps)
         if not limits.family.tokenizers:
             guidance = without_text(guidance)
         rows = 2 * batch if guidance.used else batch
-        height, width = checks.check_shapes(
-            height, width, batch, rows, limits.profiles, limits.build_command, limits.family.factor
-        )
+        whole = inpaint is None or inpaint.padding is None
+        height, width = _size(limits, height, width, batch, rows, init if whole else None)
+        if inpaint is not None:
+            inpaint.crop(height, width)
         seeds = checks.check_seeds(secrets.randbits(32) if seed is None else seed, batch)
         checks.check_output_type(output_type)
         checks.check_callback(callback)
@@ -216,4 +262,39 @@ class Request:
             callback=callback,
             progress=progress,
             class_labels=tuple(labels),
+            init=init,
+            inpaint=inpaint,
         )
+
+
+def _require_encoder(limits: Limits, init: InitImage) -> None:
+    """ImageError where a call starts from a picture and there is no VAE encoder."""
+    if init.latents is not None or limits.encodes_images:
+        return
+    if "vae_encoder" in limits.family.names:
+        raise ImageError(
+            "this pipeline has no VAE encoder, so it can't start from a picture; build it: " + limits.build_command()
+        )
+    raise ImageError(
+        "this model has no VAE encoder, so it can't start from a picture; leave image out, or take a bundle of Stable "
+        "Diffusion"
+    )
+
+
+def _size(
+    limits: Limits, height: int | None, width: int | None, batch: int, rows: int, init: InitImage | None
+) -> tuple[int, int]:
+    """Height and width of a call: as it says, else the image's, else what the bundle is best at. SizeError."""
+    factor = limits.family.factor
+    stretches = init is not None and init.latents is None and height is None and width is None
+    if init is not None:
+        own = init.size(factor)
+        height, width = own[0] if height is None else height, own[1] if width is None else width
+        if init.latents is not None and (height, width) != own:
+            raise ImageError(f"the latents in image are of {own[1]} x {own[0]} pixels; leave height and width out")
+    try:
+        return checks.check_shapes(height, width, batch, rows, limits.profiles, limits.build_command, factor)
+    except SizeError as error:
+        if stretches:
+            raise SizeError(f"{error}; or pass height and width, to which the image is then resized") from error
+        raise

@@ -39,10 +39,10 @@ class HostTimings(_ByName):
 class Timings(_ByName):
     """Seconds of each stage of a call; `timings["denoise"]` and `dict(timings)` work too.
 
-    tokenize: of the host. text_encoder, prepare, denoise and vae_decoder: of the device. `prepare` is for buffers and
-    tables, and where a size is new, for compiling the denoiser. steps: each step of `denoise`. total: from the call to
-    its return. host: see HostTimings. path: how the steps ran, as a "cuda_graph" or as "plain" calls of the inference
-    library.
+    tokenize: of the host. text_encoder, prepare, denoise and vae_decoder: of the device. `text_encoder` has the time of
+    the VAE encoder too, where a call starts from an image. `prepare` is for buffers and tables, and where a size is
+    new, for compiling the denoiser. steps: each step of `denoise`. total: from the call to its return. host: see
+    HostTimings. path: how the steps ran, as a "cuda_graph" or as "plain" calls of the inference library.
     """
 
     tokenize: float

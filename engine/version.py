@@ -1,3 +1,3 @@
 """The version of LatentRT, here and in pyproject.toml."""
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"

@@ -16,7 +16,7 @@ import torch
 from engine.contract import Family, Tensor
 from engine.family import FAMILIES, STABLE_DIFFUSION
 from export.build import build, default_shapes
-from export.graphs.denoiser import Denoiser, advance, guide
+from export.graphs.denoiser import Denoiser, advance, guide, inpaint
 from export.graphs.recipes import RECIPES, Recipe, Recipes
 from export.sources.source import Source
 
@@ -36,11 +36,16 @@ class TintedDenoiser(Denoiser):
         mixing: torch.Tensor,
         rescale: torch.Tensor,
         update: torch.Tensor,
+        blend: torch.Tensor,
         noise: torch.Tensor,
+        mask: torch.Tensor,
+        original: torch.Tensor,
+        start_noise: torch.Tensor,
         tint: torch.Tensor,
     ) -> torch.Tensor:
         output = self.predict(state[:, 0] + tint, row_sample, context, timestep)
-        return advance(state, guide(output, mixing, rescale), update, noise)
+        next_state = advance(state, guide(output, mixing, rescale), update, noise)
+        return inpaint(next_state, mask, original, start_noise, blend)
 
 
 def tinted_family() -> Family:

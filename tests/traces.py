@@ -17,6 +17,8 @@ from export.graphs.tracing import OPSET, export_onnx
 ROOT = Path(__file__).parent.parent
 TRACES = ROOT / "build" / "test-engines" / "traces"
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
+OF_THE_FILE = {"_class_name", "_diffusers_version", "_use_default_values"}
+"""What diffusers notes of the file that a configuration was read from, and a list of names in no fixed order."""
 PLAIN = (bool, int, float, str, list, tuple, torch.dtype)
 
 
@@ -28,10 +30,9 @@ def code() -> str:
 
 
 def plain(values: dict) -> dict:
-    """Those that are numbers or words, without the folder that a model came from and diffusers' list of names, whose
-    order is another in every process."""
+    """Those that are numbers or words, without the folder that a model came from and OF_THE_FILE."""
     told = (key for key in sorted(values) if isinstance(values[key], PLAIN))
-    return {key: values[key] for key in told if "name_or_path" not in key and key != "_use_default_values"}
+    return {key: values[key] for key in told if "name_or_path" not in key and key not in OF_THE_FILE}
 
 
 def settings(module: torch.nn.Module) -> str:

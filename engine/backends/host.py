@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from ..contract import PROMPT_TOKENS, Family, Shapes, Sizes
 from ..job import Job, Phase
-from .interface import Decoded
+from .interface import Decoded, encode_in_parts
 from .packing import Packing, pack
+
+PIXELS_PER_DECODE = 512 * 512
+"""Pictures are decoded together up to this size; larger ones one by one, which costs no time and bounds the memory."""
 
 
 class HostCall(Protocol):
@@ -59,6 +64,39 @@ class HostBackend(Protocol):
 
     def decode(self, latents: np.ndarray) -> Decoded:
         """Latents [n, C, h, w] -> pixels."""
+
+
+def decoded_together(height: int, width: int, factor: int) -> int:
+    """How many latents of that size go through the decoder at once."""
+    return max(1, PIXELS_PER_DECODE // (height * width * factor**2))
+
+
+class HostCoder(ABC):
+    """The VAE's two graphs, for backends that run a component on NumPy arrays."""
+
+    family: Family
+    graphs: Mapping[str, Path]
+
+    @abstractmethod
+    def run(self, component: str, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """One run of a component: its outputs in the order of the contract."""
+
+    @property
+    def encodes_images(self) -> bool:
+        """See `Backend.encodes_images`."""
+        return "vae_encoder" in self.graphs
+
+    def encode_image(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `Backend.encode_image`."""
+        factor = self.family.factor
+        together = decoded_together(images.shape[1] // factor, images.shape[2] // factor, factor)
+        return encode_in_parts(lambda some: self.run("vae_encoder", {"image": some}), images, together)
+
+    def decode(self, latents: np.ndarray) -> Decoded:
+        """Latents [n, C, h, w] float32 -> pixels."""
+        size = decoded_together(latents.shape[2], latents.shape[3], self.family.factor)
+        parts = [self.run("vae_decoder", {"latents": latents[i : i + size]}) for i in range(0, len(latents), size)]
+        return Decoded.join([(image, magnitude) for image, magnitude in parts])
 
 
 def nobody() -> None:

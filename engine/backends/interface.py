@@ -79,12 +79,20 @@ class Backend(Protocol):
     """The sizes that it serves."""
 
     @property
+    def encodes_images(self) -> bool:
+        """Whether there is a VAE encoder."""
+
+    @property
     def build_command(self) -> str | None:
         """The beginning of the command that builds for other sizes, where that is not the one that builds the
         bundle."""
 
     def encode_text(self, inputs: Mapping[str, np.ndarray]) -> Sequence[Conditioning]:
         """Encodes n texts, given as the text encoder's inputs: one embedding each, for `Job.rows`."""
+
+    def encode_image(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images [n, H, W, 3] float32 in -1..1 -> mean and standard deviation of their latents, [n, C, h, w] float32,
+        scaled as the U-Net sees them. For bundles with a VAE encoder."""
 
     def lanes(self, count: int, height: int, width: int) -> Lanes:
         """`count` free lanes for latents of h x w elements. Several sets of lanes may be in use at the same time."""
@@ -94,6 +102,15 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Frees everything."""
+
+
+def encode_in_parts(
+    run: Callable[[np.ndarray], Sequence[np.ndarray]], images: np.ndarray, together: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`Backend.encode_image` by runs of the VAE encoder on up to so many images."""
+    parts = [run(images[i : i + together]) for i in range(0, len(images), together)]
+    mean, std = (np.concatenate(one) for one in zip(*parts))
+    return mean, std
 
 
 class HostStopwatch:

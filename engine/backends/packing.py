@@ -63,7 +63,7 @@ class Packing:
         for position, job in enumerate(self.jobs):
             for tensor in self._looped(denoiser):
                 if tensor.dims[0] != "rows":
-                    yield tensor.name, position, _extra(job, tensor.name)
+                    yield tensor.name, position, _extra(job, tensor)
             yield from self.row_values(denoiser, position, self.phases[position])
 
     def row_values(self, denoiser: Component, position: int, phase: Phase) -> Iterator[tuple[str, int, Any]]:
@@ -74,7 +74,7 @@ class Packing:
                 continue
             for i, (row, text) in enumerate(zip(phase.rows, phase.texts)):
                 own = text.get(tensor.name)
-                yield tensor.name, start + i, _extra(job, tensor.name)[row] if own is None else own
+                yield tensor.name, start + i, _extra(job, tensor)[row] if own is None else own
 
     def _looped(self, denoiser: Component) -> list[Tensor]:
         """The inputs that have a value of the jobs for each loop."""
@@ -86,10 +86,12 @@ class Packing:
         return slice(start, start + len(self.phases[position].rows))
 
 
-def _extra(job: Job, name: str) -> np.ndarray:
-    if name not in job.extras:
-        raise BackendError(f"the denoiser's input {name} has no value; jobs of this family have one in `extras`")
-    return job.extras[name]
+def _extra(job: Job, tensor: Tensor) -> np.ndarray:
+    if tensor.name in job.extras:
+        return job.extras[tensor.name]
+    if tensor.default is None:
+        raise BackendError(f"the denoiser's input {tensor.name} has no value; jobs of this family have one in `extras`")
+    return np.full(1, tensor.default, tensor.dtype)
 
 
 def pack(

@@ -33,10 +33,15 @@ class Denoiser(nn.Module):
         mixing: Tensor,
         rescale: Tensor,
         update: Tensor,
+        blend: Tensor,
         noise: Tensor,
+        mask: Tensor,
+        original: Tensor,
+        start_noise: Tensor,
     ) -> Tensor:
         output = self.predict(state[:, 0], row_sample, context, timestep)
-        return advance(state, guide(output, mixing, rescale), update, noise)
+        next_state = advance(state, guide(output, mixing, rescale), update, noise)
+        return inpaint(next_state, mask, original, start_noise, blend)
 
     def predict(self, sample: Tensor, row_sample: Tensor, context: Tensor, timestep: Tensor) -> Tensor:
         """What the U-Net makes of samples [batch, C, h, w], for each row, in float32."""
@@ -88,3 +93,12 @@ def advance(state: Tensor, guided: Tensor, update: Tensor, noise: Tensor) -> Ten
     """The sampler's step: the next state from the guided output."""
     columns = torch.cat([state.flatten(2), guided, noise.flatten(1).unsqueeze(1)], dim=1)
     return torch.bmm(update, columns).reshape(state.shape)
+
+
+def inpaint(state: Tensor, mask: Tensor, original: Tensor, start_noise: Tensor, blend: Tensor) -> Tensor:
+    """The state whose slot 0 outside of the mask is the original with noise of the state's level: blend [batch, 2] has
+    the factors of both. Where mask [batch, 1, h, w] is 1 the state stays bit for bit."""
+    signal, noise = blend[:, :1, None, None], blend[:, 1:, None, None]
+    kept = signal * original + noise * start_noise
+    latents = mask * state[:, 0] + (1 - mask) * kept
+    return torch.cat([latents.unsqueeze(1), state[:, 1:]], dim=1)

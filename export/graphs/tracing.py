@@ -83,7 +83,6 @@ def export_onnx(component: Component, module: nn.Module, sizes: Sizes, file: Pat
                 verbose=False,
             )
             assert program is not None
-            _measure_after_cast(program.model)
             _slice_whole_shapes(program.model)
             program.save(str(file), external_data=True)
         onnx.checker.check_model(str(file))
@@ -105,21 +104,6 @@ def _quiet_exporter() -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
-
-
-def _measure_after_cast(model: ir.Model) -> None:
-    """Reads the sizes of a uint8 input off the float that it is cast to: TensorRT lets nothing but casts read such an
-    input."""
-    for value in model.graph.inputs:
-        users = [use.node for use in value.uses()]
-        casts = [node for node in users if node.op_type == "Cast"]
-        if not casts or value.dtype != ir.DataType.UINT8:
-            continue
-        model.graph.remove(casts[0])
-        model.graph.insert_before(model.graph[0], casts[0])
-        for node in users:
-            if node.op_type == "Shape":
-                node.replace_input_with(0, casts[0].outputs[0])
 
 
 def _slice_whole_shapes(model: ir.Model) -> None:

@@ -83,7 +83,8 @@ class VaeDecoder(KlDecoder):
 
 
 class VaeEncoder(nn.Module):
-    """image [batch, 8 height, 8 width, 3] uint8 -> mean and std of the latents, both scaled as the U-Net sees them."""
+    """image [batch, 8 height, 8 width, 3] in -1..1 -> mean and std of the latents, scaled as the U-Net sees
+    them."""
 
     def __init__(self, vae: AutoencoderKL, dtype: torch.dtype, fused_attention: bool = False) -> None:
         super().__init__()
@@ -93,8 +94,7 @@ class VaeEncoder(nn.Module):
         prepare(self, dtype, fused_attention)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        pixels = image.float().permute(0, 3, 1, 2) / 127.5 - 1
-        moments = self.encoder(pixels.to(self.dtype))
+        moments = self.encoder(image.permute(0, 3, 1, 2).to(self.dtype))
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
         mean, log_variance = moments.float().chunk(2, dim=1)

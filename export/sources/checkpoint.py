@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import shown
@@ -34,8 +35,11 @@ def resolve(
     tokenizer: Path | None = None,
     prediction_type: str | None = None,
     scheduler: str | None = None,
+    ema: bool = False,
+    vae: Path | None = None,
 ) -> Source:
-    """The source that MODEL stands for. `tokenizer` and `prediction_type` are for single files of Stable Diffusion.
+    """The source that MODEL stands for. `tokenizer`, `prediction_type`, `ema` (the running averages of the U-Net) and
+    `vae` (a file or folder that stands in for the file's) are for single files of Stable Diffusion.
     `scheduler`, a name in engine.sampling.catalog.SAMPLERS or a diffusers class name, replaces the model's own.
 
     Raises UnknownModelError, UnreadableModelError, UnsupportedModelError, UnsafePickleError, NoNetworkError or
@@ -44,36 +48,60 @@ def resolve(
     source = _resolve(
         model,
         random_weights,
-        tokenizer,
-        prediction_type,
+        FileOptions(tokenizer, prediction_type, ema, vae),
         None if scheduler is None else schedulers.asked_sampler(scheduler),
     )
     given = {
         "tokenizer": tokenizer and str(tokenizer.resolve()),
         "prediction-type": prediction_type,
         "scheduler": scheduler,
+        "vae": vae and str(vae.resolve()),
+        "ema": "yes" if ema else None,
     }
     source.options = {name: value for name, value in given.items() if value}
     return source
 
 
-def _resolve(
-    model: str | None, random_weights: bool, tokenizer: Path | None, prediction_type: str | None, sampler: str | None
-) -> Source:
+@dataclass(frozen=True)
+class FileOptions:
+    """The options that are only for single files of Stable Diffusion."""
+
+    tokenizer: Path | None
+    prediction_type: str | None
+    ema: bool
+    vae: Path | None
+
+    def refuse(self, what: str) -> None:
+        """UsageError for the first that was given with another model."""
+        given = {
+            "tokenizer": self.tokenizer,
+            "prediction-type": self.prediction_type,
+            "ema": self.ema or None,
+            "vae": self.vae,
+        }
+        for option, value in given.items():
+            if value is not None:
+                raise UsageError(
+                    f"--{option}{'' if value is True else f' {value}'} is for a single file of Stable Diffusion "
+                    f"({_suffixes()}); {what} says this itself, or has no use for it, so leave the option out"
+                )
+
+
+def _resolve(model: str | None, random_weights: bool, options: FileOptions, sampler: str | None) -> Source:
     if random_weights:
         if model not in ARCHITECTURES:
             raise UsageError(
                 f"--random-weights needs a known architecture, not {model!r}; known: {', '.join(ARCHITECTURES)}"
             )
-        _refuse_file_options(f"{model} --random-weights", tokenizer, prediction_type)
+        options.refuse(f"{model} --random-weights")
         return RandomWeights(model, sampler=sampler)
     if model is not None and (file := _checkpoint(model)) is not None:
-        check_options(tokenizer, prediction_type)
+        check_options(options.tokenizer, options.prediction_type)
         if is_textless(file):
-            _refuse_file_options(f"{model}, a model without texts,", tokenizer, prediction_type)
+            options.refuse(f"{model}, a model without texts,")
             return TextlessFile(file, sampler)
-        return CompVisFile(file, tokenizer, prediction_type, sampler)
-    _refuse_file_options("the built-in model" if model is None else model, tokenizer, prediction_type)
+        return CompVisFile(file, options.tokenizer, options.prediction_type, sampler, options.ema, options.vae)
+    options.refuse("the built-in model" if model is None else model)
     if model is None:
         return DiffusersFolder(BUILT_IN, "demo", {"kind": "built-in", "id": "demo"}, sampler)
     path = Path(model)
@@ -120,7 +148,7 @@ def _checkpoint(model: str) -> Path | None:
         exists, folder = path.exists(), path.is_dir()
     except OSError as error:  # too long, or in a folder that may not be read
         raise UnknownModelError(f"{shown(model)} cannot be read: {error.strerror}") from error
-    known = path.suffix.lower() in weights.CHECKPOINT_SUFFIXES
+    known = path.suffix.lower() in weights.CHECKPOINT_SUFFIXES or weights.is_index(path)
     if not model or (exists and not folder and not path.is_file()):
         raise UnknownModelError(
             f"{model!r} is neither a folder nor a file; pass a diffusers folder or a single file ({_suffixes()})"
@@ -138,13 +166,3 @@ def _checkpoint(model: str) -> Path | None:
 
 def _suffixes() -> str:
     return ", ".join(weights.CHECKPOINT_SUFFIXES)
-
-
-def _refuse_file_options(what: str, tokenizer: Path | None, prediction_type: str | None) -> None:
-    """UsageError for options that are only for single files of Stable Diffusion."""
-    for option, value in (("--tokenizer", tokenizer), ("--prediction-type", prediction_type)):
-        if value is not None:
-            raise UsageError(
-                f"{option} {value} is for a single file of Stable Diffusion ({_suffixes()}); {what} says this itself, "
-                "or has no use for it, so leave the option out"
-            )

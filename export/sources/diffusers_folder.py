@@ -45,8 +45,8 @@ class DiffusersFolder(TextToImage):
         file = self.folder / "model_index.json"
         if not file.exists():
             raise UnreadableModelError(
-                f"{self.folder} has no model_index.json, so it is not a diffusers model; pass the folder that "
-                "save_pretrained wrote"
+                f"{self.folder} has no model_index.json, so it is not a diffusers model; "
+                f"{_inside(self.folder) or 'pass the folder that save_pretrained wrote'}"
             )
         index = read_object(file)
         _check_index(index, file)
@@ -94,6 +94,13 @@ class DiffusersFolder(TextToImage):
     def _fingerprint(self, part: str) -> str:
         folder = self.folder / part
         return reading(folder, lambda: hash_files(folder, self.folder, HASHED))
+
+
+def _inside(folder: Path) -> str:
+    """What to pass instead of a folder that holds models, as DreamBooth's has one for each number of steps."""
+    found = sorted(file.parent for file in folder.glob("*/model_index.json"))
+    found += sorted(file for file in folder.iterdir() if file.suffix.lower() in weights.CHECKPOINT_SUFFIXES)
+    return f"pass what is in it: {', '.join(str(path) for path in found[:3])}" if found else ""
 
 
 def _check_index(index: Mapping[str, Any], file: Path) -> None:

@@ -15,13 +15,12 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
-from . import compvis, openai
+from . import averages, compvis, openai
 from . import weights as files
 from .compvis import UNET, VAE
 from .openai import OpenAIUNet
 from .openai_flags import Flags
 
-AVERAGES = "model_ema."
 CODEBOOK = "quantize.embedding.weight"
 
 
@@ -70,12 +69,11 @@ def read(weights: dict[str, Tensor], file: Path, flags: Flags) -> LatentDiffusio
 
 
 def _unet_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The U-Net's weights without their prefix. Averages go by the name of their weight without its dots."""
+    """The U-Net's weights without their prefix, as running averages where there are some."""
     chosen = {}
     for name, value in weights.items():
         if name.startswith(UNET):
-            average = AVERAGES + name.removeprefix("model.").replace(".", "")
-            chosen[name.removeprefix(UNET)] = weights.get(average, value)
+            chosen[name.removeprefix(UNET)] = weights.get(averages.average_of(name), value)
     return chosen
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from engine.bundle import sha256
 from engine.family import STABLE_DIFFUSION
 
 from ..errors import UsageError
-from . import compvis, schedulers, weights
+from . import averages, compvis, compvis_yaml, other_vae, schedulers, weights
+from .checks import with_defaults
+from .compvis_yaml import SILENT
 from .diffusers_folder import hash_files, read_tokenizer
 from .hub import download
 from .random_weights import config_of
@@ -38,23 +41,38 @@ def check_options(tokenizer: Path | None, prediction_type: str | None) -> None:
 
 
 class CompVisFile(TextToImage):
-    """A single .safetensors or .ckpt file with the names of the CompVis and Stability repositories."""
+    """A single .safetensors or .ckpt file with the names of the CompVis and Stability repositories, or the index of
+    one in several. The .yaml of its name counts. ema: the U-Net's running averages are the model. vae: a VAE that
+    stands in for the file's."""
 
     def __init__(
-        self, file: Path, tokenizer: Path | None, prediction_type: str | None, sampler: str | None = None
+        self,
+        file: Path,
+        tokenizer: Path | None,
+        prediction_type: str | None,
+        sampler: str | None = None,
+        ema: bool = False,
+        vae: Path | None = None,
     ) -> None:
         check_options(tokenizer, prediction_type)
         if tokenizer is not None:
             read_tokenizer(tokenizer)
+        settings = compvis_yaml.beside(file)
+        parts = (*weights.files_of(file), settings, tokenizer, vae)
         super().__init__(
-            file.stem,
+            weights.stem(file),
             {"kind": "file", "id": file.name, "path": str(file.resolve())},
-            (file, *([] if tokenizer is None else [tokenizer])),
+            tuple(part for part in parts if part is not None),
         )
         self.file, self._sampler = file, sampler
-        self._weights = weights.read(file)
-        self._architecture = reading(file, lambda: compvis.architecture(self._weights, file, prediction_type))
-        self._hash = reading(file, lambda: sha256(file))
+        said = SILENT if settings is None else reading(settings, lambda: compvis_yaml.read(settings))
+        self._weights = averages.apply(compvis.known_names(weights.read(file)), file, ema)
+        self._vae = None if vae is None else other_vae.read(vae, compvis.vae_settings(self._weights, said))
+        self._architecture = reading(
+            file, lambda: compvis.architecture(self._weights, file, prediction_type, said, vae is not None)
+        )
+        self._hash = [reading(one, partial(sha256, one)) for one in weights.files_of(file)]
+        self._ema = ema
         self._tokenizer_folder = tokenizer or download(
             CLIP_TOKENIZER, ("*.json", "*.txt"), "pass its folder with --tokenizer FOLDER"
         )
@@ -66,7 +84,7 @@ class CompVisFile(TextToImage):
         return self._checked(compvis.unet)
 
     def vae(self) -> AutoencoderKL:
-        return self._checked(compvis.vae)
+        return self._checked(compvis.vae) if self._vae is None else self._vae.model()
 
     def _checked(self, convert: Callable[..., Any]) -> Any:
         model = reading(self.file, lambda: convert(self.file, self._weights, self._architecture))
@@ -80,6 +98,8 @@ class CompVisFile(TextToImage):
         return str(self._tokenizer_folder)
 
     def config(self, part: str) -> dict[str, Any]:
+        if part == "vae" and self._vae is not None:
+            return with_defaults(AutoencoderKL, self._vae.config)
         return config_of(self._architecture, part)
 
     def scheduler_config(self) -> dict[str, Any]:
@@ -92,5 +112,8 @@ class CompVisFile(TextToImage):
         if part == "tokenizer":
             folder = self._tokenizer_folder
             return reading(folder, lambda: hash_files(folder, folder, {".json", ".txt"}))
-        config = json.dumps([self._hash, part, self._architecture.scheduler], sort_keys=True)
+        if part == "vae" and self._vae is not None:
+            return self._vae.fingerprint() + repr(sorted(self._vae.config.items()))
+        known = self._architecture
+        config = json.dumps([self._hash, self._ema, part, getattr(known, part), known.scheduler], sort_keys=True)
         return hashlib.sha256(config.encode()).hexdigest()

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import nn
 
 from engine.bundle import sha256
@@ -22,11 +21,7 @@ from .textless_source import CLASSES, Textless
 def is_textless(file: Path) -> bool:
     """Whether a checkpoint is of a model that takes no text, by the names of its tensors. Raises
     UnreadableModelError."""
-    if weights.kind(file) == "safetensors":
-        with reading(file, lambda: safe_open(file, "pt")) as tensors:
-            names = set(tensors.keys())
-    else:
-        names = set(weights.read(file))
+    names = weights.names(file)
     return openai.is_openai(names) or latent_diffusion.is_latent_diffusion(names)
 
 

@@ -20,9 +20,22 @@ NAMES_SHOWN = 5
 CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 """Suffixes of single files. The first bytes decide a file's kind; the suffix only says that it holds weights."""
 
+INDEX_SUFFIX = ".safetensors.index.json"
+
 HARMLESS = ("position_ids", "text_projection.weight", "logit_scale")
 HARMLESS_PARTS = ("vision_model.", "visual_projection.")
 """Tensors in older files that no graph uses: a buffer, and the rest of a whole CLIP model."""
+
+FROM_TRAINING = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
+    *(f"numpy.{module}.multiarray.scalar" for module in ("core", "_core")),
+    "numpy.dtype",
+)
+"""What Lightning leaves beside the weights in its checkpoints, SD 1.4's among them. None of it is imported or run."""
+
+VARIANTS = (None, "fp16", "bf16")
+"""The endings of weights in diffusers' folders, in the order of preference."""
 
 INTEGERS = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool}
 INTEGER_CODES = {"I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL"}
@@ -64,10 +77,12 @@ def _head(file: Path) -> bytes:
 
 def read(file: Path) -> dict[str, Tensor]:
     """The tensors of a file. Pickles are read by torch's weights-only loader, which refuses code."""
+    if is_index(file):
+        return {name: value for shard in shards(file) for name, value in read(shard).items()}
     found = kind(file)
     if found == "safetensors":
         return reading(file, lambda: load_file(file))
-    content = reading(file, lambda: torch.load(file, map_location="cpu", weights_only=True, mmap=found == "zip"))
+    content = reading(file, lambda: _read_pickle(file, found == "zip"))
     weights = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(weights, dict):
         raise UnreadableModelError(
@@ -77,6 +92,47 @@ def read(file: Path) -> dict[str, Tensor]:
     if isinstance(content.get("global_step"), int):
         tensors["global_step"] = torch.tensor(content["global_step"])
     return tensors
+
+
+class Ignored:
+    """Stands for an object in a pickle that is not wanted."""
+
+    def __new__(cls, *arguments: Any) -> Ignored:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        """Keeps nothing."""
+
+
+def _read_pickle(file: Path, mmap: bool) -> Any:
+    """What torch's weights-only loader reads, with what FROM_TRAINING names as Ignored."""
+    with torch.serialization.safe_globals([(Ignored, name) for name in FROM_TRAINING]):
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def is_index(file: Path) -> bool:
+    """Whether a file is the index of a checkpoint in several."""
+    return file.name.lower().endswith(INDEX_SUFFIX)
+
+
+def stem(file: Path) -> str:
+    """The name of a checkpoint without its suffix."""
+    return file.name[: -len(INDEX_SUFFIX)] if is_index(file) else file.stem
+
+
+def files_of(file: Path) -> tuple[Path, ...]:
+    """The files that a checkpoint is in: itself, or the index and those that it names."""
+    return (file, *shards(file)) if is_index(file) else (file,)
+
+
+def names(file: Path) -> set[str]:
+    """The names of a checkpoint's tensors, read without them where the kind of file allows it."""
+    if is_index(file):
+        return {name for shard in shards(file) for name in names(shard)}
+    if kind(file) == "safetensors":
+        with reading(file, lambda: safe_open(file, "pt")) as tensors:
+            return set(tensors.keys())
+    return set(read(file))
 
 
 def check_floats(file: Path) -> None:
@@ -119,19 +175,19 @@ class WeightFiles:
 
 def choose(folder: Path, safetensors: str, pickle: str) -> WeightFiles:
     """The weights of a part: safetensors before pickles, whole numbers of bits before the "fp16" variant; one file or
-    an index of several. `safetensors` and `pickle` are the files' names, for example model.safetensors and
-    pytorch_model.bin."""
+    an index of several; "bf16" comes after "fp16". `safetensors` and `pickle` are the files' names, for example
+    model.safetensors and pytorch_model.bin."""
     tried = []
     for name, safe in ((safetensors, True), (pickle, False)):
         stem, suffix = name.rsplit(".", 1)
-        for variant in (None, "fp16"):
+        for variant in VARIANTS:
             options = {"use_safetensors": safe, **({"variant": variant} if variant else {})}
             middle = f".{variant}" if variant else ""
             single, index = folder / f"{stem}{middle}.{suffix}", folder / f"{name}.index{middle}.json"
             if single.exists():
                 return WeightFiles((single,), options)
             if index.exists():
-                return WeightFiles(_shards(index), options)
+                return WeightFiles(shards(index), options)
             tried.append(single.name)
     raise UnreadableModelError(
         f"{folder} has no weights: none of {', '.join(tried)}, nor an index of several files; the model is incomplete, "
@@ -140,17 +196,24 @@ def choose(folder: Path, safetensors: str, pickle: str) -> WeightFiles:
     )
 
 
-def _shards(index: Path) -> tuple[Path, ...]:
-    shards = read_object(index).get("weight_map")
+def shards(index: Path) -> tuple[Path, ...]:
+    """The files that an index names. UnreadableModelError for a garbled index, and for files that are missing."""
+    named = read_object(index).get("weight_map")
     if (
-        not isinstance(shards, dict)
-        or not shards
-        or not all(isinstance(name, str) and Path(name).name == name for name in shards.values())
+        not isinstance(named, dict)
+        or not named
+        or not all(isinstance(name, str) and Path(name).name == name for name in named.values())
     ):
         raise UnreadableModelError(
             f"{index} has no weight_map from tensors to files in its folder; download or save the model again"
         )
-    return tuple(index.with_name(name) for name in sorted(set(shards.values())))
+    files = tuple(index.with_name(name) for name in sorted(set(named.values())))
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise UnreadableModelError(
+            f"{index} names {len(files)} files, and {', '.join(missing)} is not beside it; download the whole model"
+        )
+    return files
 
 
 def check_loading(what: Path, info: Mapping[str, Any]) -> None:

@@ -212,6 +212,8 @@ def test_every_input_error_was_produced_here():
         mark.args[1][i][1] for mark in test_bad_input_gets_a_named_error.pytestmark for i in range(len(mark.args[1]))
     }
     elsewhere = {e.ThreadsError, e.UnknownBackendError, e.DeviceError, e.OutputPathError, e.PromptsFileError}
+    elsewhere |= {e.ImageError, e.StrengthError}  # tests/test_image_to_image.py
+    elsewhere |= {e.MaskError}  # tests/test_inpainting.py
     assert produced | elsewhere == set(InputError.__subclasses__())
 
 

@@ -84,7 +84,11 @@ def test_the_graphs_keep_the_contract(built):
         "mixing": ["batch", "rows"],
         "rescale": ["batch", "rows"],
         "update": ["batch", 5, 7],
+        "blend": ["batch", 2],
         "noise": ["batch", 4, "height", "width"],
+        "mask": ["batch", 1, "height", "width"],
+        "original": ["batch", 4, "height", "width"],
+        "start_noise": ["batch", 4, "height", "width"],
     }
 
 

@@ -18,13 +18,11 @@ from ...errors import BackendError
 from ...family import STABLE_DIFFUSION
 from ...job import Conditioning
 from ...libraries import import_library, install_command
+from ..host import HostCoder, decoded_together
 from ..interface import Decoded, HostStopwatch
 from ..recent import Recent
 from .call import Call, DeviceCall, OnnxRuntimeLanes
 from .device import Copier, DeviceArray
-
-PIXELS_PER_DECODE = 512 * 512
-"""Pictures are decoded together up to this size; larger ones one by one, which costs no time and bounds the memory."""
 
 SHAPES_KEPT = 8
 """Sizes whose buffers stay, and on a GPU whose steps are captured: the five of one number of pictures (packing.PARTS),
@@ -35,16 +33,11 @@ LARGE_GRAPH = 1 << 28
 take 15 s and 2 GiB and give nothing, for the built-in model's 0.1 s and a fifth of the time of a step."""
 
 
-def decoded_together(height: int, width: int, factor: int) -> int:
-    """How many latents of that size go through the decoder at once."""
-    return max(1, PIXELS_PER_DECODE // (height * width * factor**2))
-
-
 def unchecked(component: str) -> None:
     """For graphs that belong to no bundle yet."""
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(HostCoder):
     """Graphs as ONNX Runtime sessions, created by `load` or when they are first needed."""
 
     build_command = None
@@ -81,7 +74,7 @@ class OnnxRuntimeBackend:
             with redirect_stdout(StringIO()):  # it prints what it does not find; whether CUDA started is checked below
                 onnxruntime.preload_dlls()
         self._library = onnxruntime
-        self._graphs, self._threads, self._gpu, self._recheck = graphs, threads or 0, gpu, recheck or unchecked
+        self.graphs, self._threads, self._gpu, self._recheck = graphs, threads or 0, gpu, recheck or unchecked
         self.family, self._static = family, shapes.static(family.factor) if shapes else {}
         self._cuda_graphs = cuda_graphs and gpu is not None
         self._resident = gpu is not None
@@ -98,7 +91,7 @@ class OnnxRuntimeBackend:
         return self._sessions[component]
 
     def _open(self, component: str, cuda_graph: bool) -> Any:
-        path, library = self._graphs[component], self._library
+        path, library = self.graphs[component], self._library
         self._recheck(component)
         try:
             session = library.InferenceSession(str(path), self._options(path), providers=self._providers(cuda_graph))
@@ -179,14 +172,6 @@ class OnnxRuntimeBackend:
         """The denoiser's buffers at these sizes; those of the most recent sizes are kept."""
         kind = DeviceCall if self._resident else Call
         return self._calls.get(tuple(sizes[name] for name in DYNAMIC), lambda: kind(self, sizes))
-
-    def decode(self, latents: np.ndarray) -> Decoded:
-        """Latents [n, C, h, w] float32 -> pixels."""
-        size, parts = decoded_together(latents.shape[2], latents.shape[3], self.family.factor), []
-        for i in range(0, len(latents), size):
-            image, magnitude = self.run("vae_decoder", {"latents": latents[i : i + size]})
-            parts.append((image, magnitude))
-        return Decoded.join(parts)
 
     def decode_on_device(self, latents: Sequence[DeviceArray]) -> Decoded:
         """Latents [C, h, w] on the device -> pixels, which alone come back."""

@@ -14,8 +14,9 @@ from ...errors import BackendError
 from ...family import STABLE_DIFFUSION
 from ...job import Conditioning
 from ...libraries import import_library, install_command
-from ..interface import Decoded, HostStopwatch
-from ..onnxruntime.backend import LARGE_GRAPH, decoded_together, unchecked
+from ..host import HostCoder, decoded_together
+from ..interface import HostStopwatch
+from ..onnxruntime.backend import LARGE_GRAPH, unchecked
 from ..packing import smallest
 from ..recent import Recent
 from .pages import Scratch, drop_pages, pages_given_back
@@ -30,7 +31,7 @@ size only, because each takes gigabytes, and for two sizes while a picture needs
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
-class OpenVinoBackend:
+class OpenVinoBackend(HostCoder):
     """Graphs compiled when they are first needed at a size. The denoiser runs in five parts: see openvino/parts.py."""
 
     build_command = None
@@ -54,7 +55,7 @@ class OpenVinoBackend:
             raise BackendError(
                 f"OpenVINO cannot be imported ({error}); install it: {install_command('openvino')}"
             ) from error
-        self._library, self._graphs, self._core, self._recheck = openvino, graphs, openvino.Core(), recheck or unchecked
+        self._library, self.graphs, self._core, self._recheck = openvino, graphs, openvino.Core(), recheck or unchecked
         self.precision = {component: (precision or {}).get(component, "fp32") for component in graphs}
         if "bf16" in self.precision.values() and not self.has_bf16():
             warnings.warn(
@@ -86,7 +87,7 @@ class OpenVinoBackend:
 
     def read(self, component: str) -> Any:
         """A component's graph as an OpenVINO model, its weights mapped."""
-        path = self._graphs[component]
+        path = self.graphs[component]
         self._recheck(component)
         try:
             return self._core.read_model(path)
@@ -112,12 +113,12 @@ class OpenVinoBackend:
         return Runner(self._library, compiled, what, scratch)
 
     def _weights(self, component: str) -> Path:
-        return Path(f"{self._graphs[component]}.data")
+        return Path(f"{self.graphs[component]}.data")
 
     def is_large(self, component: str) -> bool:
         """Whether a component's weights are so large that memory matters more than the milliseconds it takes to read
         them again."""
-        path = self._graphs[component]
+        path = self.graphs[component]
         return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) >= LARGE_GRAPH
 
     def load(self) -> None:
@@ -209,12 +210,6 @@ class OpenVinoBackend:
     def lanes(self, count: int, height: int, width: int) -> OpenVinoLanes:
         """See `Backend.lanes`."""
         return OpenVinoLanes(self, count, height, width, together=not self.is_large("denoiser"))
-
-    def decode(self, latents: np.ndarray) -> Decoded:
-        """Latents [n, C, h, w] float32 -> pixels."""
-        size = decoded_together(latents.shape[2], latents.shape[3], self.family.factor)
-        parts = [self.run("vae_decoder", {"latents": latents[i : i + size]}) for i in range(0, len(latents), size)]
-        return Decoded.join([(image, magnitude) for image, magnitude in parts])
 
     def rest(self, *components: str) -> None:
         """Frees the activations of components and the pages of their files, until they run again."""

@@ -16,7 +16,7 @@ from ...bundle import Bundle
 from ...contract import Sizes, Tensor
 from ...job import Conditioning
 from ...plans import Plans, plans_command
-from ..interface import Decoded
+from ..interface import Decoded, encode_in_parts
 from .cuda import align
 from .engines import Execution
 from .lanes import TensorRtLanes
@@ -43,7 +43,9 @@ class TensorRtBackend(TensorRtRuntime):
         try:
             plans = Plans.find(bundle, self.machine)
             self.profiles = plans.profiles
-            self.load((component, plans.read(component)) for component in self.family.required)
+            optional = [name for name in plans.build["components"] if name not in self.family.required]
+            wanted = [*self.family.required, *optional]
+            self.load((component, plans.read(component)) for component in wanted)
             self._model_sizes = self.engines["denoiser"].model_sizes
         except BaseException:
             self.close()
@@ -72,6 +74,23 @@ class TensorRtBackend(TensorRtRuntime):
             conditioning[name] = self._embeddings.take(nbytes)
             self.stream.copy(conditioning[name].address, source, nbytes)
         return conditioning
+
+    @property
+    def encodes_images(self) -> bool:
+        """See `Backend.encodes_images`."""
+        return "vae_encoder" in self.engines
+
+    def encode_image(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `Backend.encode_image`. Waits for the GPU."""
+        engine = self.engines["vae_encoder"]
+        low, high = engine.allowed(engine.component.inputs[0].name, 0, images.shape)
+
+        def run(some: np.ndarray) -> list[np.ndarray]:
+            idle = np.zeros((max(0, low - len(some)), *some.shape[1:]), np.float32)
+            outputs = dict(zip(engine.outputs, self.run("vae_encoder", {"image": np.concatenate([some, idle])})))
+            return [outputs[name][: len(some)] for name in engine.component.output_names]
+
+        return encode_in_parts(run, images, high)
 
     def lanes(self, count: int, height: int, width: int) -> TensorRtLanes:
         """So many free lanes for latents of h x w elements."""

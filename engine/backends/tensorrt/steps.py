@@ -137,7 +137,7 @@ class Step:
 
 
 def same(held: Place | np.ndarray | None, value: Place | np.ndarray) -> bool:
-    """Whether an input holds a value already."""
+    """Whether an input holds a value already, which may be one number for all elements."""
     if isinstance(held, np.ndarray) and isinstance(value, np.ndarray):
-        return np.array_equal(held, value)
+        return np.array_equal(held, np.broadcast_to(value, held.shape))
     return held is value

@@ -78,8 +78,10 @@ def oracle(backend: OnnxRuntimeBackend, job: Job) -> np.ndarray:
             "rescale": np.array([[row.rescale for row in job.rows]], np.float32),
             **{name: array[index : index + 1] for name, array in job.steps.items()},
         }
+        unmasked = {"mask": np.ones((1, 1, *job.latents.shape[1:]), np.float32)}
+        unmasked |= {name: np.zeros((1, *job.latents.shape), np.float32) for name in ("original", "start_noise")}
         noise = job.drawn(index).get("noise", np.zeros_like(job.latents))
-        (state,) = backend.run("denoiser", {**inputs, "noise": noise[None]})
+        (state,) = backend.run("denoiser", {**inputs, **unmasked, "noise": noise[None]})
     return state[0, 0]
 
 

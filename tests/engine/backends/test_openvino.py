@@ -234,6 +234,7 @@ def test_in_bfloat16_the_sampler_and_the_timestep_stay_in_float32(bf16, referenc
     inputs = random_inputs(STABLE_DIFFUSION["denoiser"], {**EXAMPLE_SIZES, "context_size": 128})
     inputs["update"][:] = 0
     inputs["update"][:, :, :SLOTS] = np.eye(SLOTS)  # the state as it is: any rounding would show
+    inputs["mask"][:] = 1
     np.testing.assert_array_equal(bf16.run("denoiser", inputs)[0], inputs["state"])
     inputs["update"][:, 0, SLOTS] = 1.0
     outputs = []

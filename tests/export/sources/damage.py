@@ -408,7 +408,7 @@ WEIGHTS: dict[str, tuple[Damage, str]] = {
     "a list in a pickle": (as_bin("vae", lambda w: list(w.values())), "holds a list, not tensors by name"),
     "an index without files": (
         together(removed(VAE_WEIGHTS), text(VAE_WEIGHTS + ".index.json", '{"weight_map": {"a": "gone.safetensors"}}')),
-        "gone.safetensors: No such file",
+        "names 1 files, and gone.safetensors is not beside it",
     ),
     "an index that is no index": (
         together(removed(VAE_WEIGHTS), text(VAE_WEIGHTS + ".index.json", '{"weight_map": ["a"]}')),

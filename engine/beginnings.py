@@ -1,0 +1,133 @@
+"""Where the loop of each picture begins: from noise, or from an image, with diffusers' random numbers in their
+order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .sampling.noise import TorchGenerator
+from .sampling.table import StepTable
+
+
+@dataclass(frozen=True, eq=False)
+class Beginning:
+    """The beginning of one picture: latents [C, h, w] scaled for the table's first evaluation, and what it adds to
+    `Job.steps` and `Job.extras`."""
+
+    latents: np.ndarray
+    steps: Mapping[str, np.ndarray] = field(default_factory=dict)
+    extras: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+Begin = Callable[[TorchGenerator, range, np.ndarray | None], Sequence[Beginning]]
+"""begin(generator, pictures, given): the beginnings of one seed's pictures, which are numbered in the call. `given`
+[n, C, h, w] takes the place of the noise. It is called for one seed after the other."""
+
+
+def from_noise(table: StepTable, plane: tuple[int, ...]) -> Begin:
+    """Loops that begin with noise alone. `plane` is (C, h, w)."""
+
+    def begin(generator: TorchGenerator, pictures: range, given: np.ndarray | None) -> list[Beginning]:
+        noise = generator.randn((len(pictures), *plane)) if given is None else given
+        return [Beginning(one * np.float32(table.initial_scale)) for one in noise]
+
+    return begin
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Images as distributions of latents: mean and std [n, C, h, w], std None for latents that are known; of: the image
+    of each picture."""
+
+    mean: np.ndarray
+    std: np.ndarray | None
+    of: tuple[int, ...]
+
+    def draw(self, generator: TorchGenerator, images: Sequence[int]) -> np.ndarray:
+        """Latents of each of these images, drawn at once."""
+        chosen = list(images)
+        if self.std is None:
+            return self.mean[chosen]
+        return self.mean[chosen] + self.std[chosen] * generator.randn((len(chosen), *self.mean.shape[1:]))
+
+
+def from_images(table: StepTable, encoded: Encoded) -> Begin:
+    """Loops that begin with images, as in StableDiffusionImg2ImgPipeline: each seed draws latents of its images, then
+    the noise."""
+
+    def begin(generator: TorchGenerator, pictures: range, given: np.ndarray | None) -> list[Beginning]:
+        images = distinct(encoded.of[picture] for picture in pictures)
+        drawn = dict(zip(images, encoded.draw(generator, images)))
+        clean = np.stack([drawn[encoded.of[picture]] for picture in pictures])
+        noise = generator.randn(clean.shape) if given is None else given
+        return [Beginning(latents) for latents in noised(clean, noise, table)]
+
+    return begin
+
+
+@dataclass(frozen=True, eq=False)
+class Masked:
+    """Loops that repaint the part of images inside of masks, as in StableDiffusionInpaintPipeline with a model of four
+    channels. An image's latents are drawn once, by the first seed that needs them. Then comes the noise, then a draw
+    for each masked image, of which such a model makes no use.
+
+    masks [m, 1, h, w]; of: the mask of each picture; from_noise: the loop begins with noise alone.
+    """
+
+    table: StepTable
+    encoded: Encoded
+    masks: np.ndarray
+    of: tuple[int, ...]
+    from_noise: bool
+    _drawn: dict[int, np.ndarray] = field(default_factory=dict)
+    _masked: set[tuple[int, int]] = field(default_factory=set)
+
+    def __call__(self, generator: TorchGenerator, pictures: range, given: np.ndarray | None) -> list[Beginning]:
+        original = self._originals(generator, pictures)
+        noise = generator.randn(original.shape) if given is None else given
+        self._skip_masked_images(generator, pictures, original.shape[1:])
+        if self.from_noise:
+            latents = noise * np.float32(self.table.initial_scale)
+        else:
+            latents = noised(original, noise, self.table)
+        steps = {"blend": blend(self.table)}
+        extras = [
+            {"mask": self.masks[self.of[picture]], "original": original[i], "start_noise": noise[i]}
+            for i, picture in enumerate(pictures)
+        ]
+        return [Beginning(start, steps, more) for start, more in zip(latents, extras)]
+
+    def _originals(self, generator: TorchGenerator, pictures: range) -> np.ndarray:
+        images = [self.encoded.of[picture] for picture in pictures]
+        new = [image for image in distinct(images) if image not in self._drawn]
+        if new:
+            self._drawn.update(zip(new, self.encoded.draw(generator, new)))
+        return np.stack([self._drawn[image] for image in images])
+
+    def _skip_masked_images(self, generator: TorchGenerator, pictures: range, plane: tuple[int, ...]) -> None:
+        """Draws what diffusers' VAE encoder takes for the masked images."""
+        pairs = {(self.encoded.of[picture], self.of[picture]) for picture in pictures} - self._masked
+        if pairs and self.encoded.std is not None:
+            self._masked.update(pairs)
+            generator.randn((len(pairs), *plane))
+
+
+def distinct(images: Iterable[int]) -> list[int]:
+    return sorted(set(images))
+
+
+def noised(clean: np.ndarray, noise: np.ndarray, table: StepTable) -> np.ndarray:
+    """Latents with the noise of a table's first level."""
+    alpha, sigma = np.float32(table.alphas[0]), np.float32(table.sigmas[0])
+    mixed: np.ndarray = alpha * clean + sigma * noise
+    return mixed
+
+
+def blend(table: StepTable) -> np.ndarray:
+    """The factors [E, 2] of original and noise after each evaluation: those of the next one's level, at the end those
+    of the original alone."""
+    levels = np.stack([table.alphas, table.sigmas], axis=1)
+    return np.append(levels[1:], [[1.0, 0.0]], axis=0).astype(np.float32)
