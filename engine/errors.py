@@ -152,6 +152,18 @@ class AdapterShapeError(AdapterError):
     """A change of a layer does not have the shape of the layer's weight."""
 
 
+class AdapterNameError(AdapterError):
+    """No adapter of that name is loaded, or one is already."""
+
+
+class AdapterWeightError(AdapterError):
+    """The weight of an adapter is no number within its limits."""
+
+
+class AdapterBusyError(AdapterError):
+    """Adapters can't be switched while lanes hold jobs."""
+
+
 class InversionError(EngineError):
     """A file holds no vectors of a textual inversion, or too many, or its word can't stand in a prompt."""
 

@@ -57,6 +57,7 @@ def _text_encoder() -> Component:
         inputs=(Tensor("input_ids", ("rows", PROMPT_TOKENS), "int32", below=256),),
         outputs=(Tensor("context", ("rows", PROMPT_TOKENS, "context_size")),),
         halves=False,  # it takes a thousandth of a picture's time, and every step sees its errors
+        adapted="text_encoder",
     )
 
 
@@ -80,6 +81,7 @@ def _denoiser(channels: int) -> Component:
             Tensor("start_noise", ("batch", *plane), default=0.0, solver=True),
         ),
         outputs=(Tensor("next_state", state),),
+        adapted="unet",
     )
 
 

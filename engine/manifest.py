@@ -218,9 +218,8 @@ class Manifest:
         return _given(content)
 
     def files_of(self, component: str) -> dict[str, File]:
-        """A component's graph and its weights."""
-        graph = graph_file(component)
-        return {name: self.files[name] for name in (graph, f"{graph}.data") if name in self.files}
+        """A component's graph, its weights and their table."""
+        return {name: self.files[name] for name in graph_files(component) if name in self.files}
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -302,11 +301,17 @@ def graph_file(component: str) -> str:
     return f"onnx/{component}.onnx"
 
 
+def graph_files(component: str) -> tuple[str, ...]:
+    """Every file of a component's graph. The table says which parameter of the model each weight is."""
+    graph = graph_file(component)
+    return graph, f"{graph}.data", f"{graph}.weights.json"
+
+
 def own_files(family: Family) -> frozenset[str]:
     """Every file that the builder may write into a bundle, besides the plans."""
-    graphs = [graph_file(component) for component in family.names]
+    graphs = [name for component in family.names for name in graph_files(component)]
     tokenizer = [TOKENIZER] if family.tokenizers else []
-    return frozenset([MANIFEST, *tokenizer, PICTURE, *graphs, *(f"{name}.data" for name in graphs)])
+    return frozenset([MANIFEST, *tokenizer, PICTURE, *graphs])
 
 
 def holds_graphs(folder: Path) -> bool:

@@ -9,16 +9,19 @@ from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 
 from . import checks
+from .adapters.loaded import OFF, Adapters, Strength, strength
 from .backends import open_backend
 from .backends.interface import Backend, Lanes
 from .beginnings import Begin, Encoded, Masked, from_images, from_noise
 from .bundle import Bundle, as_path, while_replaced
 from .contract import Range, Shapes
 from .errors import (
+    AdapterBusyError,
     BusyPipelineError,
     ClosedPipelineError,
     ManifestError,
@@ -57,6 +60,9 @@ class Pipeline:
             bundle.family, schedule, backend.profiles, partial(_build_command, bundle, backend), backend.encodes_images
         )
         self._encode = encode
+        self._adapters = Adapters(bundle)
+        self._given: WeakSet[Lanes] = WeakSet()
+        """The lanes of other loops."""
         self._lock = threading.RLock()
         self._busy = self._closed = self._interrupt = False
 
@@ -233,7 +239,7 @@ class Pipeline:
         clock = Clock(self._backend.stopwatch(), started)
         made = self.jobs(request, clock.mark)
         clock.mark()
-        lanes = self.lanes(len(made), request.height, request.width)
+        lanes = self._lanes(len(made), request.height, request.width)
         every = range(len(made))
         for lane in every:
             lanes.admit(lane, made[lane])
@@ -318,8 +324,65 @@ class Pipeline:
         for side, value in (("height", height), ("width", width)):
             allowed = [getattr(profile, side) for profile in limits.profiles]
             checks.check_size(value, side, allowed, limits.build_command, limits.family.factor)
+        lanes = self._lanes(count, height, width)
+        self._given.add(lanes)
+        return lanes
+
+    def _lanes(self, count: int, height: int, width: int) -> Lanes:
         _, rows, columns = self.bundle.family.plane(height, width)
         return self._backend.lanes(count, rows, columns)
+
+    @property
+    def lora_weights(self) -> dict[str, Strength]:
+        """The adapters that are on, and how strongly."""
+        return self._adapters.strengths
+
+    def load_lora(self, file: str | Path, name: str | None = None, weight: float | Mapping[str, float] = 1.0) -> str:
+        """Loads an adapter (LoRA, LyCORIS, peft, diffusers: docs/adapters.md) and turns it on beside those that are on
+        already. name: the file's name without its extension, if None; it is returned. weight: for all of it, or
+        {"unet": ..., "text_encoder": ...}. Layers that this model lacks are a warning.
+
+        Raises AdapterError: AdapterFamilyError for another kind of model, AdapterShapeError, AdapterNameError,
+        AdapterWeightError, AdapterBusyError while lanes hold jobs; TensorFileError. The pipeline is then as before.
+        """
+        with self._turn():
+            name, fitted = self._adapters.read(file, name)
+            strengths = {**self._adapters.strengths, name: strength(weight, name)}
+            self._adapters.add(name, fitted)
+            try:
+                self._switch(strengths)
+            except BaseException:
+                self._adapters.remove(name)
+                raise
+        return name
+
+    def set_lora_weights(self, weights: Mapping[str, float | Mapping[str, float]]) -> None:
+        """Turns exactly these adapters on; the others stay loaded, and are off. Raises the errors of `load_lora`."""
+        with self._turn():
+            self._switch(self._adapters.checked(weights))
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Forgets an adapter, or all of them. The model is then bit for bit as before it was loaded."""
+        with self._turn():
+            kept = self._adapters.without(name)
+            self._switch(kept)
+            self._adapters.remove(name)
+
+    def _switch(self, strengths: Mapping[str, Strength]) -> None:
+        """Brings the graphs' weights to these adapters."""
+        before = self._adapters.strengths
+        after = {name: one for name, one in strengths.items() if one != OFF}
+        if after == before:
+            return
+        if any(lanes.busy for lanes in self._given):
+            raise AdapterBusyError(
+                "adapters can't be switched while lanes hold jobs, which would go on with other weights; release the "
+                "lanes first, or use a second pipeline"
+            )
+        self._backend.change_weights(self._adapters.weights(after))
+        self._adapters.set(after)
+        if self._encode is not None:
+            self._encode.clear()
 
     def _call_back(self, request: Request, lanes: Lanes, index: int) -> None:
         """Shows a callback the latents in diffusers' scale, and takes them over if it returned others or wrote to

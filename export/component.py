@@ -25,6 +25,7 @@ from .disk import require_disk
 from .graphs.precision import DTYPES, round_weights
 from .graphs.recipes import Recipe
 from .graphs.tracing import export_onnx
+from .graphs.weights import parameter_names, write_table
 from .sources.source import Models, Source
 from .verify import Reference, check_component, reference
 
@@ -82,11 +83,14 @@ class Exporter:
         """Traces the component into the bundle in `folder`. The model is in the graph's precision afterwards."""
         started, file = perf_counter(), folder / graph_file(self.component.name)
         fused = self.recipe.fuses_attention(self.form.precision, self.form.opset)
+        names = parameter_names(models(self.recipe.part))
         module = self.recipe.module(models(self.recipe.part), self.form.dtype, fused)
         count = sum(parameter.numel() for parameter in module.parameters())
         require_disk(folder, count * self.form.dtype.itemsize)
         report(f"{label}: tracing {count / 1e6:.1f} M parameters in {self.form.precision}")
         export_onnx(self.component, module, self.source.sizes(), file, self.form.opset)
+        if self.component.adapted:
+            write_table(file, module, names)
         return Graph(
             graph_file(self.component.name),
             self.form.opset,

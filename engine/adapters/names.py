@@ -20,14 +20,17 @@ ROLES = {
     "lora_B.weight": "up",
     "lora_A.default.weight": "down",
     "lora_B.default.weight": "up",
-    "lora_magnitude_vector": "dora_scale",
-    "lora_magnitude_vector.weight": "dora_scale",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "lora_magnitude_vector.default.weight": "magnitude",
+    "lora.alpha": "alpha",
+    "lora_linear_layer.alpha": "alpha",
     "w_norm": "diff",
     "b_norm": "diff_b",
 }
 SAME = (
-    "alpha scale dora_scale diff diff_b hada_w1_a hada_w1_b hada_w2_a hada_w2_b hada_t1 hada_t2 lokr_w1 lokr_w1_a lokr_w1_b "
-    "lokr_w2 lokr_w2_a lokr_w2_b lokr_t2 oft_blocks on_input weight"
+    "alpha scale dora_scale diff diff_b hada_w1_a hada_w1_b hada_w2_a hada_w2_b hada_t1 hada_t2 lokr_w1 lokr_w1_a "
+    "lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2 oft_blocks rescale scalar on_input weight ia3_l"
 )
 ENDINGS = sorted([*ROLES.items(), *((name, name) for name in SAME.split())], key=lambda ending: -len(ending[0]))
 PREFIXES = {
@@ -39,6 +42,7 @@ PREFIXES = {
     "text_encoder.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
 }
+FIRST_RESNETS = re.compile(r"down_blocks\.0\.resnets\.(\d+)\.conv1")
 RESNET = {
     "conv1": "in_layers_2",
     "conv2": "out_layers_3",
@@ -82,9 +86,11 @@ def component(layer: str) -> tuple[str, str]:
 def aliases(modules: Iterable[str]) -> dict[str, str]:
     """Every name that a file may use for each module of a model -> the module."""
     known = list(modules)
-    found = {}
+    resnets = sum(1 for module in known if FIRST_RESNETS.fullmatch(module))
+    crossed = frozenset(module.split(".attentions.")[0] for module in known if ".attentions." in module)
+    found: dict[str, str] = {}
     for module in known:
-        for name in (module, _compvis(module, known), _text_model(module)):
+        for name in (module, _compvis(module, resnets + 1, crossed), _text_model(module)):
             found.setdefault(name, module)
             found.setdefault(name.replace(".", "_"), module)
     return found
@@ -96,30 +102,25 @@ def _text_model(module: str) -> str:
     return bare if bare != module else f"text_model.{module}"
 
 
-def _compvis(module: str, modules: list[str]) -> str:
+def _compvis(module: str, steps: int, crossed: frozenset[str]) -> str:
+    """kohya's names after CompVis's, which count a block's layers and its change of size as steps. crossed: the blocks
+    with attention."""
     if module in TOP:
         return TOP[module]
     parts = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", module)
     if parts:
-        return _block(*parts.groups(), modules)
+        way, block, kind, place_in_block, rest = parts.groups()
+        number = steps * int(block)
+        if kind == "downsamplers":
+            return f"input_blocks_{number + steps}_0_op"
+        if kind == "upsamplers":
+            return f"output_blocks_{number + steps - 1}_{2 if f'up_blocks.{block}' in crossed else 1}_conv"
+        number += int(place_in_block)
+        side = f"input_blocks_{number + 1}" if way == "down" else f"output_blocks_{number}"
+        return f"{side}_{0 if kind == 'resnets' else 1}_{RESNET.get(rest, rest)}"
     middle = re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", module)
     if middle:
         kind, j, rest = middle.groups()
         place = 2 * int(j) if kind == "resnets" else 1
         return f"middle_block_{place}_{RESNET.get(rest, rest)}"
     return module
-
-
-def _block(way: str, block: str, kind: str, place: str, rest: str, modules: list[str]) -> str:
-    """kohya's map of diffusers' blocks to CompVis's; both count a block's layers and its change of size as steps."""
-    i, j = int(block), int(place)
-    pattern = re.compile(r"down_blocks\.0\.resnets\.(\d+)\.conv1")
-    steps = sum(1 for module in modules if pattern.fullmatch(module)) + 1
-    if kind == "downsamplers":
-        return f"input_blocks_{steps * (i + 1)}_0_op"
-    if kind == "upsamplers":
-        attentions = any(module.startswith(f"up_blocks.{i}.attentions.") for module in modules)
-        return f"output_blocks_{steps * (i + 1) - 1}_{2 if attentions else 1}_conv"
-    step = steps * i + j + (1 if way == "down" else 0)
-    place_in_step = 0 if kind == "resnets" else 1
-    return f"{'input' if way == 'down' else 'output'}_blocks_{step}_{place_in_step}_{RESNET.get(rest, rest)}"

@@ -14,6 +14,7 @@ import numpy as np
 
 from ...bundle import Bundle
 from ...contract import Sizes, Tensor
+from ...errors import AdapterError
 from ...job import Conditioning
 from ...plans import Plans, plans_command
 from ..interface import Decoded, encode_in_parts
@@ -91,6 +92,13 @@ class TensorRtBackend(TensorRtRuntime):
             return [outputs[name][: len(some)] for name in engine.component.output_names]
 
         return encode_in_parts(run, images, high)
+
+    def change_weights(self, weights: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        """Raises AdapterError: the weights are in the plans."""
+        raise AdapterError(
+            "the weights of TensorRT's plans are fixed when they are built; build plans with the adapter in them: "
+            f"{self.build_command} --lora FILE:WEIGHT"
+        )
 
     def lanes(self, count: int, height: int, width: int) -> TensorRtLanes:
         """So many free lanes for latents of h x w elements."""
