@@ -3,7 +3,6 @@ table; export/graphs/weights.py writes it."""
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 from collections.abc import Mapping
@@ -21,8 +20,7 @@ STORED = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """A weight in a graph. name: the graph's. parameter: the model's. shape: the graph's. values: its bytes, mapped or
-    in memory."""
+    """A weight in a graph. name: the graph's. parameter: the model's. shape: the graph's. values: its bytes, mapped."""
 
     name: str
     parameter: str
@@ -72,10 +70,7 @@ def read_weights(graph: Path) -> dict[str, tuple[Weight, ...]]:
 def _weight(row: Mapping[str, Any], stored: np.ndarray) -> Weight:
     shape, dtype = tuple(map(int, row["shape"])), str(row["dtype"])
     nbytes = math.prod(shape) * np.dtype(STORED[dtype]).itemsize
-    if "values" in row:
-        values = np.frombuffer(base64.b64decode(row["values"], validate=True), np.uint8)
-    else:
-        values = stored[int(row["offset"]) :][:nbytes]
+    values = stored[int(row["offset"]) :][:nbytes]
     if len(values) != nbytes:
         raise ValueError(f"{row['name']} has {len(values)} bytes instead of {nbytes}")
     return Weight(str(row["name"]), str(row["parameter"]), bool(row["transposed"]), shape, dtype, values)

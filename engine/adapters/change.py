@@ -19,7 +19,8 @@ KINDS = {
     "lora": {"down", "up"},
     "loha": {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
     "ia3": {"weight", "on_input"},
-    "ia3_of_peft": {"ia3_l"},
+    "ia3_on_input": {"ia3_in"},
+    "ia3_on_output": {"ia3_out"},
     "full": {"diff"},
     "oft": {"oft_blocks"},
 }
@@ -39,7 +40,8 @@ class Change:
 
     @property
     def kind(self) -> str:
-        """ "lora", "loha", "lokr", "ia3", "ia3_of_peft", "full" or "oft". AdapterError if tensors are missing."""
+        """ "lora", "loha", "lokr", "ia3", "ia3_on_input", "ia3_on_output" (both
+        peft's), "full" or "oft". AdapterError if tensors are missing."""
         if {"lokr_w1", "lokr_w1_a"} & set(self.tensors) and {"lokr_w2", "lokr_w2_a"} & set(self.tensors):
             return "lokr"
         for kind, needed in KINDS.items():
@@ -58,8 +60,8 @@ class Change:
             return self._rotated(base, weight) - base
         if kind == "ia3":
             return weight * self._scaled(base)
-        if kind == "ia3_of_peft":
-            return weight * (self._multiplied(base, self._values("ia3_l", base.dtype)) - base)
+        if kind in ("ia3_on_input", "ia3_on_output"):
+            return weight * (self._multiplied(base, kind == "ia3_on_input") - base)
         change = self._fitted(self._product(kind, base.dtype, dyn), base.shape)
         if not {"dora_scale", "magnitude"} & set(self.tensors):
             return weight * change
@@ -154,13 +156,13 @@ class Change:
         shape[axis] = factors.size
         return base * factors.reshape(shape)
 
-    def _multiplied(self, base: np.ndarray, factors: np.ndarray) -> np.ndarray:
-        """(IA)^3 of peft: factors [out, 1, ...] or [1, in, ...], and the biases' as the former."""
-        if base.ndim == 1:
-            factors = factors.reshape(-1)
-        if factors.ndim != base.ndim or any(own not in (1, size) for own, size in zip(factors.shape, base.shape)):
-            raise self._misfit(f"factors of the shape {factors.shape}", base)
-        return base * factors
+    def _multiplied(self, base: np.ndarray, on_input: bool) -> np.ndarray:
+        """(IA)^3 of peft: a factor for each input column or each output row, whose biases it multiplies too."""
+        factors = self._values("ia3_in" if on_input else "ia3_out", base.dtype).reshape(-1)
+        axis = 1 if on_input else 0
+        if axis >= base.ndim or factors.size != base.shape[axis]:
+            raise self._misfit(f"{factors.size} factors", base)
+        return np.moveaxis(np.moveaxis(base, axis, -1) * factors, -1, axis)
 
     def _rotated(self, base: np.ndarray, weight: float) -> np.ndarray:
         """OFT and BOFT: blocks of output rows are turned by the Cayley transform of a skew matrix; with BOFT

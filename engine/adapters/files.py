@@ -167,6 +167,9 @@ def _layer(full: str, tensors: Tensors, configs: Mapping[str, Mapping[str, Any]]
     alpha, rank = _alpha(tensors.pop("alpha", None), name, config)
     bias = tensors.pop("diff_b", None)
     stabilized = bool(config.get("use_rslora", False))
+    if "ia3_l" in tensors:
+        on_input = _feeds_forward(name, tensors["ia3_l"].shape, config)
+        tensors["ia3_in" if on_input else "ia3_out"] = tensors.pop("ia3_l")
     if set(tensors) <= {"weight", "scale"}:
         change = None
     else:
@@ -174,9 +177,19 @@ def _layer(full: str, tensors: Tensors, configs: Mapping[str, Mapping[str, Any]]
         change.kind  # noqa: B018  a layer with half of its tensors is an error now
     if change is None and bias is None:
         return None
-    if change is not None and change.kind == "ia3_of_peft" and tensors["ia3_l"].shape[0] > 1:
+    if change is not None and change.kind == "ia3_on_output":
         return Layer(part, name, change, change)
     return Layer(part, name, change, Change(full, {"diff": bias}) if bias is not None else None)
+
+
+def _feeds_forward(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> bool:
+    """Whether peft's (IA)^3 multiplies a layer's input, as it does in feed-forward modules."""
+    modules = config.get("feedforward_modules")
+    if isinstance(modules, str):
+        return re.fullmatch(modules, name) is not None
+    if isinstance(modules, list):
+        return any(name.endswith(str(one)) for one in modules)
+    return len(shape) == 2 and shape[0] == 1
 
 
 def _alpha(tensor: StoredTensor | None, name: str, config: Mapping[str, Any]) -> tuple[float | None, int | None]:

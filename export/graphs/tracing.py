@@ -21,7 +21,7 @@ from engine.contract import DYNAMIC, PROMPT_TOKENS, Component, Sizes
 
 from ..compare import random_inputs
 from ..errors import ToOnnxError
-from .weights import name_views
+from .weights import name_views, save
 
 OPSET = 18
 """The lowest that torch's exporter writes properly. TensorRT 8.6 documents opsets up to 17 and misreads what later ones
@@ -88,7 +88,7 @@ def export_onnx(component: Component, module: nn.Module, sizes: Sizes, file: Pat
             name_views(program.model)
             program.optimize()
             _slice_whole_shapes(program.model)
-            program.save(str(file), external_data=True)
+            save(program.model, file, {name for name, _ in module.named_parameters()})
         onnx.checker.check_model(str(file))
     except OSError:
         raise

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,9 @@ from engine.weights import table_file
 VIEWS = {"Transpose": "transposed", "Unsqueeze": "unsqueezed"}
 """Operators that torch's exporter puts between a parameter and what uses it. They are folded into a weight that has the
 name of their output."""
+
+LARGEST_INSIDE = 256
+"""Bytes of what stays in the graph."""
 
 DTYPES: dict[int, str] = {
     onnx.TensorProto.FLOAT: "float32",
@@ -41,6 +43,27 @@ def _last(value: ir.Value) -> ir.Value:
     return value
 
 
+def save(model: ir.Model, file: Path, parameters: Set[str]) -> None:
+    """Writes a graph. Every parameter goes into `file`.data, where ONNX Runtime can replace it, and what else is large;
+    shapes and the like stay in the graph."""
+    kept_apart = [
+        value
+        for value in model.graph.initializers.values()
+        if value.const_value is not None
+        and (_traced(str(value.name)) in parameters or value.const_value.nbytes > LARGEST_INSIDE)
+    ]
+    tensors = [value.const_value for value in kept_apart if value.const_value is not None]
+    written = ir.external_data.convert_tensors_to_external(tensors, file.parent, f"{file.name}.data")
+    for value, tensor in zip(kept_apart, written, strict=True):
+        value.const_value = tensor
+    ir.save(model, file)
+
+
+def _traced(name: str) -> str:
+    """The parameter's name in the traced module."""
+    return name.partition(":")[0]
+
+
 def parameter_names(model: nn.Module) -> dict[int, str]:
     """The name of each parameter in the model's own files, by the object's id. A trace may wrap modules, which renames
     parameters but keeps the objects."""
@@ -51,8 +74,7 @@ def write_table(graph: Path, module: nn.Module, names: Mapping[int, str]) -> Non
     """Writes `graph`'s table of weights beside it. `module` was traced; `names` are those of `parameter_names`.
 
     The table says for each weight that is a parameter: its `name` in the graph, the `parameter`, whether it is
-    `transposed`, its `shape` in the graph, its `dtype`, and where its bytes are: at an `offset` of the file of weights,
-    or, for the few bytes that ONNX keeps in the graph, as `values` in base64."""
+    `transposed`, its `shape` in the graph, its `dtype`, and the `offset` of its bytes in the file of weights."""
     known = {name: names[id(parameter)] for name, parameter in module.named_parameters() if id(parameter) in names}
     found = [_row(one, known) for one in onnx.load(str(graph), load_external_data=False).graph.initializer]
     order = {name: place for place, name in enumerate(names.values())}
@@ -62,16 +84,14 @@ def write_table(graph: Path, module: nn.Module, names: Mapping[int, str]) -> Non
 
 
 def _row(tensor: onnx.TensorProto, known: Mapping[str, str]) -> dict[str, Any] | None:
-    traced, _, view = tensor.name.partition(":")
-    if traced not in known or tensor.data_type not in DTYPES:
-        return None
     where = {entry.key: entry.value for entry in tensor.external_data}
-    place = {"offset": int(where.get("offset", 0))} if where else {"values": base64.b64encode(tensor.raw_data).decode()}
+    if _traced(tensor.name) not in known or tensor.data_type not in DTYPES or not where:
+        return None
     return {
         "name": tensor.name,
-        "parameter": known[traced],
-        "transposed": view.startswith("transposed"),
+        "parameter": known[_traced(tensor.name)],
+        "transposed": ":transposed" in tensor.name,
         "shape": list(tensor.dims),
         "dtype": DTYPES[tensor.data_type],
-        **place,
+        "offset": int(where.get("offset", 0)),
     }

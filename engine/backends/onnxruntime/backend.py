@@ -96,9 +96,8 @@ class OnnxRuntimeBackend(HostCoder):
         path, library = self.graphs[component], self._library
         self._recheck(component)
         try:
-            options = self._options(path)
-            for name, value in self._changed.get(component, {}).items():
-                options.add_initializer(name, value)
+            options, changed = self._options(path), self._changed.get(component, {})
+            options.add_external_initializers(list(changed), list(changed.values()))
             session = library.InferenceSession(str(path), options, providers=self._providers(cuda_graph))
         except Exception as error:  # ONNX Runtime's errors have no common base
             if cuda_graph:
