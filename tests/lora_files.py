@@ -12,7 +12,7 @@ RANK = 4
 
 
 def layers(model, names, seed):
-    """Random factors for each linear layer and convolution of the model whose name has one of these ends: module name ->
+    """Random factors for each linear layer and convolution of the model whose name has one of these ends: name ->
     (down, up)."""
     generator = torch.Generator().manual_seed(seed)
     made = {}

@@ -99,7 +99,8 @@ def _counted(ordered: Ordered, tables: Tables) -> list[tuple[Target, Change]]:
             return [((ordered.part, f"{name}.weight"), change) for name, change in zip(candidates, ordered.changes)]
     raise AdapterFamilyError(
         f"the file has {len(ordered.changes)} layers for the {ordered.part}, in modules of "
-        f"{', '.join(ordered.classes)}, and this model has {len(modules)}, or other shapes; load a LoRA that was trained for this kind of model"
+        f"{', '.join(ordered.classes)}, and this model has {len(modules)}, or other shapes; load a LoRA that was "
+        "trained for this kind of model"
     )
 
 
@@ -136,8 +137,8 @@ def _require_family(file: AdapterFile, changes: Mapping[Target, Change], tables:
     if not changes:
         first = _written(file.layers[0]) if file.layers else ""
         raise AdapterFamilyError(
-            f"{file.path} has {len(file.layers)} layers, and this model has none of them (the first is {shown(first)}); "
-            "load a LoRA that was trained for this kind of model"
+            f"{file.path} has {len(file.layers)} layers, and this model has none of them (the first is {shown(first)}"
+            "); load a LoRA that was trained for this kind of model"
         )
 
 

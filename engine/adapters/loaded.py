@@ -69,8 +69,8 @@ class Adapters:
                 found[component.adapted] = read_weights(self._bundle.graphs[component.name])
         if not found:
             raise AdapterError(
-                f"{self._bundle.folder} is of a family whose weights adapters don't change ({self._bundle.family.name}); "
-                "use a bundle of Stable Diffusion"
+                f"{self._bundle.folder} is of a family whose weights adapters don't change ("
+                f"{self._bundle.family.name}); use a bundle of Stable Diffusion"
             )
         return found
 
