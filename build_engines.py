@@ -10,6 +10,7 @@ python build_engines.py --bundle engines/sd15                 plans of a bundle 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -32,7 +33,10 @@ from export.errors import ExportError, UsageError
 NAME = re.compile(r"[^\W_][^/\\:\x00-\x1f\x7f]*")
 LONGEST_NAME = 100
 
-FOR_TENSORRT = ("rows", "components", "diagnose", "workspace", "max_aux_streams", "optimization_level")
+MOST_CHUNKS = 8
+"""Of a prompt, in plans: texts of up to 8 chunks side by side take 840."""
+
+FOR_TENSORRT = ("rows", "prompt_chunks", "components", "diagnose", "workspace", "max_aux_streams", "optimization_level")
 """Options that say how plans are built."""
 
 FOR_A_MODEL = (
@@ -105,6 +109,11 @@ def parser() -> argparse.ArgumentParser:
         "--rows",
         metavar="N",
         help="rows of the U-Net in one call, the same (default: twice the pictures, with guidance, and once)",
+    )
+    p.add_argument(
+        "--prompt-chunks",
+        metavar="N",
+        help="how long prompts may be, in chunks of 75 tokens, the same: 1:1:3 is up to three (default: 1)",
     )
     p.add_argument(
         "--components",
@@ -213,6 +222,16 @@ def profiles(asked: dict[str, list[Range]], defaults: Shapes, most_rows: int = 2
                     "with guidance"
                 )
     return [replace(one, rows=rows) for one in shapes for rows in asked["rows"]]
+
+
+def with_chunks(profiles: list[Shapes], text: str | None) -> list[Shapes]:
+    """The profiles for prompts of so many chunks. Texts side by side take a common multiple of their chunks: those of n
+    chunks at most take up to that of 1 to n."""
+    if text is None:
+        return profiles
+    asked = parse_range(text, "prompt-chunks", 1, 1, MOST_CHUNKS)
+    served = Range(asked.min, asked.opt, math.lcm(*range(1, asked.max + 1)))
+    return [replace(one, chunks=served) for one in profiles]
 
 
 def envelope(ranges: list[Range]) -> Range:
@@ -367,7 +386,7 @@ def build_plans(
     settings = Settings(level, options.workspace and int(options.workspace * 2**30), options.max_aux_streams)
     to_tensorrt.build_plans(
         folder,
-        profiles(asked, Shapes(**sides, batch=one), family.most_rows),
+        with_chunks(profiles(asked, Shapes(**sides, batch=one), family.most_rows), options.prompt_chunks),
         settings,
         components=None if options.components is None else options.components.split(","),
         gpu=gpu,

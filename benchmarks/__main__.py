@@ -22,7 +22,9 @@ COMMANDS = {
     "guidance": "what guidance intervals save, and what they change",
     "parity": "how far the pictures are from float32 diffusers', by backend and precision",
     "memory": "peak memory of building and of a picture",
+    "tiling": "peak memory of decoding large pictures in tiles",
     "settings": "what the settings of the libraries and the exact savings give",
+    "prompt": "the time of the parser of prompts, and how it grows with their length",
     "convergence": "the order at which each solver's error falls",
     "report": "one Markdown page of the stored results",
 }

@@ -17,14 +17,16 @@ from .version import __version__
 if TYPE_CHECKING:
     from .bundle import Bundle
     from .errors import BundleError, EngineError, InputError
+    from .hires import Hires
     from .pipeline import Pipeline, Result
 
-__all__ = ["Bundle", "BundleError", "EngineError", "InputError", "Pipeline", "Result", "__version__"]
+__all__ = ["Bundle", "BundleError", "EngineError", "Hires", "InputError", "Pipeline", "Result", "__version__"]
 
 _MODULES = {
     "Bundle": "bundle",
     "BundleError": "errors",
     "EngineError": "errors",
+    "Hires": "hires",
     "InputError": "errors",
     "Pipeline": "pipeline",
     "Result": "pipeline",

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .bundle import Bundle
     from .contract import Shapes
     from .pipeline import Pipeline, Result
+    from .text.request import Texts
 
 LOADING_NOTE = 2.0
 WORKING_NOTE = 10.0
@@ -51,10 +52,12 @@ def picture(options: argparse.Namespace) -> int:
     wanted = list(
         zip(
             [subject for subject in subjects for _ in range(options.count)],
-            choose_seeds(options.seed, options.count) * len(subjects),
+            choose_picture_seeds(options) * len(subjects),
             files,
         )
     )
+    if options.subseed_strength and options.subseed is None:
+        (options.subseed,) = choose_seeds(None, 1)
     read_pictures(options)
     bundle = check_call(options, subjects)
 
@@ -69,6 +72,8 @@ def picture(options: argparse.Namespace) -> int:
             threads=options.threads,
         )
     with pipeline:
+        for file, token in options.textual_inversion:
+            pipeline.load_textual_inversion(file, token)
         results = make(pipeline, wanted, options)
         if not options.quiet:
             from .summary import summarize
@@ -113,11 +118,15 @@ def call_arguments(subjects: Sequence[Subject], options: argparse.Namespace) -> 
             "prompt": subjects,
             "negative_prompt": options.negative_prompt,
             "class_labels": options.class_label or None,
+            "prompt_syntax": options.prompt_syntax,
+            "emphasis": options.emphasis,
+            "clip_skip": options.clip_skip,
         }
     negative = options.negative_prompt or None
+    given = {"negative_prompt": negative, "clip_skip": options.clip_skip}
     if subjects[0] is None:
-        return {"num_images_per_prompt": len(subjects), "negative_prompt": negative}
-    return {"class_labels": subjects, "negative_prompt": negative}
+        return {"num_images_per_prompt": len(subjects), **given}
+    return {"class_labels": subjects, **given}
 
 
 def make(pipeline: Pipeline, wanted: Sequence[tuple[Subject, int, Path]], options: argparse.Namespace) -> list[Result]:
@@ -129,7 +138,7 @@ def make(pipeline: Pipeline, wanted: Sequence[tuple[Subject, int, Path]], option
 
     results: list[Result] = []
     made, total, told = 0, len(wanted), not options.quiet
-    for size in split(total, call_sizes(pipeline, options, total)):
+    for size in split(total, call_sizes(pipeline, options, [subject for subject, _, _ in wanted])):
         subjects, seeds, files = zip(*wanted[made : made + size])
         doing = (
             f"making picture {made + 1} of {total}"
@@ -159,6 +168,10 @@ def make(pipeline: Pipeline, wanted: Sequence[tuple[Subject, int, Path]], option
                 mask_image=options.mask,
                 composite=options.composite,
                 padding_mask_crop=options.padding_mask_crop,
+                depth_map=options.depth_map,
+                image_guidance_scale=options.image_guidance_scale,
+                noise_level=options.noise_level,
+                **second_pass(options, range(made, made + size)),
             )
         for subject, seed, file, image in zip(subjects, seeds, files, result.images):
             write_picture(image, file)
@@ -173,6 +186,33 @@ def _named(subject: Subject) -> str:
     if subject is None:
         return ""
     return f", {shorten(subject)}" if isinstance(subject, str) else f", class {subject}"
+
+
+def choose_picture_seeds(options: argparse.Namespace) -> list[int]:
+    """The seeds of a text's pictures. Variations are all of the first one."""
+    if options.subseed_strength:
+        return choose_seeds(options.seed, 1) * options.count
+    return choose_seeds(options.seed, options.count)
+
+
+def second_pass(options: argparse.Namespace, pictures: range) -> dict[str, Any]:
+    """The arguments of a call about variations and a second pass. `pictures` are its numbers among all."""
+    from .errors import HiresError
+    from .hires import Hires
+
+    asked = {name: getattr(options, f"hires_{name}") for name in ("upscaler", "steps", "strength", "prompt")}
+    own = {name: value for name, value in {**asked, "scheduler": options.hires_sampler}.items() if value is not None}
+    if own and options.hires is None:
+        raise HiresError("there are options of a second pass and no --hires; pass --hires 2, or leave them out")
+    subseeds = None
+    if options.subseed is not None:
+        every = choose_seeds(options.subseed, options.count)
+        subseeds = [every[number % options.count] for number in pictures]
+    return {
+        "hires": None if options.hires is None else Hires(**options.hires, **own),
+        "subseed": subseeds,
+        "subseed_strength": options.subseed_strength,
+    }
 
 
 def choose_seeds(first: int | None, count: int) -> list[int]:
@@ -193,15 +233,23 @@ def check_call(options: argparse.Namespace, subjects: Sequence[Subject]) -> Bund
     from .bundle import Bundle
     from .checks import check_class_labels, check_no_text, check_prompts
     from .guidance import check_guidance
+    from .hires import check_hires
     from .inpainting import check_beginning
     from .request import Sampling, late
+    from .seen import check_seen
+    from .text.inversion import load_inversion
+    from .variation import Variation
 
+    for file, token in options.textual_inversion:
+        load_inversion(file, token)
     given = call_arguments(subjects, options)
     if "prompt" in given:
         check_prompts(subjects, options.negative_prompt)
     bundle = Bundle.open(options.bundle, verify=False)
     if not bundle.family.tokenizers:
         check_no_text(given.get("prompt"), given["negative_prompt"])
+    else:
+        texts_of(options, subjects, bundle)
     check_class_labels(given.get("class_labels"), bundle.family.classes)
     schedule = bundle.schedule()
     sampling = Sampling.check(
@@ -215,15 +263,28 @@ def check_call(options: argparse.Namespace, subjects: Sequence[Subject]) -> Bund
         options.timestep_respacing,
         dict(options.sampler_option),
     )
-    init, _ = check_beginning(
+    init, inpaint = check_beginning(
         bundle.family, options.image, options.strength, options.mask, options.composite, options.padding_mask_crop
     )
+    told = options.depth_map, options.image_guidance_scale, options.noise_level
+    check_seen(bundle.family, bundle.low_resolution(), init, inpaint, *told)
+    asked = second_pass(options, range(1))
+    check_hires(asked["hires"], options.image)
+    Variation.check(asked["subseed"], options.subseed_strength, 1)
     sampling = late(sampling, init)
     table = sampling.table(schedule)
     check_guidance(
         options.guidance_scale, options.guidance_rescale, options.guidance_interval, sampling.run, table.timesteps
     )
     return bundle
+
+
+def texts_of(options: argparse.Namespace, subjects: Sequence[Subject], bundle: Bundle) -> Texts:
+    """The texts, checked."""
+    from .text.request import Reads, Texts
+
+    reads, given = Reads(layers=bundle.contents.text_layers), (options.prompt_syntax, options.clip_skip)
+    return Texts.check(reads, list(subjects), options.negative_prompt, *given, options.emphasis)
 
 
 def quickest_backend(bundle: Bundle, device: str | None) -> str | None:
@@ -244,11 +305,15 @@ def quickest_backend(bundle: Bundle, device: str | None) -> str | None:
     return "onnxruntime" if size < LARGE_GRAPH else None
 
 
-def call_sizes(pipeline: Pipeline, options: argparse.Namespace, total: int) -> list[int]:
-    """How many pictures, up to `total`, one call may make with these options."""
-    scale = options.guidance_scale
+def call_sizes(pipeline: Pipeline, options: argparse.Namespace, subjects: Sequence[Subject]) -> list[int]:
+    """How many pictures of these, up to all, one call may make with these options: as if each had the rows of the one
+    with most."""
+    scale, total = options.guidance_scale, len(subjects)
     guided = (max(scale) if isinstance(scale, list) else scale) > 1
-    rows = pipeline.bundle.family.most_rows if guided else 1
+    rows = 1
+    if pipeline.bundle.family.tokenizers:
+        distinct = dict.fromkeys(subjects)
+        rows = max(texts_of(options, [subject], pipeline.bundle).rows(guided) for subject in distinct)
 
     def serves(profile: Shapes, batch: int) -> bool:
         sides = (options.height is None or options.height in profile.height) and (

@@ -112,6 +112,22 @@ def _add_picture(c: argparse.ArgumentParser) -> None:
         metavar="S",
         help="how much of --image changes, 0 to 1 (default: 0.8, with --mask 1)",
     )
+    c.add_argument(
+        "--depth-map", type=path, metavar="FILE", help="for a depth model: a picture, the lighter the nearer"
+    )
+    c.add_argument(
+        "--image-guidance-scale",
+        type=number(low=0.0),
+        metavar="G",
+        help="how closely InstructPix2Pix follows --image, from 1 up (default: 1.5)",
+    )
+    c.add_argument(
+        "--noise-level",
+        type=whole_number(0, 1000),
+        metavar="N",
+        help="of the noise that the upscaler adds to --image (default: 20)",
+    )
+    _add_second_pass(c)
     c.add_argument("--bundle", type=path, default=Path("engines/demo"), metavar="FOLDER", help="default: engines/demo")
     c.add_argument(
         "--output",
@@ -120,6 +136,7 @@ def _add_picture(c: argparse.ArgumentParser) -> None:
         help="a .png, .jpg or .webp (lossless) file; several pictures get numbers (default: picture.png)",
     )
     c.add_argument("--negative-prompt", default="", metavar="TEXT", help="what the pictures should not show")
+    _add_prompting(c)
     c.add_argument("--steps", type=whole_number(1, 1000), default=20, metavar="N", help="default: 20")
     c.add_argument(
         "--guidance-scale",
@@ -161,6 +178,56 @@ def _add_picture(c: argparse.ArgumentParser) -> None:
     c.add_argument("--threads", type=whole_number(1, 1024), metavar="N", help="default: every core")
     c.add_argument("--quiet", action="store_true", help="print errors only")
     c.add_argument("--debug", action="store_true", help="print the traceback of an error")
+
+
+def _add_prompting(c: argparse.ArgumentParser) -> None:
+    c.add_argument(
+        "--prompt-syntax",
+        choices=("a1111", "plain"),
+        default="a1111",
+        help="a1111: brackets, AND, BREAK and [from:to:when] mean what they mean there; plain: they are characters "
+        "(default: a1111)",
+    )
+    c.add_argument(
+        "--emphasis",
+        choices=("original", "no norm", "ignore"),
+        default="original",
+        help="how weights in brackets act (default: original)",
+    )
+    c.add_argument(
+        "--clip-skip",
+        type=whole_number(0, 1000),
+        metavar="N",
+        help="how many of the text encoder's last layers are left out; 1 is A1111's 2 (default: 0)",
+    )
+    c.add_argument(
+        "--textual-inversion",
+        type=inversion,
+        action="append",
+        default=[],
+        metavar="FILE[=TOKEN]",
+        help="vectors that TOKEN stands for in the texts (default: the word in the file, or its name); may be repeated",
+    )
+
+
+def _add_second_pass(c: argparse.ArgumentParser) -> None:
+    c.add_argument(
+        "--subseed", type=whole_number(0, 2**64 - 1), metavar="N", help="the seed of a variation (default: random)"
+    )
+    c.add_argument(
+        "--subseed-strength",
+        type=number(low=0.0),
+        metavar="S",
+        help="0 to 1: how far the noise goes towards --subseed's; --count then counts subseeds, with one seed",
+    )
+    c.add_argument(
+        "--hires", type=enlargement, metavar="X", help="a second pass, so many times larger, or at WIDTHxHEIGHT pixels"
+    )
+    c.add_argument("--hires-upscaler", metavar="NAME", help="how --hires enlarges, see docs/tasks.md")
+    c.add_argument("--hires-steps", type=whole_number(1, 1000), metavar="N", help="default: as --steps")
+    c.add_argument("--hires-strength", type=number(low=0.0), metavar="S", help="default: 0.7")
+    c.add_argument("--hires-sampler", metavar="NAME", help="default: as --scheduler")
+    c.add_argument("--hires-prompt", metavar="TEXT", help="the text of the second pass (default: the same)")
 
 
 def _add_sampling(c: argparse.ArgumentParser) -> None:
@@ -227,6 +294,14 @@ def scales(text: str) -> float | list[float]:
     return values[0] if len(values) == 1 else values
 
 
+def enlargement(text: str) -> dict[str, float | int]:
+    """An argument's type: a factor, or WIDTHxHEIGHT in pixels; the arguments of `Hires`."""
+    if re.fullmatch(r"[0-9]{1,5}x[0-9]{1,5}", text):
+        width, height = map(int, text.split("x"))
+        return {"width": width, "height": height}
+    return {"scale": number(low=1.0)(text)}
+
+
 def interval(text: str) -> tuple[float, float]:
     """An argument's type: two finite numbers with a colon between them."""
     parts = text.split(":")
@@ -251,6 +326,16 @@ def option(text: str) -> tuple[str, bool | int | float | str]:
         with suppress(ValueError):
             return name, kind(written)
     return name, written
+
+
+def inversion(text: str) -> tuple[Path, str | None]:
+    """An argument's type: a file, and after the last "=" a word."""
+    file, equals, token = text.rpartition("=")
+    if not equals:
+        return path(text), None
+    if not token:
+        raise argparse.ArgumentTypeError(f"{shorten(text)} has no word after the '='; write FILE=TOKEN, or FILE alone")
+    return path(file), token
 
 
 def device(text: str) -> str:

@@ -1,7 +1,7 @@
 """Bundles: a folder with the graphs of one model, and the manifest that says what they are.
 
     <name>/manifest.json            what engine/manifest.py says
-    <name>/tokenizer/tokenizer.json   for models with texts
+    <name>/tokenizer/tokenizer.json   for models with texts, and embeddings.npy: the vectors of the tokens
     <name>/onnx/<component>.onnx    and <component>.onnx.data
 
 The manifest is read and checked before any other file is touched. If a builder replaces the bundle during loading,
@@ -32,8 +32,8 @@ from .errors import (
     MissingFileError,
     UnsafePathError,
 )
-from .manifest import FORMAT, MANIFEST, TOKENIZER, File, Manifest, SpecialTokens, own_files, read
-from .sampling.schedule import Schedule
+from .manifest import FORMAT, MANIFEST, TOKEN_TABLE, TOKENIZER, File, Manifest, SpecialTokens, own_files, read
+from .sampling.schedule import Schedule, noising
 
 __all__ = ["FORMAT", "MANIFEST", "Bundle", "SpecialTokens", "sha256", "while_replaced"]
 
@@ -121,6 +121,12 @@ class Bundle:
         """The model's noise and its own sampler's options. SchedulerConfigError if they cannot be used."""
         return Schedule.from_config(self.scheduler, self.family)
 
+    def low_resolution(self) -> tuple[Schedule, int] | None:
+        """For an upscaler: the noise that it adds to what it makes larger, and the highest level of that.
+        SchedulerConfigError if it cannot be used."""
+        given = self.contents.low_resolution
+        return None if given is None else (noising(given.scheduler), given.max_noise_level)
+
     @property
     def special_tokens(self) -> SpecialTokens:
         """Those of a model with texts."""
@@ -136,6 +142,10 @@ class Bundle:
     def tokenizer_file(self) -> Path:
         return self.folder / TOKENIZER
 
+    @property
+    def token_table_file(self) -> Path:
+        return self.folder / TOKEN_TABLE
+
     def command(self, **sizes: Range) -> str:
         """The command that builds this bundle for other `sizes` (height, width, batch)."""
         return build_again(self.folder, self.contents, sizes)
@@ -147,14 +157,15 @@ class Bundle:
             self._recheck(name, replaced_too=True)
 
     def recheck_tokenizer(self) -> None:
-        """The same for the tokenizer's file."""
-        self._recheck(TOKENIZER, replaced_too=True)
+        """The same for the tokenizer's files."""
+        for name in (TOKENIZER, TOKEN_TABLE):
+            self._recheck(name, replaced_too=True)
 
     def recheck_in_place(self) -> None:
-        """BundleChangedError if a file that a library has mapped was written to. Files that were replaced or deleted do
-        not matter: what is mapped stays as it was."""
+        """BundleChangedError if a file that is mapped was written to. Files that were replaced or deleted do not
+        matter: what is mapped stays as it was."""
         for name in self.seals:
-            if name.startswith(GRAPHS):
+            if name.startswith(GRAPHS) or name == TOKEN_TABLE:
                 self._recheck(name, replaced_too=False)
 
     def _recheck(self, name: str, replaced_too: bool) -> None:

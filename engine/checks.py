@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from .contract import MAX_STEPS, Range, Shapes
+from .contract import MAX_STEPS, PROMPT_TOKENS, Range, Shapes
 from .errors import (
     BatchError,
     CallbackError,
@@ -17,6 +18,7 @@ from .errors import (
     LatentsError,
     OutputTypeError,
     PromptError,
+    PromptLengthError,
     SamplerOptionError,
     SeedError,
     SizeError,
@@ -150,8 +152,9 @@ def _batch_error(batch: int, rows: int, profiles: Sequence[Shapes], build_comman
         known = " or ".join(
             dict.fromkeys(describe_range(profile.rows) for profile in profiles if profile.rows is not None)
         )
+        how = "with guidance and prompts of several parts" if rows > 2 * batch else "with guidance"
         return BatchError(
-            f"{batch} pictures {'with' if rows > batch else 'without'} guidance are {rows} rows of the U-Net; this "
+            f"{batch} pictures {how if rows > batch else 'without guidance'} are {rows} rows of the U-Net; this "
             f"bundle was built for {known}. "
             f"Build for that: {build_command(rows=Range(rows, rows, rows))}"
         )
@@ -160,6 +163,19 @@ def _batch_error(batch: int, rows: int, profiles: Sequence[Shapes], build_comman
     return BatchError(
         f"prompts times num_images_per_prompt are {batch} pictures in one call; this bundle was built for {allowed}. "
         f"Split the call, or build for that: {build_command(batch=wider)}"
+    )
+
+
+def check_tokens(lengths: Sequence[int], profiles: Sequence[Shapes], build_command: BuildCommand) -> None:
+    """PromptLengthError unless the plans serve a call with texts of these numbers of tokens."""
+    if not profiles or any(profile.tokens(math.lcm(*lengths)) is not None for profile in profiles):
+        return
+    longest = -(-max(lengths) // PROMPT_TOKENS)
+    most = max(1 if one.chunks is None else one.chunks.max for one in profiles)
+    raise PromptLengthError(
+        f"the prompts take up to {max(lengths)} tokens, {longest} chunks of {PROMPT_TOKENS}, and the plans were built "
+        f"for up to {most}. Write a shorter prompt, or build for that: "
+        f"{build_command(prompt_chunks=Range(1, 1, longest))}"
     )
 
 
@@ -293,15 +309,17 @@ def check_eta(value: Any) -> float:
     return check_number(value, "eta", 0.0, 1.0, "0 is DDIM without noise, 1 as much noise as DDPM's")
 
 
-def check_seeds(seed: Any, batch: int) -> list[int]:
+def check_seeds(seed: Any, batch: int, what: str = "seed") -> list[int]:
     """One seed for all pictures of a call, or one for each."""
     several = isinstance(seed, (list, tuple, range)) or (isinstance(seed, np.ndarray) and seed.ndim == 1)
     if several and len(seed) != batch:
-        raise SeedError(f"there are {len(seed)} seeds for {batch} pictures; pass one integer, or one for each picture")
+        raise SeedError(
+            f"there are {len(seed)} {what}s for {batch} pictures; pass one integer, or one for each picture"
+        )
     seeds = list(seed) if several else [seed]
     for value in seeds:
         if not _is_int(value) or not 0 <= value <= MAX_SEED:
-            raise SeedError(f"seed {shown(value)} is not an integer from 0 to 2**64 - 1")
+            raise SeedError(f"{what} {shown(value)} is not an integer from 0 to 2**64 - 1")
     return [int(value) for value in seeds]
 
 

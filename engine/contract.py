@@ -21,6 +21,10 @@ MAX_STEPS = 1000
 DYNAMIC = ("batch", "rows", "tokens", "height", "width")
 """The dimensions that a call chooses. Height and width are those of the latents. Other names are the model's sizes."""
 
+JOINS = {1: "depth", 3: "low_resolution", 4: "image", 5: "mask"}
+"""What a U-Net sees beside the latents, by the number of channels that are joined to these: a depth map, a small noised
+picture, the latents of a picture (InstructPix2Pix), or a mask and the latents of what it leaves of a picture."""
+
 Sizes = Mapping[str, int]
 """The size of each named dimension."""
 
@@ -140,7 +144,9 @@ class Family:
     """A kind of model, and what its bundles hold.
 
     channels: of a latent; factor: pixels per latent element, in both directions; tokenizers: how many a text goes
-    through, 0 for a model without texts; classes: how many its pictures are of, None for a model without classes.
+    through, 0 for a model without texts; classes: how many its pictures are of, None for a model without classes;
+    concat: the channels that are joined to each row of the U-Net; noise_levels: how many of these a U-Net that is told
+    the noise of what is joined knows, None for others.
     """
 
     name: str
@@ -149,6 +155,8 @@ class Family:
     factor: int
     tokenizers: int = 1
     classes: int | None = None
+    concat: int = 0
+    noise_levels: int | None = None
 
     def __getitem__(self, name: str) -> Component:
         """The component of that name. KeyError where there is none."""
@@ -163,8 +171,26 @@ class Family:
 
     @property
     def most_rows(self) -> int:
-        """The U-Net's rows for a picture: two where guidance has a negative text."""
+        """The U-Net's rows for a picture: two where guidance has a negative text, three where one of them also sees no
+        picture."""
+        if self.joins == "image":
+            return 3
         return 2 if self.tokenizers else 1
+
+    @property
+    def joins(self) -> str | None:
+        """What the U-Net sees beside the latents, a value of JOINS; None for nothing."""
+        return JOINS[self.concat] if self.concat else None
+
+    @property
+    def begins_with_noise(self) -> bool:
+        """Whether a loop with an image begins with noise alone: the U-Net sees the image instead."""
+        return self.joins in ("image", "low_resolution")
+
+    @property
+    def magnification(self) -> int:
+        """How many times as high and wide as its image a picture is: the upscaler's image is as large as latents."""
+        return self.factor if self.joins == "low_resolution" else 1
 
     @property
     def clips(self) -> bool:
@@ -212,21 +238,31 @@ class Range:
 @dataclass(frozen=True)
 class Shapes:
     """Height and width in pixels and the number of pictures in a call that a bundle or a plan serves. `rows` are the
-    U-Net's rows in a call: with guidance twice the pictures. None means that every number is served."""
+    U-Net's rows in a call: with guidance twice the pictures. `chunks` are the texts' tokens in a call, in chunks of 77.
+    None means that every number is served."""
 
     height: Range
     width: Range
     batch: Range
     rows: Range | None = None
+    chunks: Range | None = None
 
     def __str__(self) -> str:
         rows = "" if self.rows is None else f", {self.rows} U-Net rows"
-        return f"{self.height} x {self.width}, batch {self.batch}{rows}"
+        chunks = "" if self.chunks is None or self.chunks.max == 1 else f", {self.chunks} chunks of a prompt"
+        return f"{self.height} x {self.width}, batch {self.batch}{rows}{chunks}"
 
     def allows(self, height: int, width: int, batch: int, rows: int) -> bool:
         """Whether one call of these sizes is served."""
         sides = height in self.height and width in self.width
         return sides and batch in self.batch and (self.rows is None or rows in self.rows)
+
+    def tokens(self, needed: int) -> int | None:
+        """The fewest tokens of a call that are served and a multiple of these. None if there are none."""
+        if self.chunks is None:
+            return needed
+        least = -(-PROMPT_TOKENS * self.chunks.min // needed) * needed
+        return least if least <= PROMPT_TOKENS * self.chunks.max else None
 
     def static(self, factor: int) -> dict[str, int]:
         """The graphs' dimensions that are the same in every call, by name, for a family with that factor."""
@@ -238,10 +274,11 @@ class Shapes:
         served, `rows` are those with guidance."""
         height, width, batch = (int(getattr(side, which)) for side in (self.height, self.width, self.batch))
         rows = 2 * batch if self.rows is None else int(getattr(self.rows, which))
+        chunks = 1 if self.chunks is None else int(getattr(self.chunks, which))
         return {
             "batch": batch,
             "rows": rows,
-            "tokens": PROMPT_TOKENS,
+            "tokens": PROMPT_TOKENS * chunks,
             "height": height // factor,
             "width": width // factor,
         }

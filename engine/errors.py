@@ -46,6 +46,27 @@ class AdapterTagError(PromptError):
     """A tag in a prompt, such as `<lora:name:0.8>`, can't be read."""
 
 
+class PromptScheduleError(PromptError):
+    """A text in a prompt changes after the last step."""
+
+
+class PromptLengthError(PromptError):
+    """A prompt takes more tokens than the plans were built for."""
+
+
+class EmbeddingsError(InputError):
+    """`prompt_embeds`, `negative_prompt_embeds` or `pooled_prompt_embeds` are no embeddings, do not go together, or the
+    model takes none."""
+
+
+class EmbeddingsWidthError(EmbeddingsError):
+    """Embeddings have another width than the model's."""
+
+
+class ClipSkipError(InputError):
+    """`clip_skip` is not an integer from 0, or the text encoder has not so many layers."""
+
+
 class SizeError(InputError):
     """Height or width is not a multiple of 8, or the bundle was not built for it."""
 
@@ -64,6 +85,10 @@ class GuidanceError(InputError):
 
 class SeedError(InputError):
     """A seed is not an integer from 0 to 2**64 - 1, or there is not one for each picture."""
+
+
+class VariationError(InputError):
+    """`subseed_strength` is not a number from 0 to 1, is missing, or there is not one for each picture."""
 
 
 class LatentsError(InputError):
@@ -111,12 +136,33 @@ class StrengthError(InputError):
     """`strength` is not a number from 0 to 1, leaves no step, or there is no image that it is about."""
 
 
+class HiresError(InputError):
+    """`hires` is no `Hires`, its scale, size or upscaler is wrong, or the call starts from an image already."""
+
+
+class TilingError(InputError):
+    """`vae_tiling` is no side of a tile in pixels."""
+
+
 class MaskError(InputError):
     """`mask_image` is no mask, or an argument that is about one does not go with the rest of the call."""
 
 
 class MaskSizeError(MaskError):
     """`mask_image` has another size than `image`."""
+
+
+class ChannelsError(InputError):
+    """An argument is about channels that the model's U-Net does not have, or nothing is given for channels that it
+    has."""
+
+
+class DepthMapError(InputError):
+    """`depth_map` is no map of depths: of another shape, without differences, or with values that are no numbers."""
+
+
+class NoiseLevelError(InputError):
+    """`noise_level` is not an integer, or no level of the upscaler."""
 
 
 class OutputPathError(InputError):
@@ -187,6 +233,10 @@ class NumericalError(EngineError):
 class CallbackError(InputError):
     """`callback_on_step_end` cannot be called as it is, or returned something else than None or a dictionary with
     latents."""
+
+
+class PreviewError(InputError):
+    """The sampler leaves no room for the predicted clean latents at this evaluation."""
 
 
 class PipelineStateError(EngineError):

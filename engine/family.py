@@ -1,6 +1,7 @@
 """The families of models, as data.
 
-text_encoder  a text's tokens become its embedding
+text_encoder  the vectors of a text's tokens become its embedding: `skip` last layers are left out, each token's vector
+              is multiplied with its `emphasis`, and where `restore` is 1 the embedding's mean is what it was
 denoiser      one whole step: the U-Net on slot 0 of the state, row by row; guidance (`mixing` combines the rows'
               outputs per sample, `rescale` brings back the standard deviation of one); the sampler,
               `next_state = update @ [state; output; noise]`; inpainting: where `mask` is 0, slot 0 of the next state
@@ -8,6 +9,10 @@ denoiser      one whole step: the U-Net on slot 0 of the state, row by row; guid
 vae_decoder   latents become pixels. `magnitude` is a sum over the absolute values before they are clamped: it is finite
               if they all are, which pixels cannot tell
 vae_encoder   pixels in -1..1 become the mean and the standard deviation of latents
+
+Some U-Nets see more channels than the latents have: inpainting, depth, InstructPix2Pix, the x4 upscaler. `concat` joins
+them row by row, and `class_labels` says the noise level of what the upscaler sees. Which channels these are, and the
+factor, is the model's own.
 
 Models without texts (DDPM, Improved DDPM, unconditional latent diffusion) have a denoiser of their own:
 
@@ -22,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from .contract import PROMPT_TOKENS, SLOTS, Component, Family, Tensor
+from .contract import JOINS, PROMPT_TOKENS, SLOTS, Component, Family, Tensor
 
 LATENT_CHANNELS = 4
 VAE_FACTOR = 8
@@ -54,7 +59,12 @@ def _encoder(channels: int, factor: int) -> Component:
 def _text_encoder() -> Component:
     return Component(
         "text_encoder",
-        inputs=(Tensor("input_ids", ("rows", PROMPT_TOKENS), "int32", below=256),),
+        inputs=(
+            Tensor("embeddings", ("rows", PROMPT_TOKENS, "text_width")),
+            Tensor("emphasis", ("rows", PROMPT_TOKENS), below=2),
+            Tensor("restore", ("rows",), "int32", below=2),
+            Tensor("skip", ("rows",), "int32", below=2),
+        ),
         outputs=(Tensor("context", ("rows", PROMPT_TOKENS, "context_size")),),
         halves=False,  # it takes a thousandth of a picture's time, and every step sees its errors
         adapted="text_encoder",
@@ -82,6 +92,29 @@ def _denoiser(channels: int) -> Component:
         ),
         outputs=(Tensor("next_state", state),),
         adapted="unet",
+    )
+
+
+def _joined_denoiser(channels: int, concat: int, noise_levels: int | None) -> Component:
+    """The denoiser of a U-Net that sees `concat` in each row beside the sample."""
+    plane = (channels, "height", "width")
+    state = ("batch", SLOTS, *plane)
+    labels = () if noise_levels is None else (Tensor("class_labels", ("rows",), "int32", below=noise_levels),)
+    return Component(
+        "denoiser",
+        inputs=(
+            Tensor("state", state, changes="step", fed_by="next_state"),
+            Tensor("row_sample", ("rows",), "int32", below="batch"),
+            Tensor("context", ("rows", "tokens", "context_size")),
+            Tensor("timestep", ("batch",), changes="step", below=1000, exact=True),
+            Tensor("mixing", ("batch", "rows"), changes="step", solver=True),
+            Tensor("rescale", ("batch", "rows"), below=1, solver=True),
+            Tensor("update", ("batch", SLOTS, SLOTS + 2), changes="step", solver=True),
+            Tensor("noise", ("batch", *plane), changes="step", solver=True),
+            Tensor("concat", ("rows", concat, "height", "width")),
+            *labels,
+        ),
+        outputs=(Tensor("next_state", state),),
     )
 
 
@@ -130,16 +163,31 @@ FAMILIES = {family.name: family for family in (STABLE_DIFFUSION,)}
 @dataclass(frozen=True)
 class Traits:
     """What differs between the models of a kind: channels of a latent, pixels per latent element, the number of classes
-    if they have some, and whether the U-Net predicts the variance too."""
+    if they have some, whether the U-Net predicts the variance too, the channels that are joined to each row, and the
+    number of noise levels if the U-Net is told one."""
 
     channels: int
     factor: int
     classes: int | None = None
     learned_variance: bool = False
+    concat: int = 0
+    noise_levels: int | None = None
+
+    @property
+    def join(self) -> bool:
+        """Whether these are those of a U-Net that sees more than latents: the upscaler's alone knows noise levels."""
+        return self.concat in JOINS and (JOINS[self.concat] == "low_resolution") == (self.noise_levels is not None)
 
     @classmethod
     def of(cls, family: Family) -> Traits:
-        return cls(family.channels, family.factor, family.classes, family.learned_variance)
+        return cls(
+            family.channels,
+            family.factor,
+            family.classes,
+            family.learned_variance,
+            family.concat,
+            family.noise_levels,
+        )
 
 
 def textless(traits: Traits) -> Family:
@@ -149,7 +197,24 @@ def textless(traits: Traits) -> Family:
     return Family("textless", (denoiser, _decoder(channels, factor)), channels, factor, 0, traits.classes)
 
 
-KINDS: Mapping[str, Callable[[Traits], Family]] = {"textless": textless}
+def joined(traits: Traits) -> Family:
+    """Stable Diffusion with a U-Net that sees more than latents. The upscaler's sees pixels, so it has no encoder."""
+    channels, factor, concat = traits.channels, traits.factor, traits.concat
+    denoiser = _joined_denoiser(channels, concat, traits.noise_levels)
+    components = [_text_encoder(), denoiser, _decoder(channels, factor)]
+    if traits.noise_levels is None:
+        components.append(_encoder(channels, factor))
+    return Family(
+        "stable-diffusion-joined",
+        tuple(components),
+        channels,
+        factor,
+        concat=concat,
+        noise_levels=traits.noise_levels,
+    )
+
+
+KINDS: Mapping[str, Callable[[Traits], Family]] = {"textless": textless, "stable-diffusion-joined": joined}
 """Families that depend on the model, by the name in the manifest."""
 
 COMPONENTS = frozenset(STABLE_DIFFUSION.names)

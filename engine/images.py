@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from .bundle import Bundle
+from .hires import Hires
 from .infotext import Settings, parameters_text
 from .picture import Picture
 from .request import Request
@@ -41,8 +42,14 @@ def parameters(request: Request, bundle: Bundle, index: int) -> str:
     }
     if request.sampling.schedule_type is not None:
         fields["Schedule type"] = schedule_label(request.sampling.schedule_type)
-    if request.init is not None:
+    if request.init is not None and not bundle.family.begins_with_noise:
         fields["Denoising strength"] = request.init.strength
+    if request.seen is not None:
+        fields |= request.seen.parameters()
+    if request.variation is not None:
+        fields["Variation seed"], fields["Variation seed strength"] = request.variation.of(index)
+    if request.hires is not None and request.second is not None:
+        fields |= second_pass_parameters(request.hires, request, request.second, text)
     label = request.class_labels[text]
     if label is not None:
         fields["Class"] = label
@@ -50,3 +57,21 @@ def parameters(request: Request, bundle: Bundle, index: int) -> str:
         fields["Batch index"] = index
     fields["Version"] = f"LatentRT {__version__}"
     return parameters_text(Settings(request.prompts[text], request.negative_prompts[text], fields))
+
+
+def second_pass_parameters(hires: Hires, first: Request, second: Request, text: int) -> dict[str, Any]:
+    """What A1111 writes about a second pass."""
+    fields = hires.parameters()
+    if "Hires upscale" not in fields:
+        fields["Hires resize"] = second.width, second.height
+    if second.sampling.sampler != first.sampling.sampler:
+        fields["Hires sampler"] = label_of(second.sampling.sampler)
+    if second.guidance.scale != first.guidance.scale:
+        fields["Hires CFG Scale"] = second.guidance.scale
+    for key, own, before in (
+        ("Hires prompt", second.prompts, first.prompts),
+        ("Hires negative prompt", second.negative_prompts, first.negative_prompts),
+    ):
+        if own[text] != before[text]:
+            fields[key] = own[text]
+    return fields

@@ -1,20 +1,27 @@
-"""Inpainting with models that were not made for it: after each step all that is outside of the mask becomes the
-original again, with the noise of that step."""
+"""Inpainting. With models of four channels, which were not made for it: after each step all that is outside of the
+mask becomes the original again, with the noise of that step. With those of nine, which were: the U-Net sees the mask,
+and latents of what it leaves of the image."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .beginnings import Begin, Beginning, DrawnOnce, Encode, Encoded, FirstNoise, Masked, begun
 from .contract import Family
 from .errors import ImageError, MaskError, MaskSizeError, OutputTypeError, shown
 from .init_image import DEFAULT_STRENGTH as IMAGE_STRENGTH
 from .init_image import InitImage
 from .manifest import LARGEST_SIDE
 from .masks import Crop, as_bytes, read_masks, whitened
+from .sampling.noise import TorchGenerator
+from .sampling.table import StepTable
+
+if TYPE_CHECKING:
+    from .request import Request
 
 DEFAULT_STRENGTH = 1.0
 
@@ -47,8 +54,9 @@ class Inpaint:
             return None
         if init is None:
             raise MaskError("mask_image says which part of an image is repainted; pass image too, or leave it out")
-        if "mask" not in family["denoiser"].input_names:
-            raise MaskError("mask_image is given, and models without texts repaint no part of an image; leave it out")
+        if "mask" not in (family.joins, *family["denoiser"].input_names):
+            which = "models of this kind" if family.tokenizers else "models without texts"
+            raise MaskError(f"mask_image is given, and {which} repaint no part of an image; leave it out")
         masks = tuple(read_masks(mask_image))
         _require_size(masks, init.full_size(family.factor))
         if not isinstance(composite, (bool, np.bool_)):
@@ -70,6 +78,20 @@ class Inpaint:
             return init.pixels(height, width)
         cut = np.stack([crop.cut(as_bytes(picture)) for picture in init.pictures])
         return 2 * (cut.astype(np.float32) / np.float32(255)) - 1
+
+    def encoded(self, init: InitImage, height: int, width: int, of: tuple[int, ...], encode: Encode) -> Encoded:
+        """What is painted of the images, through the VAE encoder."""
+        if init.latents is not None:
+            return Encoded(init.latents, None, of)
+        return Encoded(*encode(self.pixels(init, height, width)), of)
+
+    def begin(self, request: Request, plane: tuple[int, ...], encode: Encode) -> Begin:
+        """Where the loops of a model of four channels start. `plane` is (C, h, w)."""
+        init, height, width = request.init, request.height, request.width
+        assert init is not None
+        encoded = self.encoded(init, height, width, request.image_of, encode)
+        masks = self.latent_masks(height, width, height // plane[1])
+        return Masked(request.table, DrawnOnce(encoded), masks, request.mask_of, init.strength == 1)
 
     def white(self, height: int, width: int) -> np.ndarray:
         """Where what is painted is white, [m, height, width] bool."""
@@ -99,6 +121,62 @@ class Inpaint:
         return np.where(white[..., np.newaxis], made, originals)
 
 
+@dataclass(frozen=True, eq=False)
+class Repaint:
+    """What a model of nine channels sees. As in StableDiffusionInpaintPipeline, an image's latents are drawn only if
+    the loop begins with them, and those of a masked image after the noise; each once, by the first seed that needs it.
+    """
+
+    inpaint: Inpaint
+    init: InitImage
+
+    @classmethod
+    def check(cls, inpaint: Inpaint, init: InitImage) -> Repaint:
+        """ImageError for latents: the masked image's must be encoded."""
+        _require_pixels("a model of nine channels", init, None)
+        return cls(inpaint, init)
+
+    def begin(self, request: Request, plane: tuple[int, ...], encode: Encode) -> Begin:
+        """See `Seen`."""
+        inpaint, height, width = self.inpaint, request.height, request.width
+        pairs = list(dict.fromkeys(zip(request.image_of, request.mask_of)))
+        of = tuple(pairs.index(pair) for pair in zip(request.image_of, request.mask_of))
+        pixels, white = inpaint.pixels(self.init, height, width), inpaint.white(height, width)
+        masked = np.stack([np.where(white[mask][..., np.newaxis], 0, pixels[image]) for image, mask in pairs])
+        originals = None
+        if self.init.strength < 1:
+            originals = DrawnOnce(Encoded(*encode(pixels), request.image_of))
+        masks = inpaint.latent_masks(height, width, height // plane[1])
+        drawn = DrawnOnce(Encoded(*encode(masked.astype(np.float32)), of))
+        return Repainting(request.table, plane, originals, drawn, masks[[mask for _, mask in pairs]])
+
+    def parameters(self) -> Mapping[str, Any]:
+        """See `Seen`."""
+        return {}
+
+
+@dataclass(frozen=True, eq=False)
+class Repainting:
+    """Loops of a model of nine channels. originals: None for loops that begin with noise alone; masked: the masked
+    images; masks [n, 1, h, w]: those of these."""
+
+    table: StepTable
+    plane: tuple[int, ...]
+    originals: DrawnOnce | None
+    masked: DrawnOnce
+    masks: np.ndarray
+
+    def __call__(self, generator: TorchGenerator, pictures: range, noise: FirstNoise) -> list[Beginning]:
+        original = np.zeros((len(pictures), *self.plane), np.float32)
+        if self.originals is not None:
+            original = self.originals.draw(generator, pictures)
+        latents = begun(self.table, original, noise(original.shape), self.originals is None)
+        left = self.masked.draw(generator, pictures)
+        masks = [self.masks[self.masked.encoded.of[picture]] for picture in pictures]
+        seen = [{"concat": np.concatenate(one)} for one in zip(masks, left)]
+        return [Beginning(start, seen=one) for start, one in zip(latents, seen)]
+
+
 def check_beginning(
     family: Family,
     image: Any,
@@ -109,7 +187,8 @@ def check_beginning(
     output_type: Any = "pil",
 ) -> tuple[InitImage | None, Inpaint | None]:
     """What a call starts from and what of it is repainted, by its arguments. Raises what both `check` methods raise."""
-    default = IMAGE_STRENGTH if mask_image is None else DEFAULT_STRENGTH
+    part = mask_image is not None or family.begins_with_noise
+    default = DEFAULT_STRENGTH if part else IMAGE_STRENGTH
     init = InitImage.check(image, strength, family, default)
     return init, Inpaint.check(family, init, mask_image, composite, padding_mask_crop, output_type)
 

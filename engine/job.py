@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from .beginnings import Begin
-from .contract import Component
+from .beginnings import Begin, FirstNoise
+from .contract import PROMPT_TOKENS, Component
 from .sampling.noise import Draws, TorchGenerator
 from .sampling.table import StepTable
+from .variation import Variation
 
 Conditioning = Mapping[str, Any]
 """A text's embedding: for each output of the text encoder, by name, the backend's value for one text."""
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """Values of equally many tokens one behind the other, `tokens` in all: the chunks of a text."""
+
+    parts: tuple[Any, ...]
+    tokens: int
+
+
+def spans(value: Any, tokens: int) -> Iterator[tuple[slice, Any]]:
+    """The parts of an embedding and their places among the tokens of a call, a multiple of its own. It is repeated: the
+    softmax over a repeated text gives the same attention."""
+    parts = value.parts if isinstance(value, Joined) else (value,)
+    length = _tokens(value) // len(parts)
+    for number in range(tokens // length):
+        yield slice(number * length, (number + 1) * length), parts[number % len(parts)]
+
+
+def _tokens(value: Any) -> int:
+    return value.tokens if isinstance(value, Joined) else len(value)
+
 
 Texts = Conditioning | Sequence[tuple[int, Conditioning]]
 """One embedding, or several, each with the evaluation from which on it counts. The first counts from 0 on."""
@@ -28,11 +53,13 @@ class Row:
     conditioning: its embedding, which may change with the evaluation. weight: of its output in the guided one, a
     number, or an array [E] with one for each evaluation. The U-Net does not evaluate the row where its weight is 0.
     rescale: phi of arXiv 2305.08891, section 3.4, if the guided output takes over the standard deviation of this row's.
+    blind: the row sees zeros where the others see what the picture's `Beginning` has.
     """
 
     conditioning: Texts
     weight: float | np.ndarray
     rescale: float = 0.0
+    blind: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +78,7 @@ class Job:
     [E, ...] of each input of the denoiser that changes with every evaluation, but for the noise. noise, picture: the
     call's random numbers, and which of them are this picture's; None for samplers without. extras: by name, the further
     inputs of the family that change once a loop: what one sample takes, or an array [rows, ...] for an input with a
-    value for each row.
+    value for each row. tokens: a multiple of every embedding's tokens.
     """
 
     latents: np.ndarray
@@ -61,6 +88,7 @@ class Job:
     noise: Draws | None = None
     picture: int = 0
     extras: Mapping[str, np.ndarray] = field(default_factory=dict)
+    tokens: int = PROMPT_TOKENS
 
     @cached_property
     def weights(self) -> np.ndarray:
@@ -119,41 +147,78 @@ def conditioning_at(texts: Texts, index: int) -> Conditioning:
     """The embedding that counts at an evaluation."""
     if isinstance(texts, Mapping):
         return texts
-    return next(conditioning for start, conditioning in reversed(texts) if start <= index)
+    return texts[bisect_right(texts, index, key=lambda one: one[0]) - 1][1]
 
 
 def guided(
-    prompt: Conditioning, negative: Conditioning | None, scales: np.ndarray, rescale: float = 0.0
+    prompts: Sequence[tuple[Texts, float]], negative: Texts | None, scales: np.ndarray, rescale: float = 0.0
 ) -> tuple[Row, ...]:
-    """The rows of one picture. With a negative prompt: classifier-free guidance (arXiv 2207.12598) of scale scales[i]
-    at evaluation i. Where that is 1 the negative prompt is not evaluated."""
+    """The rows of one picture. With a negative prompt u: classifier-free guidance (arXiv 2207.12598) of scale scales[i]
+    at evaluation i, u + sum of weight * scale * (c - u) over the prompts c (arXiv 2206.01714). Where u has no weight,
+    as with one prompt and scale 1, it is not evaluated. The guided output takes over the standard deviation of the mean
+    of the prompts' outputs."""
     if negative is None:
-        return (Row(prompt, 1.0),)
-    return Row(negative, 1 - scales), Row(prompt, scales, rescale)
+        return tuple(Row(prompt, weight) for prompt, weight in prompts)
+    positive = [max(weight, 0.0) for _, weight in prompts]
+    shares = positive if sum(positive) else [1.0, *positive[1:]]
+    rows = [
+        Row(prompt, weight * scales, rescale * share / sum(shares)) for (prompt, weight), share in zip(prompts, shares)
+    ]
+    return Row(negative, 1 - sum(weight for _, weight in prompts) * scales), *rows
+
+
+def tokens_of(rows: Sequence[Row], denoiser: Component) -> int:
+    """The smallest multiple of the tokens of all embeddings of a picture."""
+    names = [tensor.name for tensor in denoiser.inputs if "tokens" in tensor.names]
+    found = {1}
+    for row in rows:
+        several = (
+            [row.conditioning] if isinstance(row.conditioning, Mapping) else [text for _, text in row.conditioning]
+        )
+        found.update(_tokens(text[name]) for text in several for name in names)
+    return math.lcm(*found)
 
 
 def jobs(
     table: StepTable,
     denoiser: Component,
     rows: Sequence[tuple[Row, ...]],
-    seeds: Sequence[int],
+    generators: Sequence[TorchGenerator],
     plane: tuple[int, ...],
     latents: np.ndarray | None,
     begin: Begin,
+    variation: Variation | None = None,
 ) -> list[Job]:
-    """The jobs of one call. `seeds` has one seed for all pictures, whose noise is then drawn together as in diffusers,
-    or one for each. `latents` [B, C, h, w], standard normal, replace the first noise. `plane` is (C, h, w). `begin`
-    says where the loops start."""
+    """The jobs of one call. There is one generator for all pictures, whose noise is then drawn together as in
+    diffusers, or one for each. `latents` [B, C, h, w], standard normal, replace the first noise, which `variation` then
+    changes. `plane` is (C, h, w). `begin` says where the loops start."""
     count, steps = len(rows), step_inputs(table, denoiser)
-    pictures = [count] if len(seeds) == 1 else [1] * count
+    several = count if len(generators) == 1 else 1
     made: list[Job] = []
-    for seed, several in zip(seeds, pictures):
-        generator = TorchGenerator(seed)
+    for generator in generators:
         first = len(made)
-        given = None if latents is None else latents[first : first + several]
-        beginnings = begin(generator, range(first, first + several), given)
+        pictures = range(first, first + several)
+        beginnings = begin(generator, pictures, _first_noise(generator, pictures, latents, variation))
         noise = Draws(generator, (several, *plane), table.draws) if table.draws.any() else None
         for picture, start in enumerate(beginnings):
-            own = {**steps, **start.steps}
-            made.append(Job(start.latents, table, rows[first + picture], own, noise, picture, start.extras))
+            own, changing = rows[first + picture], {**steps, **start.steps}
+            extras, tokens = {**start.extras, **seen_by(own, start.seen)}, tokens_of(own, denoiser)
+            made.append(Job(start.latents, table, own, changing, noise, picture, extras, tokens))
     return made
+
+
+def seen_by(rows: Sequence[Row], seen: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What each row sees, [rows, ...] by name."""
+    return {
+        name: np.stack([np.zeros_like(value) if row.blind else value for row in rows]) for name, value in seen.items()
+    }
+
+
+def _first_noise(
+    generator: TorchGenerator, pictures: range, latents: np.ndarray | None, variation: Variation | None
+) -> FirstNoise:
+    def noise(shape: tuple[int, ...]) -> np.ndarray:
+        own = generator.randn(shape) if latents is None else latents[pictures.start : pictures.stop]
+        return own if variation is None else variation.vary(own, pictures)
+
+    return noise

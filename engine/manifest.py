@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .contract import Family, Shapes
+from .contract import JOINS, Family, Shapes
 from .errors import BundleNotFoundError, ManifestError, ManifestVersionError, UnsafePathError
 from .family import COMPONENTS, FAMILIES, KINDS, Traits
 from .fields import Field
@@ -19,14 +19,21 @@ from .fields import Field
 FORMAT = 6
 """Version of the manifest. It changes whenever an older runtime would misread a newer bundle.
 3: names the family; the denoiser takes a timestep for each sample.
-4: the denoiser takes `rescale`, and its state has five slots; models without texts have traits and no tokenizer."""
+4: the denoiser takes `rescale`, and its state has five slots; models without texts have traits and no tokenizer.
+6: the denoiser takes a mask; the text encoder takes vectors of tokens, which are in a file beside the tokenizer."""
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer/tokenizer.json"
+TOKEN_TABLE = "tokenizer/embeddings.npy"
+"""The vectors of the tokens [tokens, width], which the runtime looks up on the host."""
+
+MOST_LAYERS = 1024
+"""Of a text encoder."""
+
 PICTURE = "verification.png"
 
 PRECISIONS = ("fp32", "fp16", "bf16")
-SOURCE_OPTIONS = ("tokenizer", "prediction-type", "scheduler")
+SOURCE_OPTIONS = ("tokenizer", "prediction-type", "scheduler", "vae", "ema")
 OPENVINO_PRECISIONS = ("fp32", "bf16")
 
 LARGEST_CHANNELS, LARGEST_FACTOR, LARGEST_CLASSES = 1024, 64, 1_000_000
@@ -106,6 +113,20 @@ class SpecialTokens:
 
 
 @dataclass(frozen=True)
+class LowResolution:
+    """How an upscaler adds noise to what it makes larger: the scheduler_config.json of its low_res_scheduler, and the
+    highest noise level that a call may ask for."""
+
+    scheduler: Mapping[str, Any]
+    max_noise_level: int
+
+    @classmethod
+    def of(cls, value: Field, family: Family) -> LowResolution:
+        most = (family.noise_levels or 1) - 1
+        return cls(value["scheduler"].object(), value["max_noise_level"].integer(0, most))
+
+
+@dataclass(frozen=True)
 class Verification:
     """Whether the bundle was compared with torch and diffusers. If so: the backend, the precision, and the differences
     of each component and of the picture. If not: the reason."""
@@ -149,7 +170,9 @@ class Manifest:
     name: what the bundle is called; precision: "fp32", "fp16" or "bf16"; shapes: pixels and pictures in one call;
     scheduler: the model's scheduler_config.json, which `Schedule.from_config` checks; components: those of the family
     that are there; openvino: the precision of each component there and how it was measured, only where the builder did
-    so; files: every file of the bundle but the manifest and the plans; versions: of the libraries that built it.
+    so; files: every file of the bundle but the manifest and the plans; versions: of the libraries that built it;
+    text_layers: how many the text encoder has, 0 for a model without texts; low_resolution: how an upscaler
+    adds noise.
     """
 
     name: str
@@ -165,6 +188,8 @@ class Manifest:
     files: Mapping[str, File]
     created: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    text_layers: int = 0
+    low_resolution: LowResolution | None = None
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Manifest:
@@ -186,8 +211,10 @@ class Manifest:
             files,
             value["created"].text() if "created" in value else "",
             {name: one.text() for name, one in value["versions"].items()} if "versions" in value else {},
+            value["text_layers"].integer(1, MOST_LAYERS) if family.tokenizers else 0,
+            LowResolution.of(value["low_resolution"], family) if family.joins == "low_resolution" else None,
         )
-        tokenizer = [TOKENIZER] if family.tokenizers else []
+        tokenizer = [TOKENIZER, TOKEN_TABLE] if family.tokenizers else []
         for name in (*tokenizer, *(graph.onnx for graph in found.components.values())):
             if name not in files:
                 raise ManifestError(f"files has no SHA-256 for {name!r}, which is used")
@@ -200,13 +227,15 @@ class Manifest:
             "format": FORMAT,
             "name": self.name,
             "family": self.family.name,
-            "traits": asdict(Traits.of(self.family)) if self.family.name in KINDS else None,
+            "traits": _traits(self.family) if self.family.name in KINDS else None,
             "source": asdict(self.source),
             "precision": self.precision,
             "shapes": {name: list(side.values()) for name, side in shapes.items()},
             "scheduler": dict(self.scheduler),
+            "low_resolution": None if self.low_resolution is None else asdict(self.low_resolution),
             "components": {name: asdict(graph) for name, graph in self.components.items()},
             "tokenizer": None if self.tokenizer is None else {"file": TOKENIZER, **asdict(self.tokenizer)},
+            "text_layers": self.text_layers or None,
             "verification": asdict(self.verification),
             "openvino": self.openvino,
             "files": {name: asdict(file) for name, file in sorted(self.files.items())},
@@ -218,8 +247,8 @@ class Manifest:
         return _given(content)
 
     def files_of(self, component: str) -> dict[str, File]:
-        """A component's graph, its weights and their table."""
-        return {name: self.files[name] for name in graph_files(component) if name in self.files}
+        """A component's graph, its weights and their table; the text encoder's are also the vectors of the tokens."""
+        return {name: self.files[name] for name in component_files(component) if name in self.files}
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -301,17 +330,18 @@ def graph_file(component: str) -> str:
     return f"onnx/{component}.onnx"
 
 
-def graph_files(component: str) -> tuple[str, ...]:
-    """Every file of a component's graph. The table says which parameter of the model each weight is."""
+def component_files(component: str) -> tuple[str, ...]:
+    """The files that a component may have. The table says which parameter of the model each weight is."""
     graph = graph_file(component)
-    return graph, f"{graph}.data", f"{graph}.weights.json"
+    vectors = (TOKEN_TABLE,) if component == "text_encoder" else ()
+    return graph, f"{graph}.data", f"{graph}.weights.json", *vectors
 
 
 def own_files(family: Family) -> frozenset[str]:
     """Every file that the builder may write into a bundle, besides the plans."""
-    graphs = [name for component in family.names for name in graph_files(component)]
+    parts = [name for component in family.names for name in component_files(component)]
     tokenizer = [TOKENIZER] if family.tokenizers else []
-    return frozenset([MANIFEST, *tokenizer, PICTURE, *graphs])
+    return frozenset([MANIFEST, *tokenizer, PICTURE, *parts])
 
 
 def holds_graphs(folder: Path) -> bool:
@@ -350,14 +380,23 @@ def _family(value: Field) -> Family:
         return FAMILIES[name]
     given = value["traits"]
     classes = given["classes"].value
-    return KINDS[name](
-        Traits(
-            given["channels"].integer(1, LARGEST_CHANNELS),
-            given["factor"].integer(1, LARGEST_FACTOR),
-            None if classes is None else given["classes"].integer(1, LARGEST_CLASSES),
-            given["learned_variance"].boolean(),
-        )
+    traits = Traits(
+        given["channels"].integer(1, LARGEST_CHANNELS),
+        given["factor"].integer(1, LARGEST_FACTOR),
+        None if classes is None else given["classes"].integer(1, LARGEST_CLASSES),
+        given["learned_variance"].boolean(),
+        given["concat"].integer(1, max(JOINS)) if "concat" in given else 0,
+        given["noise_levels"].integer(1, LARGEST_CLASSES) if "noise_levels" in given else None,
     )
+    if name == "stable-diffusion-joined" and not traits.join:
+        raise given.fail(f"of a model with concat {', '.join(map(str, JOINS))}, and with noise_levels where it is 3")
+    return KINDS[name](traits)
+
+
+def _traits(family: Family) -> dict[str, Any]:
+    """A family's traits. Those of a U-Net that sees more than latents are only there for such families."""
+    traits = asdict(Traits.of(family))
+    return {name: value for name, value in traits.items() if value or name not in ("concat", "noise_levels")}
 
 
 def _shapes(value: Field, family: Family) -> Shapes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -12,30 +13,43 @@ from typing import Any
 from weakref import WeakSet
 
 import numpy as np
+from PIL import Image
 
 from . import checks
 from .adapters.loaded import OFF, Adapters, Strength, strength
 from .backends import open_backend
-from .backends.interface import Backend, Lanes
-from .beginnings import Begin, Encoded, Masked, from_images, from_noise
+from .backends.interface import Backend, Decoded, Lanes
+from .beginnings import Begin, Encode, Encoded, from_images, from_noise
 from .bundle import Bundle, as_path, while_replaced
 from .contract import Range, Shapes
+from .edit import Edit
 from .errors import (
     AdapterBusyError,
     BusyPipelineError,
     ClosedPipelineError,
+    InversionError,
     ManifestError,
     NumericalError,
     PicklingError,
+    PreviewError,
     SchedulerConfigError,
 )
 from .guidance import DEFAULT_SCALE, Scale
+from .hires import PIXELS, Hires
 from .images import finished_images
-from .job import Conditioning, Job, Row, classed, guided, jobs
+from .job import Job, Row, classed, guided, jobs
+from .preview import LatentColours, StepTensors
 from .request import Limits, Request
+from .resize import resize
 from .result import Clock, Result
+from .sampling.noise import TorchGenerator
 from .text.conditioning import TextConditioning
+from .text.inversion import load_inversion
+from .text.request import Reads
+from .text.rows import picture_rows
+from .text.table import TokenTable
 from .text.tokenizer import ClipTokenizer
+from .tiling import Tiles
 
 Callback = Callable[["Pipeline", int, float, dict[str, np.ndarray]], "dict[str, np.ndarray] | None"]
 
@@ -52,14 +66,17 @@ class Pipeline:
         self.bundle = bundle
         self._backend = backend
         try:
-            schedule = bundle.schedule()
+            schedule, low_resolution = bundle.schedule(), bundle.low_resolution()
             encode = self._text_conditioning()
         except (SchedulerConfigError, ManifestError) as error:
             raise type(error)(f"{error}. Build the bundle again: {bundle.command()}") from error
+        reads = Reads() if encode is None else Reads(encode.table.width, bundle.contents.text_layers)
+        build_command = partial(_build_command, bundle, backend)
         self.limits = Limits(
-            bundle.family, schedule, backend.profiles, partial(_build_command, bundle, backend), backend.encodes_images
+            bundle.family, schedule, backend.profiles, build_command, backend.encodes_images, reads, low_resolution
         )
         self._encode = encode
+        self._colours: LatentColours | None = None
         self._adapters = Adapters(bundle)
         self._given: WeakSet[Lanes] = WeakSet()
         """The lanes of other loops."""
@@ -72,8 +89,9 @@ class Pipeline:
         if not bundle.family.tokenizers:
             return None
         tokenizer = ClipTokenizer(bundle.tokenizer_file, bundle.special_tokens)
+        table = TokenTable(bundle.token_table_file)
         bundle.recheck_tokenizer()
-        return TextConditioning(tokenizer, self._backend)
+        return TextConditioning(tokenizer, table, self._backend, bundle.family)
 
     @classmethod
     def load(
@@ -199,34 +217,63 @@ class Pipeline:
         mask_image: Any = None,
         composite: bool = False,
         padding_mask_crop: int | None = None,
+        prompt_syntax: str = "plain",
+        clip_skip: int | None = None,
+        emphasis: str = "original",
+        prompt_embeds: np.ndarray | None = None,
+        negative_prompt_embeds: np.ndarray | None = None,
+        pooled_prompt_embeds: np.ndarray | None = None,
+        depth_map: Any = None,
+        image_guidance_scale: float | None = None,
+        noise_level: int | None = None,
+        subseed: int | Sequence[int] | None = None,
+        subseed_strength: float | Sequence[float] | None = None,
+        hires: Hires | None = None,
+        vae_tiling: bool | int | None = None,
     ) -> Result:
         """Makes the picture that the model's pipeline of diffusers makes from the same arguments.
 
         prompt, negative_prompt: for models with texts; class_labels: for models with classes, one integer for each
-        picture; num_images_per_prompt: pictures of each text or class, or of a model without either;
-        height, width: pixels, multiples of 8 (default: what the bundle is best at); guidance_scale: above 1 the
-        negative prompt takes part; a list has a number for each step, a function (evaluation, timestep) -> number is
-        called before the loop; eta: DDIM's; seed: where diffusers takes a generator on the CPU, one for all pictures or
-        one for each, or None for a random one; latents: [B, 4, height/8, width/8] standard normal float32 instead of
-        noise; callback_on_step_end(pipeline, evaluation, timestep, {"latents": [B, 4, h, w]}) sees diffusers' latents,
-        and may write to them or return others so; scheduler: a sampler's name, a class of diffusers or A1111's label
-        (None: the model's own); progress: show a bar; guidance_rescale: phi of arXiv 2305.08891; guidance_interval:
-        (start, end), evaluation i of E has guidance if start <= i / E <= end, the others run without the negative
-        prompt; schedule_type, timesteps, sigmas, timestep_respacing: the sampler's grid; sampler_options: its options
-        by name (docs/samplers.md); image: what to start from, a path, a PIL image, an array [H, W, 3] of uint8 or of
-        float in 0..1, latents [n, C, h, w], or a list: one for all pictures, for each text or for each picture;
-        strength: how much of it changes, the share of the steps that are run (default: 0.8, with a mask 1);
-        mask_image: white is repainted; composite: what is not white stays pixel for pixel; padding_mask_crop: paint
-        only the part around the mask, with so many pixels on each side (docs/tasks.md). Raises the InputErrors of
-        engine/errors.py before any work, NumericalError and not a black picture, BundleChangedError where the bundle's
-        files were written to, ClosedPipelineError, and BusyPipelineError in a callback.
+        picture; num_images_per_prompt: pictures of each text or class, or of a model without either; height, width:
+        pixels, multiples of 8 (default: what the bundle is best at); guidance_scale: above 1 the negative prompt takes
+        part; a list has a number for each step, a function (evaluation, timestep) -> number is called before the loop;
+        eta: DDIM's; seed: where diffusers takes a generator on the CPU, one for all pictures or one for each, or None
+        for a random one; latents: [B, 4, height/8, width/8] standard normal float32 instead of noise;
+        callback_on_step_end(pipeline, evaluation, timestep, {"latents": [B, 4, h, w]}) sees diffusers' latents, and may
+        write to them or return others so; the dictionary has a `preview()` (engine/preview.py); scheduler: a sampler's
+        name, a class of diffusers or A1111's label (None: the model's own); progress: show a bar; guidance_rescale: phi
+        of arXiv 2305.08891; guidance_interval: (start, end), evaluation i of E has guidance if start <= i / E <= end,
+        the others run without the negative prompt; schedule_type, timesteps, sigmas, timestep_respacing: the sampler's
+        grid; sampler_options: its options by name (docs/samplers.md); image: what to start from, a path, a PIL image,
+        an array [H, W, 3] of uint8 or of float in 0..1, latents [n, C, h, w], or a list: one for all pictures, for each
+        text or for each picture; strength: how much of it changes, the share of the steps that are run (default: 0.8,
+        with a mask 1); mask_image: white is repainted; composite: what is not white stays pixel for pixel;
+        padding_mask_crop: paint only the part around the mask, with so many pixels on each side; depth_map: for
+        depth models, arrays [H, W] or pictures of which the lighter is nearer; image_guidance_scale: of InstructPix2Pix
+        (default: 1.5); noise_level: of the noise that the upscaler's image gets (default: 20); subseed,
+        subseed_strength: a variation, how far the noise of the seed goes towards that of another one, 0 to 1; hires: a
+        second pass at a larger size; vae_tiling: whether the VAE takes a picture in tiles, or their side in pixels
+        (None: above 1024 x 1024 pixels) (docs/tasks.md); prompt_syntax: "plain", or "a1111" for
+        brackets, AND, schedules and any length, with its `emphasis`: "original", "no norm" or "ignore"
+        (docs/prompts.md); clip_skip: the text encoder's last layers that are left out, with "plain" not for the
+        negative prompt; prompt_embeds, negative_prompt_embeds: [prompts, T, C] float32 in place of texts;
+        pooled_prompt_embeds: for models that take some. Raises the InputErrors of engine/errors.py before any work,
+        NumericalError and not a black picture, BundleChangedError where the bundle's files were written to,
+        ClosedPipelineError, and BusyPipelineError in a callback.
         """
         started = perf_counter()
         request = Request.check(self.limits, prompt, height, width, num_inference_steps, guidance_scale,
                                 negative_prompt, num_images_per_prompt, eta, seed, latents, output_type,
                                 callback_on_step_end, scheduler, progress, guidance_rescale, guidance_interval,
                                 schedule_type, timesteps, sigmas, timestep_respacing, sampler_options,
-                                class_labels, image, strength, mask_image, composite, padding_mask_crop)  # fmt: skip
+                                class_labels, image, strength, mask_image, composite, padding_mask_crop,
+                                prompt_syntax=prompt_syntax, clip_skip=clip_skip, emphasis=emphasis,
+                                prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
+                                pooled_prompt_embeds=pooled_prompt_embeds,
+                                depth_map=depth_map, image_guidance_scale=image_guidance_scale,
+                                noise_level=noise_level,
+                                subseed=subseed, subseed_strength=subseed_strength, hires=hires,
+                                vae_tiling=vae_tiling)  # fmt: skip
         with self._turn():
             self.bundle.recheck_in_place()
             result = self._run(request, started)
@@ -234,87 +281,152 @@ class Pipeline:
         return result
 
     def _run(self, request: Request, started: float) -> Result:
-        """Request -> jobs -> lanes -> step, step, step -> decode."""
+        """Request -> loop -> decode, with hires a second loop in between."""
         self.interrupt = False
         clock = Clock(self._backend.stopwatch(), started)
-        made = self.jobs(request, clock.mark)
-        clock.mark()
-        lanes = self._lanes(len(made), request.height, request.width)
-        every = range(len(made))
-        for lane in every:
-            lanes.admit(lane, made[lane])
-        clock.mark()
-        evaluations = 0
-        for i in _progress(len(request.table), request.progress):
-            lanes.step([i] * len(made))
-            evaluations += 1
-            if request.callback is not None:
-                self._call_back(request, lanes, i)
-            clock.mark()
-            if self.interrupt:
-                break
-        interrupted = self.interrupt
-        if interrupted:  # the latents of the last evaluation need no scale
-            scale = np.float32(request.table.scales[evaluations - 1])
-            lanes.replace(every, lanes.latents(every) * scale)
+        generators = [TorchGenerator(seed) for seed in request.seeds]
+        last, (lanes, evaluations) = request, self._loop(request, generators, clock)
+        if request.second is not None and not self.interrupt:
+            last = self._enlarged(request, request.second, lanes)
+            clock.mark("prepare")
+            lanes, more = self._loop(last, generators, clock, evaluations)
+            evaluations += more
+        every, interrupted = range(request.batch), self.interrupt
         if request.output_type == "latent":
             images: Any = lanes.latents(every)
             finite = np.isfinite(images).all()
         else:
-            finish = lanes.decode(every)
-            clock.mark()
+            finish = self._decode(last, lanes)
+            clock.mark("vae_decoder")
             decoded = finish()
             images, finite = decoded.image, decoded.finite.all()
         if not finite:
             raise self._overflow(request, lanes.latents(every), evaluations)
         images = finished_images(images, request, self.bundle)
-        return Result(images, clock.timings(evaluations, lanes.path), list(request.seeds), evaluations, interrupted)
+        return Result(images, clock.timings(lanes.path), list(request.seeds), evaluations, interrupted)
 
-    def jobs(self, request: Request, tokenized: Callable[[], None] = lambda: None) -> list[Job]:
+    def _loop(
+        self, request: Request, generators: Sequence[TorchGenerator], clock: Clock, before: int = 0
+    ) -> tuple[Lanes, int]:
+        """Jobs -> lanes -> step, step, step. The lanes at the end, and how many evaluations were run. `before` were run
+        in a first pass."""
+        made = self.jobs(request, partial(clock.mark, "tokenize"), generators)
+        clock.mark("text_encoder")
+        lanes = self._lanes(len(made), request.height, request.width)
+        every = range(len(made))
+        for lane in every:
+            lanes.admit(lane, made[lane])
+        clock.mark("prepare")
+        evaluations = 0
+        for i in _progress(len(request.table), request.progress):
+            lanes.step([i] * len(made))
+            evaluations += 1
+            if request.callback is not None:
+                self._call_back(request, lanes, i, before)
+            clock.mark("denoise")
+            if self.interrupt:
+                break
+        if self.interrupt:  # the latents of the last evaluation need no scale
+            scale = np.float32(request.table.scales[evaluations - 1])
+            lanes.replace(every, lanes.latents(every) * scale)
+        return lanes, evaluations
+
+    def _decode(self, request: Request, lanes: Lanes) -> Callable[[], Decoded]:
+        """Starts the decoder on all lanes' latents; see `Lanes.decode`."""
+        return lanes.decode(range(request.batch), self._tiles(request))
+
+    def _tiles(self, request: Request) -> Tiles | None:
+        limits = self.limits
+        return Tiles.of(request.vae_tiling, request.height, request.width, limits.family.factor, limits.profiles)
+
+    def _enlarged(self, first: Request, second: Request, lanes: Lanes) -> Request:
+        """The second pass, with what the first has made at its size to start from."""
+        every = range(first.batch)
+        assert first.hires is not None
+        assert second.init is not None
+        if first.hires.mode == PIXELS:
+            pictures = tuple(Image.fromarray(pixels) for pixels in self._decode(first, lanes)().image)
+            init = replace(second.init, pictures=pictures)
+        else:
+            _, rows, columns = self.bundle.family.plane(second.height, second.width)
+            init = replace(second.init, latents=resize(lanes.latents(every), rows, columns, first.hires.mode))
+        for lane in every:
+            lanes.release(lane)
+        return replace(second, init=init)
+
+    def jobs(
+        self,
+        request: Request,
+        tokenized: Callable[[], None] = lambda: None,
+        generators: Sequence[TorchGenerator] | None = None,
+    ) -> list[Job]:
         """Encodes the texts of a request and makes one job for each picture. `tokenized` is called after tokenizing.
-        Raises ClosedPipelineError."""
+        generators: for a second pass, those that the first has drawn from. Raises ClosedPipelineError, and
+        PromptLengthError for texts that are too long for the plans."""
         self._require_open()
+        if generators is None:
+            generators = [TorchGenerator(seed) for seed in request.seeds]
         rows = self._rows(request, tokenized)
         each = [one for one in rows for _ in range(request.images_per_prompt)]
         plane = self.bundle.family.plane(request.height, request.width)
         denoiser = self.bundle.family["denoiser"]
-        return jobs(
-            request.table, denoiser, each, request.seeds, plane, request.latents, self._beginning(request, plane)
-        )
+        begin = self._beginning(request, plane)
+        made = jobs(request.table, denoiser, each, generators, plane, request.latents, begin, request.variation)
+        checks.check_tokens([job.tokens for job in made], self.limits.profiles, self.limits.build_command)
+        return made
 
     def _beginning(self, request: Request, plane: tuple[int, ...]) -> Begin:
         """Where the loops of a request start."""
-        encoded, inpaint = self._encoded(request), request.inpaint
-        if encoded is None or request.init is None:
+        encode = self._encode_image(request)
+        beginner = request.seen or request.inpaint
+        if beginner is not None:
+            return beginner.begin(request, plane, encode)
+        if request.init is None:
             return from_noise(request.table, plane)
-        if inpaint is None:
-            return from_images(request.table, encoded)
-        masks = inpaint.latent_masks(request.height, request.width, self.bundle.family.factor)
-        return Masked(request.table, encoded, masks, request.mask_of, request.init.strength == 1)
+        encoded = Encoded.of_images(request.init, request.height, request.width, request.image_of, encode)
+        return from_images(request.table, encoded)
 
-    def _encoded(self, request: Request) -> Encoded | None:
-        """The images that a request starts from, through the VAE encoder."""
-        init = request.init
-        if init is None:
-            return None
-        of = request.image_of
-        if init.latents is not None:
-            return Encoded(init.latents, None, of)
-        pixels = init.pixels if request.inpaint is None else partial(request.inpaint.pixels, init)
-        mean, std = self._backend.encode_image(pixels(request.height, request.width))
-        return Encoded(mean, std, of)
+    def _encode_image(self, request: Request) -> Encode:
+        """The VAE encoder, in tiles where the request takes some."""
+        tiles = self._tiles(request)
+        return self._backend.encode_image if tiles is None else partial(tiles.encode, self._backend.encode_image)
 
     def _rows(self, request: Request, tokenized: Callable[[], None]) -> list[tuple[Row, ...]]:
         """The rows of a picture of each text or class."""
         if self._encode is None:
             tokenized()
             return [classed(label) for label in request.class_labels]
-        texts = [*request.prompts, *(request.negative_prompts if request.guided else ())]
-        encoded = self._encode(texts, tokenized)
-        count = len(request.prompts)
-        negatives: Sequence[Conditioning | None] = encoded[count:] or [None] * count
-        scales, rescale = request.guidance.scales, request.guidance.rescale
-        return [guided(prompt, negative, scales, rescale) for prompt, negative in zip(encoded, negatives)]
+        guidance = request.guidance
+        guide = request.seen.rows if isinstance(request.seen, Edit) else guided
+        return picture_rows(
+            request.texts,
+            self._encode,
+            guidance.scales,
+            guidance.rescale,
+            request.sampling.run,
+            request.steps_before,
+            guide,
+            tokenized,
+        )
+
+    def load_textual_inversion(self, path: str | Path, token: str | None = None) -> str:
+        """Makes a word stand for the vectors in a file (docs/prompts.md), in every prompt from now on. Returns the
+        word, which is `token` or the file's. Raises TensorFileError, InversionError, and InversionWidthError for
+        another model's."""
+        with self._turn():
+            inversion = load_inversion(path, token)
+            self._table().add(inversion)
+        return inversion.word
+
+    def unload_textual_inversion(self, token: str) -> None:
+        """Makes a word what it was before. InversionError if it has no vectors."""
+        with self._turn():
+            self._table().remove(token)
+
+    def _table(self) -> TokenTable:
+        if self._encode is None:
+            raise InversionError("this model makes pictures without texts, so no word can stand for anything")
+        return self._encode.table
 
     def lanes(self, count: int, height: int, width: int) -> Lanes:
         """`count` free lanes for pictures of that size in pixels, for a loop of your own. One thread must drive
@@ -384,17 +496,34 @@ class Pipeline:
         if self._encode is not None:
             self._encode.clear()
 
-    def _call_back(self, request: Request, lanes: Lanes, index: int) -> None:
+    def _call_back(self, request: Request, lanes: Lanes, index: int, before: int) -> None:
         """Shows a callback the latents in diffusers' scale, and takes them over if it returned others or wrote to
         them."""
         table, every = request.table, range(request.batch)
         scale = np.float32(table.scales[index])
         shown = lanes.latents(every) * scale
-        before = shown.copy()
-        answer = request.callback(self, index, float(table.timesteps[index]), {"latents": shown})
+        untouched = shown.copy()
+        tensors = StepTensors(shown, partial(self._x0, request, lanes, index), self._latent_colours)
+        answer = request.callback(self, before + index, float(table.timesteps[index]), tensors)
         returned = checks.check_returned(answer, shown)
-        if not np.array_equal(returned, before):
+        if not np.array_equal(returned, untouched):
             lanes.replace(every, returned / scale)
+
+    def _x0(self, request: Request, lanes: Lanes, index: int) -> np.ndarray:
+        """The clean latents that the model predicts at an evaluation."""
+        assert request.x0_slots is not None
+        slot = request.x0_slots[index]
+        if slot is None:
+            raise PreviewError(
+                f"sampler {request.sampling.sampler!r} leaves no room for x0 at evaluation {index}; ask at another "
+                "one, or take another sampler"
+            )
+        return lanes.latents(range(request.batch), slot)
+
+    def _latent_colours(self) -> LatentColours:
+        if self._colours is None:
+            self._colours = LatentColours.of(self._backend, self.bundle.family)
+        return self._colours
 
     def _overflow(self, request: Request, latents: np.ndarray, evaluations: int) -> NumericalError:
         """The error for values that are not finite: it says whether the latents or the VAE decoder have them."""
@@ -413,7 +542,8 @@ def _build_command(bundle: Bundle, backend: Backend, **sizes: Range) -> str:
     """The command that builds a bundle, or its plans, for other sizes."""
     if backend.build_command is None:
         return bundle.command(**sizes)
-    return " ".join([backend.build_command, *(f"--{side} {size}" for side, size in sizes.items())])
+    options = [f"--{name.replace('_', '-')} {size}" for name, size in sizes.items()]
+    return " ".join([backend.build_command, *options])
 
 
 def _progress(count: int, shown: bool) -> Any:

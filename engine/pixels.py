@@ -16,6 +16,8 @@ MOST_PIXELS = 1 << 26
 Readable: TypeAlias = "Image.Image | np.ndarray"
 """An 8-bit picture in mode RGB, or [H, W, 3] float32 in 0..1 where 8 bits are too few."""
 
+LANCZOS, BICUBIC = Image.Resampling.LANCZOS, Image.Resampling.BICUBIC
+
 _WHITE = (255, 255, 255, 255)
 
 
@@ -39,21 +41,23 @@ def size_of(image: Readable) -> tuple[int, int]:
     return (image.height, image.width) if isinstance(image, Image.Image) else (image.shape[0], image.shape[1])
 
 
-def resized(image: Readable, height: int, width: int) -> np.ndarray:
-    """The picture's pixels [height, width, 3] float32 in -1..1. Another size is stretched by Lanczos' filter, as in
+def resized(image: Readable, height: int, width: int, filter: Image.Resampling = LANCZOS) -> np.ndarray:
+    """The picture's pixels [height, width, 3] float32 in -1..1. Another size is stretched by a filter, Lanczos' as in
     diffusers' VaeImageProcessor for PIL images."""
     if isinstance(image, Image.Image):
         if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.LANCZOS)
+            image = image.resize((width, height), filter)
         image = np.asarray(image, np.float32) / np.float32(255)
     elif image.shape[:2] != (height, width):
-        image = np.stack([_stretched(image[..., channel], height, width) for channel in range(3)], axis=-1).clip(0, 1)
+        image = np.stack(
+            [_stretched(image[..., channel], height, width, filter) for channel in range(3)], axis=-1
+        ).clip(0, 1)
     return 2 * image - 1
 
 
-def _stretched(channel: np.ndarray, height: int, width: int) -> np.ndarray:
+def _stretched(channel: np.ndarray, height: int, width: int, filter: Image.Resampling) -> np.ndarray:
     plane = Image.fromarray(np.ascontiguousarray(channel, np.float32), mode="F")
-    return np.asarray(plane.resize((width, height), Image.Resampling.LANCZOS))
+    return np.asarray(plane.resize((width, height), filter))
 
 
 def _from_file(path: str | bytes, what: str) -> Readable:

@@ -25,10 +25,11 @@ from .commands import builder
 from .contract import Range, Shapes
 from .errors import PlanDamagedError, PlanError, PlanMismatchError, PlanNotFoundError
 
-FORMAT = 2
+FORMAT = 3
 """Version of build.json. It changes whenever an older runtime would misread a newer one, or the builder makes other
 plans.
-2: without TF32; on TensorRT 8.6 without plugins, and with fewer layers constrained to float32."""
+2: without TF32; on TensorRT 8.6 without plugins, and with fewer layers constrained to float32.
+3: profiles have chunks."""
 
 BUILD = "build.json"
 
@@ -200,11 +201,12 @@ def _absent(bundle: Bundle, machine: Machine) -> str:
 
 
 def parse_profile(profile: Mapping[str, Any]) -> Shapes:
-    """A profile in build.json: [min, opt, max] of height, width, batch and rows."""
-    return Shapes(**{side: Range(*profile[side]) for side in ("height", "width", "batch", "rows")})
+    """A profile in build.json: [min, opt, max] of height, width, batch, rows and chunks of 77 tokens."""
+    return Shapes(**{side: Range(*profile[side]) for side in ("height", "width", "batch", "rows", "chunks")})
 
 
 def format_profile(shapes: Shapes) -> dict[str, list[int]]:
     """A profile as build.json has it; see `parse_profile`."""
     sides = {"height": shapes.height, "width": shapes.width, "batch": shapes.batch, "rows": shapes.rows}
+    sides["chunks"] = shapes.chunks or Range(1, 1, 1)
     return {name: [side.min, side.opt, side.max] for name, side in sides.items() if side is not None}

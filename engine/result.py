@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -41,8 +42,9 @@ class Timings(_ByName):
 
     tokenize: of the host. text_encoder, prepare, denoise and vae_decoder: of the device. `text_encoder` has the time of
     the VAE encoder too, where a call starts from an image. `prepare` is for buffers and tables, and where a size is
-    new, for compiling the denoiser. steps: each step of `denoise`. total: from the call to its return. host: see
-    HostTimings. path: how the steps ran, as a "cuda_graph" or as "plain" calls of the inference library.
+    new, for compiling the denoiser. Each is the sum of both passes, where there are two. steps: each step
+    of `denoise`. total: from the call to its return. host: see HostTimings. path: how the steps ran, as a "cuda_graph"
+    or as "plain" calls of the inference library.
     """
 
     tokenize: float
@@ -73,32 +75,36 @@ class Result:
 
 
 class Clock:
-    """Marks the ends of a call's stages, on the device and on the host: tokens, text encoder, start of the loop, each
-    step, decoder."""
+    """Marks the ends of a call's stages, on the device and on the host."""
 
     def __init__(self, device: Stopwatch, started: float) -> None:
         """`started`: when the call began, by `perf_counter`."""
         self._device, self._host, self._started = device, HostStopwatch(), started
-        self.mark()
-
-    def mark(self) -> None:
-        """The end of a stage, or the beginning of the first."""
+        self._stages: list[str] = []
         self._device.mark()
         self._host.mark()
 
-    def timings(self, evaluations: int, path: str) -> Timings:
+    def mark(self, stage: str) -> None:
+        """The end of a part of a stage: a field of `Timings`, "denoise" for each step."""
+        self._stages.append(stage)
+        self._device.mark()
+        self._host.mark()
+
+    def timings(self, path: str) -> Timings:
         """The timings. The device must have finished."""
         device, host = self._device.seconds(), self._host.seconds()
-        last = 3 + evaluations
-        _, text_encoder, prepare = device[:3]
+        on_device, on_host = partial(self._total, device), partial(self._total, host)
         return Timings(
-            tokenize=host[0],
-            text_encoder=text_encoder,
-            prepare=prepare,
-            denoise=sum(device[3:last]),
-            vae_decoder=sum(device[last:]),
-            steps=device[3:last],
-            host=HostTimings(host[1], host[2], sum(host[3:last]), sum(host[last:])),
+            tokenize=on_host("tokenize"),
+            text_encoder=on_device("text_encoder"),
+            prepare=on_device("prepare"),
+            denoise=on_device("denoise"),
+            vae_decoder=on_device("vae_decoder"),
+            steps=[seconds for seconds, stage in zip(device, self._stages) if stage == "denoise"],
+            host=HostTimings(*map(on_host, ("text_encoder", "prepare", "denoise", "vae_decoder"))),
             path=path,
             total=perf_counter() - self._started,
         )
+
+    def _total(self, seconds: Sequence[float], stage: str) -> float:
+        return sum(part for part, name in zip(seconds, self._stages) if name == stage)

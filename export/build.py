@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePath
 from time import perf_counter
 from typing import Any
 
@@ -174,7 +174,8 @@ class BundleBuilder:
             return Outcome(self._target, old.manifest.content(), ())
         self._source.check(self._models)
         with replacement.begin() as folder:
-            (folder / "onnx").mkdir()
+            for name in {PurePath(file).parent for file in own_files(self._family)} - {PurePath()}:
+                (folder / name).mkdir()
             theirs = self._diffusers_pictures() if self._options.verify else None
             progress = self._components(folder, prints, [] if old is None else [old])
             written = self._finish(folder, origin, progress, theirs)
@@ -207,8 +208,10 @@ class BundleBuilder:
 
     def _is_up_to_date(self, old: Manifest, origin: Origin, prints: Mapping[str, str]) -> bool:
         same = {name: graph.fingerprint for name, graph in old.components.items()} == dict(prints)
-        wanted = (origin, self._family, self._form.precision, self._options.shapes, self._source.scheduler_config())
-        found = (old.source, old.family, old.precision, old.shapes, old.scheduler)
+        source = self._source
+        model = (self._family, source.scheduler_config(), source.low_resolution())
+        wanted = (origin, *model, self._form.precision, self._options.shapes)
+        found = (old.source, old.family, old.scheduler, old.low_resolution, old.precision, old.shapes)
         verified = old.verification.done or not self._options.verify
         measured = old.openvino is not None or not self._options.openvino
         return same and wanted == found and verified and measured
@@ -290,6 +293,8 @@ class BundleBuilder:
                 "latentrt": __version__,
                 **{name: version(name) for name in ("torch", "diffusers", "onnx", "onnxruntime")},
             },
+            self._source.text_layers(),
+            self._source.low_resolution(),
         )
         content = write(folder, manifest)
         if theirs is None:
@@ -306,7 +311,6 @@ class BundleBuilder:
         if not self._family.tokenizers:
             return None
         tokenizer = self._source.tokenizer()
-        (folder / TOKENIZER).parent.mkdir()
         tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
         start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
         if start is None:  # BERT's words for the same

@@ -11,19 +11,21 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 
 from engine.backends.onnxruntime.backend import OnnxRuntimeBackend
 from engine.bundle import sha256
 from engine.contract import Component
-from engine.manifest import Graph, graph_file
+from engine.manifest import TOKEN_TABLE, Graph, graph_file
 
 from .building import Report
 from .compare import as_json
 from .disk import require_disk
 from .graphs.precision import DTYPES, round_weights
 from .graphs.recipes import Recipe
+from .graphs.text_encoder import token_table
 from .graphs.tracing import export_onnx
 from .graphs.weights import parameter_names, write_table
 from .sources.source import Models, Source
@@ -63,6 +65,7 @@ class Exporter:
             repr(self.component),
             repr(self.form),
             str(self.recipe.fuses),
+            self._module_class.__qualname__,
             *(sha256(file) for file in (*code, Path(inspect.getfile(self._module_class)))),
             *(f"{name} {version(name)}" for name in LIBRARIES),
         ]
@@ -80,17 +83,22 @@ class Exporter:
         return reference(self.component, self.recipe.module(model, torch.float32), self.source.sizes())
 
     def export(self, models: Models, folder: Path, label: str, report: Report) -> Graph:
-        """Traces the component into the bundle in `folder`. The model is in the graph's precision afterwards."""
+        """Traces the component into the bundle in `folder`; with the text encoder go the vectors of its tokens. The
+        model is in the graph's precision afterwards."""
         started, file = perf_counter(), folder / graph_file(self.component.name)
         fused = self.recipe.fuses_attention(self.form.precision, self.form.opset)
-        names = parameter_names(models(self.recipe.part))
-        module = self.recipe.module(models(self.recipe.part), self.form.dtype, fused)
+        model = models(self.recipe.part)
+        names = parameter_names(model)
+        module = self.recipe.module(model, self.form.dtype, fused)
         count = sum(parameter.numel() for parameter in module.parameters())
         require_disk(folder, count * self.form.dtype.itemsize)
         report(f"{label}: tracing {count / 1e6:.1f} M parameters in {self.form.precision}")
         export_onnx(self.component, module, self.source.sizes(), file, self.form.opset)
         if self.component.adapted:
             write_table(file, module, names)
+        if self.component.name == "text_encoder":
+            table = token_table(model)
+            np.save(folder / TOKEN_TABLE, (table.float() if table.dtype == torch.bfloat16 else table).numpy())
         return Graph(
             graph_file(self.component.name),
             self.form.opset,

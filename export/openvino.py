@@ -12,7 +12,7 @@ from engine import Pipeline
 from engine.backends.openvino.backend import OpenVinoBackend
 from engine.bundle import Bundle
 
-from . import verify
+from . import oracles, verify
 from .building import Report
 from .compare import as_json
 from .errors import VerificationError
@@ -93,11 +93,13 @@ def _pictures(bundle: Bundle, precision: dict[str, str], steps: int, seeds: Sequ
     backend = OpenVinoBackend(bundle.graphs, bundle.shapes, precision=precision, family=bundle.family)
     with Pipeline(bundle, backend) as pipeline:
         scheduler, subjects = verify.scheduler_of(bundle), verify.subjects_of(bundle.family)
+        height, width = bundle.shapes.height.opt, bundle.shapes.width.opt
         return [
             np.asarray(image)
             for seed in seeds
             for image in pipeline(
                 **subjects.call([subjects.values[0]] * bundle.shapes.batch.min),
+                **oracles.beside_text(bundle.family.joins, height, width, bundle.shapes.batch.min),
                 num_inference_steps=steps,
                 seed=seed,
                 scheduler=scheduler,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import LDMTextToImagePipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, LDMTextToImagePipeline
 from torch import nn
 
 from engine import Pipeline
@@ -21,7 +21,7 @@ from engine.errors import NumericalError
 from engine.picture import Picture, psnr
 from engine.sampling.catalog import sampler_name
 
-from . import latent_diffusion
+from . import latent_diffusion, oracles
 from .compare import (
     PICTURE_TOLERANCE,
     Difference,
@@ -255,6 +255,7 @@ def _with_bundle(bundle: Bundle, theirs: Pictures, precision: str) -> tuple[list
             for values in calls(bundle.shapes.batch, theirs.subjects.values):
                 images = pipeline(
                     **theirs.subjects.call(values),
+                    **oracles.beside_text(bundle.family.joins, theirs.height, theirs.width, len(values)),
                     height=theirs.height,
                     width=theirs.width,
                     num_inference_steps=theirs.steps,
@@ -271,7 +272,7 @@ def _with_bundle(bundle: Bundle, theirs: Pictures, precision: str) -> tuple[list
 
 
 def with_diffusers(
-    pipeline: StableDiffusionPipeline | LDMTextToImagePipeline | TextlessPipeline, height: int, width: int
+    pipeline: DiffusionPipeline | LDMTextToImagePipeline | TextlessPipeline, height: int, width: int
 ) -> Pictures:
     """diffusers' own pictures. VerificationError if the subjects make no difference."""
     small = sum(p.numel() for p in pipeline.unet.parameters()) <= SMALL
@@ -313,11 +314,10 @@ def _draw_latent(pipeline: LDMTextToImagePipeline, prompt: str, height: int, wid
 
 
 @torch.no_grad()
-def _draw(pipeline: StableDiffusionPipeline, prompt: str, height: int, width: int, steps: int) -> _Made:
+def _draw(pipeline: DiffusionPipeline, prompt: str, height: int, width: int, steps: int) -> _Made:
     latents = pipeline(
-        prompt,
-        height=height,
-        width=width,
+        [prompt],
+        **oracles.as_in_diffusers(oracles.joins_of(pipeline), height, width),
         num_inference_steps=steps,
         guidance_scale=GUIDANCE,
         generator=torch.Generator().manual_seed(SEED),

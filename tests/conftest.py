@@ -30,7 +30,7 @@ from export.tensorrt import check as to_check
 from export.tensorrt import profiles as to_profiles
 
 from . import fakes
-from .models import write_textless_model, write_tiny_model
+from .models import JOINED, write_joined_model, write_textless_model, write_tiny_model
 from .traces import shared_export
 
 ROOT = Path(__file__).parent.parent
@@ -74,9 +74,9 @@ def demo_fp16() -> Path:
 
 PROFILES = [
     Shapes(FIXED, FIXED, ONE, TWO),
-    Shapes(Range(32, 64, 96), Range(32, 64, 96), Range(1, 2, 4), Range(1, 4, 8)),
+    Shapes(Range(32, 64, 96), Range(32, 64, 96), Range(1, 2, 4), Range(1, 4, 8), Range(1, 1, 2)),
 ]
-"""What the plans of the tests are for: 64 x 64 with guidance, and a range."""
+"""What the plans of the tests are for: 64 x 64 with guidance, and a range, also of prompts up to two chunks."""
 
 
 def copy_bundle(bundle: Path, folder: Path) -> Path:
@@ -151,6 +151,26 @@ def textless_bundles(textless_sources) -> dict[str, Path]:
     return {
         kind: build(source, ENGINES / "textless", "fp32", shapes_of(source), **quiet).folder
         for kind, source in textless_sources.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def joined_sources(tmp_path_factory) -> dict[str, DiffusersFolder]:
+    """Random models whose U-Net sees more than latents, of each kind."""
+    folder = tmp_path_factory.mktemp("joined")
+    return {
+        kind: DiffusersFolder(write_joined_model(folder / kind, kind), kind, {"kind": "folder", "id": kind})
+        for kind in JOINED
+    }
+
+
+@pytest.fixture(scope="session")
+def joined_bundles(joined_sources) -> dict[str, Path]:
+    """Their bundles in fp32."""
+    quiet = {"report": lambda message: None}
+    return {
+        kind: build(source, ENGINES / "joined", "fp32", default_shapes(64), **quiet).folder
+        for kind, source in joined_sources.items()
     }
 
 

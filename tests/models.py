@@ -21,6 +21,10 @@ from diffusers import (
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from engine.contract import Family
+from engine.family import Traits, joined
+from engine.manifest import LowResolution
+from export import oracles
 from export.sources.checkpoint import BUILT_IN
 
 # Stable Diffusion's files hold all of these, whatever the class of their scheduler.
@@ -46,6 +50,19 @@ UNET = {
 }
 
 
+def tiny_vae(channels: tuple[int, ...], **options: float) -> AutoencoderKL:
+    """A random VAE with as many levels as `channels`."""
+    return AutoencoderKL(
+        block_out_channels=channels,
+        norm_num_groups=4,
+        layers_per_block=1,
+        sample_size=64,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        **options,
+    ).eval()
+
+
 def tiny_modules(kind: str, seed: int = 0) -> dict:
     """Random components of the SD 1.x or SD 2.x kind ("sd1", "sd2"): heads, projections, activation and prediction type
     differ. "wide" is SD 1.x with heads of 16 and 32, as TensorRT's fused attention wants them."""
@@ -57,14 +74,7 @@ def tiny_modules(kind: str, seed: int = 0) -> dict:
         if second
         else UNet2DConditionModel(**UNET, attention_head_dim=2 if kind == "wide" else 8)
     )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16, 16, 16),
-        norm_num_groups=4,
-        layers_per_block=1,
-        sample_size=64,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-    )
+    vae = tiny_vae((8, 16, 16, 16))
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -104,6 +114,36 @@ def diffusers_pipeline(modules: dict) -> StableDiffusionPipeline:
 def write_tiny_model(folder: Path, kind: str, seed: int = 0) -> Path:
     """A tiny random model as a diffusers folder."""
     diffusers_pipeline(tiny_modules(kind, seed)).save_pretrained(folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**SCHEDULER, **json.loads(file.read_text())}))
+    return folder
+
+
+JOINED = {"inpaint": 9, "depth": 5, "edit": 8, "upscale": 7}
+"""The channels that the U-Net of each kind of model with more than text takes."""
+
+
+def tiny_joined(kind: str) -> DiffusionPipeline:
+    """diffusers' pipeline of a random model whose U-Net sees more than latents: a kind of JOINED."""
+    modules = tiny_modules("sd1")
+    torch.manual_seed(1)
+    levels = {"num_class_embeds": 30} if kind == "upscale" else {}
+    modules["unet"] = UNet2DConditionModel(**UNET, attention_head_dim=8, in_channels=JOINED[kind], **levels).eval()
+    family = tiny_family(kind)
+    if kind == "upscale":
+        modules["vae"] = tiny_vae((8, 16, 16), scaling_factor=0.08333)
+    noising = LowResolution({"beta_schedule": "scaled_linear", "beta_start": 0.0001, "beta_end": 0.02}, 29)
+    return oracles.pipeline(family, modules, noising if kind == "upscale" else None)
+
+
+def tiny_family(kind: str) -> Family:
+    concat, upscales = JOINED[kind] - 4, kind == "upscale"
+    return joined(Traits(4, 4 if upscales else 8, concat=concat, noise_levels=30 if upscales else None))
+
+
+def write_joined_model(folder: Path, kind: str) -> Path:
+    """That of `tiny_joined` as a diffusers folder."""
+    tiny_joined(kind).save_pretrained(folder)
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({**SCHEDULER, **json.loads(file.read_text())}))
     return folder

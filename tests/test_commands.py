@@ -7,15 +7,17 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import onnxruntime
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 import build_engines
 from build_engines import parse_range
 from engine import __main__ as command
 from engine import __version__, arguments
-from engine.contract import Range
+from engine.contract import Range, Shapes
 from export.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
@@ -72,6 +74,14 @@ def test_ranges():
     assert parse_range("64:512:768", "height", 8, 16, 1024) == Range(64, 512, 768)
     with pytest.raises(UsageError):
         parse_range("64:512:764", "height", 8, 16, 1024)
+
+
+def test_plans_for_prompts_of_several_lengths_take_their_common_multiples():
+    shapes = Shapes(*[Range(1, 1, 1)] * 3)
+    assert build_engines.with_chunks([shapes], None) == [shapes]
+    assert [one.chunks for one in build_engines.with_chunks([shapes], "1:2:4")] == [Range(1, 2, 12)]
+    with pytest.raises(UsageError, match="--prompt-chunks 9 is not a number from 1 to 8"):
+        build_engines.with_chunks([shapes], "9")
 
 
 def test_picture_command_writes_a_picture_and_says_how_long_it_took(demo_bundle, tmp_path, capsys):
@@ -157,6 +167,11 @@ def test_picture_command_numbers_several_pictures(demo_bundle, tmp_path):
             2,
             "unrecognized arguments: --no-such-option; `python -m engine picture --help` lists what is taken",
         ),
+        (["--prompt-syntax", "compel"], 2, "--prompt-syntax: invalid choice: 'compel' (choose from"),
+        (["--clip-skip", "2"], 2, "clip_skip is 2; it must be an integer from 0 to 1: this model's text encoder has 2"),
+        (["--emphasis", "most"], 2, "--emphasis: invalid choice: 'most' (choose from"),
+        (["--textual-inversion", "/nowhere.pt"], 2, "/nowhere.pt is no file, or is empty; pass a .safetensors, .pt"),
+        (["--textual-inversion", "/nowhere.pt="], 2, "has no word after the '='; write FILE=TOKEN, or FILE alone"),
         (["--output", "/dev/null/a.png"], 1, "/dev/null/a.png cannot be written: /dev/null is not a folder"),
         (
             ["--output", "a.gif"],
@@ -192,6 +207,31 @@ def picture(bundle, *arguments):
     return command.main(
         ["picture", *map(str, arguments), "--bundle", str(bundle), "--steps", "1", "--backend", "onnxruntime"]
     )
+
+
+def test_the_command_reads_a1111s_language_and_takes_texts_as_they_are_when_asked(demo_bundle, tmp_path):
+    def made(*arguments):
+        assert picture(demo_bundle, *arguments, "--seed", 7, "--output", tmp_path / "a.png") == 0
+        return Image.open(tmp_path / "a.png").tobytes()
+
+    assert made("[a ring:a star:1.0]") == made("a ring") != made("[a ring:a star:1.0]", "--prompt-syntax", "plain")
+    assert made("a (ring:2)", "--emphasis", "ignore") == made("a ring") != made("a (ring:2)")
+    assert made("a ring", "--clip-skip", 1) != made("a ring")
+
+
+def test_a_word_of_the_command_stands_for_the_vectors_of_a_file(demo_bundle, tmp_path, capsys):
+    file = tmp_path / "vectors.safetensors"
+    save_file({"emb_params": np.full((2, 128), 0.02, np.float32)}, file)
+
+    def made(text, *arguments):
+        assert picture(demo_bundle, text, *arguments, "--seed", 7, "--output", tmp_path / "a.png") == 0
+        return Image.open(tmp_path / "a.png").tobytes()
+
+    named = made("a vectors", "--textual-inversion", file)
+    assert named == made("a <toy>", "--textual-inversion", f"{file}=<toy>") != made("a vectors")
+    save_file({"emb_params": np.zeros((2, 768), np.float32)}, file)
+    assert picture(demo_bundle, "a ring", "--textual-inversion", file, "--output", tmp_path / "a.png") == 2
+    assert "are for text_encoder of width 768 (SD 1.x), and this model takes vectors for" in capsys.readouterr().err
 
 
 def test_each_of_several_pictures_comes_again_from_its_own_seed(demo_bundle, tmp_path, capsys):

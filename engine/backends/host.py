@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,8 @@ import numpy as np
 
 from ..contract import PROMPT_TOKENS, Family, Shapes, Sizes
 from ..job import Job, Phase
-from .interface import Decoded, encode_in_parts
+from ..tiling import Tiles
+from .interface import Decoded, decode_in_tiles, encode_in_parts
 from .packing import Packing, pack
 
 PIXELS_PER_DECODE = 512 * 512
@@ -182,8 +184,10 @@ class HostLanes:
         """Moves the jobs into the smallest call for these phases."""
         self.leave()
         height, width = (side * self._backend.family.factor for side in self._size)
-        packing = pack(jobs, phases, height, width, self._backend.profiles, self._least_rows(phases))
-        call = self._backend.call(self._sizes(packing.batch, packing.rows))
+        packing = pack(
+            jobs, phases, height, width, self._backend.profiles, self._least_rows(phases), self._least_tokens()
+        )
+        call = self._backend.call(self._sizes(packing.batch, packing.rows, packing.tokens))
         if (other := call.owner()) is not None:
             other.leave()
         self._fill(call, packing)
@@ -224,6 +228,10 @@ class HostLanes:
             return fewest
         return max(len(job.rows) for job in self._jobs if job is not None)
 
+    def _least_tokens(self) -> int:
+        """Those of all lanes' texts, where lanes take turns."""
+        return 1 if self._together else math.lcm(*(job.tokens for job in self._jobs if job is not None))
+
     def _fewest_rows(self) -> int | None:
         """The fewest rows of an evaluation, among the jobs in which this number changes. None if there are none."""
         counts = [{len(phase.rows) for phase in job.phases} for job in self._jobs if job is not None]
@@ -245,9 +253,9 @@ class HostLanes:
         """The jobs that lie in the call, by their sample."""
         return () if self._packing is None else self._packing.jobs
 
-    def latents(self, lanes: Sequence[int]) -> np.ndarray:
+    def latents(self, lanes: Sequence[int], slot: int = 0) -> np.ndarray:
         states = self._every_state()
-        return np.stack([states[self._job(lane)][0] for lane in lanes])
+        return np.stack([states[self._job(lane)][slot] for lane in lanes])
 
     def replace(self, lanes: Sequence[int], latents: np.ndarray) -> None:
         states = self._every_state()
@@ -267,13 +275,14 @@ class HostLanes:
             return self._states
         return {**self._states, **dict(zip(self.entered, self._call.read(self._current)))}
 
-    def decode(self, lanes: Sequence[int]) -> Callable[[], Decoded]:
-        decoded = self._backend.decode(self.latents(lanes))
+    def decode(self, lanes: Sequence[int], tiles: Tiles | None = None) -> Callable[[], Decoded]:
+        latents, backend = self.latents(lanes), self._backend
+        decoded = backend.decode(latents) if tiles is None else decode_in_tiles(backend.decode, latents, tiles)
         return lambda: decoded
 
-    def _sizes(self, batch: int, rows: int) -> dict[str, int]:
+    def _sizes(self, batch: int, rows: int, tokens: int = PROMPT_TOKENS) -> dict[str, int]:
         height, width = self._size
-        return {"batch": batch, "rows": rows, "tokens": PROMPT_TOKENS, "height": height, "width": width}
+        return {"batch": batch, "rows": rows, "tokens": tokens, "height": height, "width": width}
 
 
 def writer(call: HostCall, job: Job, steps: Mapping[str, np.ndarray], position: int) -> Callable[[int], None]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..contract import Shapes
 from ..job import Conditioning, Job
+from ..tiling import Tiles
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,16 @@ class Lanes(Protocol):
     def release(self, lane: int) -> None:
         """Frees a lane, whether its job is finished or not."""
 
-    def latents(self, lanes: Sequence[int]) -> np.ndarray:
-        """Copies of the lanes' current latents, [n, C, h, w] float32. Waits for the device."""
+    def latents(self, lanes: Sequence[int], slot: int = 0) -> np.ndarray:
+        """Copies of the lanes' current latents, or of another slot of their states, [n, C, h, w] float32. Waits for the
+        device."""
 
     def replace(self, lanes: Sequence[int], latents: np.ndarray) -> None:
         """Makes `latents` [n, C, h, w] float32 the lanes' current ones."""
 
-    def decode(self, lanes: Sequence[int]) -> Callable[[], Decoded]:
+    def decode(self, lanes: Sequence[int], tiles: Tiles | None = None) -> Callable[[], Decoded]:
         """Starts the decoder on the lanes' current latents. The function that it returns waits for the pixels, and may
-        be called after the lanes were released."""
+        be called after the lanes were released. Tiles are decoded one after the other before it returns."""
 
 
 class Stopwatch(Protocol):
@@ -98,6 +100,9 @@ class Backend(Protocol):
         """Images [n, H, W, 3] float32 in -1..1 -> mean and standard deviation of their latents, [n, C, h, w] float32,
         scaled as the U-Net sees them. For bundles with a VAE encoder."""
 
+    def decode(self, latents: np.ndarray) -> Decoded:
+        """Latents [n, C, h, w] float32 -> pixels."""
+
     def change_weights(self, weights: Mapping[str, Mapping[str, np.ndarray]]) -> None:
         """From now on the components' weights are the bundle's, but for these: by component, by the weight's name in
         the graph. No lane may have a job. If it fails the weights are those from before."""
@@ -110,6 +115,16 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Frees everything."""
+
+
+def decode_in_tiles(decode: Callable[[np.ndarray], Decoded], latents: np.ndarray, tiles: Tiles) -> Decoded:
+    """Latents [n, C, h, w] float32 -> pixels, by `Backend.decode` on their tiles."""
+
+    def run(some: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        part = decode(some)
+        return part.image, part.finite
+
+    return Decoded(*tiles.decode(run, latents))
 
 
 def encode_in_parts(

@@ -11,18 +11,22 @@ from typing import Any
 
 import numpy as np
 
-from ..contract import Component, Shapes, Tensor
+from ..contract import PROMPT_TOKENS, Component, Shapes, Tensor
 from ..errors import BackendError
-from ..job import Job, Phase
+from ..job import Job, Phase, spans
 
 PARTS = 4
 """Rows of a call beyond one for each sample come in quarters of the samples, so that a number of samples has five
 sizes of call with and without guidance, and pictures that change between the two do not need one after the other."""
 
 
+Place = tuple[int] | tuple[int, slice]
+"""A sample or a row of an input, or some of a row's tokens."""
+
+
 @dataclass(frozen=True)
 class Packing:
-    """Jobs in one call of `batch` samples and `rows` rows of the U-Net, as long as each is in its phase.
+    """Jobs in one call of `batch` samples, `rows` rows and so many tokens, as long as each is in its phase.
 
     The job at position p has sample p and the rows from starts[p] on. Samples and rows after the last job's are idle:
     their weight is 0, and idle rows repeat sample 0. The U-Net evaluates rows, not samples.
@@ -33,6 +37,7 @@ class Packing:
     batch: int
     rows: int
     starts: tuple[int, ...]
+    tokens: int = PROMPT_TOKENS
 
     @cached_property
     def inputs(self) -> dict[str, np.ndarray]:
@@ -58,15 +63,15 @@ class Packing:
             return False
         return all(own.rows == other.rows for own, other in zip(self.phases, phases))
 
-    def values(self, denoiser: Component) -> Iterator[tuple[str, int, Any]]:
-        """The jobs' values for the inputs that change once a loop: (input, index of the row or sample, value)."""
+    def values(self, denoiser: Component) -> Iterator[tuple[str, Place, Any]]:
+        """The jobs' values for the inputs that change once a loop: (input, where in it, value)."""
         for position, job in enumerate(self.jobs):
             for tensor in self._looped(denoiser):
                 if tensor.dims[0] != "rows":
-                    yield tensor.name, position, _extra(job, tensor)
+                    yield tensor.name, (position,), _extra(job, tensor)
             yield from self.row_values(denoiser, position, self.phases[position])
 
-    def row_values(self, denoiser: Component, position: int, phase: Phase) -> Iterator[tuple[str, int, Any]]:
+    def row_values(self, denoiser: Component, position: int, phase: Phase) -> Iterator[tuple[str, Place, Any]]:
         """The same for the rows of the job at that position, with the embeddings of a phase that has these rows."""
         job, start = self.jobs[position], self.starts[position]
         for tensor in self._looped(denoiser):
@@ -74,7 +79,12 @@ class Packing:
                 continue
             for i, (row, text) in enumerate(zip(phase.rows, phase.texts)):
                 own = text.get(tensor.name)
-                yield tensor.name, start + i, _extra(job, tensor)[row] if own is None else own
+                value = _extra(job, tensor)[row] if own is None else own
+                if "tokens" not in tensor.names:
+                    yield tensor.name, (start + i,), value
+                    continue
+                for span, part in spans(value, self.tokens):
+                    yield tensor.name, (start + i, span), part
 
     def _looped(self, denoiser: Component) -> list[Tensor]:
         """The inputs that have a value of the jobs for each loop."""
@@ -101,16 +111,25 @@ def pack(
     width: int,
     profiles: Sequence[Shapes],
     least_rows: int = 0,
+    tokens: int = 1,
 ) -> Packing:
     """Packs the jobs, each in its phase, into the smallest call that a profile serves at this size in pixels, with at
-    least `least_rows` rows. BackendError if no profile does."""
+    least `least_rows` rows and a multiple of `tokens`. BackendError if no profile does."""
     starts, rows = [], 0
     for phase in phases:
         starts.append(rows)
         rows += len(phase.rows)
     rows = max(rows, least_rows)
-    batch, rows = smallest(len(jobs), rows, height, width, profiles)
-    return Packing(tuple(jobs), tuple(phases), batch, rows, tuple(starts))
+    tokens = math.lcm(tokens, *(job.tokens for job in jobs))
+    long_enough = [profile for profile in profiles if profile.tokens(tokens) is not None]
+    if profiles and not long_enough:
+        raise BackendError(
+            f"texts of {tokens} tokens in a call fit no profile; served: {'; '.join(map(str, profiles))}"
+        )
+    batch, rows = smallest(len(jobs), rows, height, width, long_enough)
+    served = [one.tokens(tokens) for one in long_enough if one.allows(height, width, batch, rows)]
+    tokens = min((count for count in served if count is not None), default=tokens)
+    return Packing(tuple(jobs), tuple(phases), batch, rows, tuple(starts), tokens)
 
 
 def smallest(batch: int, rows: int, height: int, width: int, profiles: Sequence[Shapes]) -> tuple[int, int]:

@@ -171,6 +171,12 @@ class Schedule:
         return sigmas
 
 
+def noising(config: Mapping[str, Any]) -> Schedule:
+    """The forward process of a scheduler that only adds noise: what it would clamp does not matter.
+    SchedulerConfigError as in `Schedule.from_config`."""
+    return Schedule.from_config({**config, "clip_sample": False, "thresholding": False})
+
+
 def wrong_option(config: Mapping[str, Any]) -> tuple[str, str] | None:
     """The first option of the wrong type and what it must be: "false" would be true, and 1.5 would be 1."""
     for name, (rule, right) in OPTIONS.items():

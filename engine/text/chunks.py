@@ -58,7 +58,7 @@ def chunked(
     `BREAK` ends a chunk, even one that is empty. The vectors of a textual inversion stay in one chunk.
     """
     filling = _Filling(vocabulary.ids(","))
-    split = _splitter(vocabulary, inversions or {})
+    split = splitter(vocabulary, inversions or {})
     for number, section in enumerate(sections):
         if number:
             filling.finish()
@@ -105,7 +105,7 @@ class _Filling:
         self.current = moved
 
 
-def _splitter(vocabulary: Vocabulary, inversions: Inversions) -> Callable[[str], Iterator[Sequence[int]]]:
+def splitter(vocabulary: Vocabulary, inversions: Inversions) -> Callable[[str], Iterator[Sequence[int]]]:
     """split(text): the text's ids, by what stays together: each token, and all ids of a textual inversion. Its word
     is found in any case, and not within a longer word."""
     words = sorted(inversions, key=len, reverse=True)

@@ -22,6 +22,7 @@ MAX_WEIGHT = 1000.0
 NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
 WHEN = re.compile(rf"\s*({NUMBER}(?:[eE][+-]?[0-9]+)?)\s*")
 PART_WEIGHT = re.compile(rf"\s*({NUMBER})")
+AND = re.compile(r"\bAND\b")
 TAG = re.compile(r"(\w+):(.+)", re.DOTALL)
 MARKS = re.compile(r"(\\.|[][()|:])", re.DOTALL)
 
@@ -132,7 +133,8 @@ def parse(text: str, syntax: str = "a1111", negative: bool = False) -> Prompt:
     text, adapters = _without_tags(text)
     if negative:
         return Prompt((Part(_tokens(text)),), adapters)
-    return Prompt(tuple(map(_part, re.split(r"\bAND\b", text))), adapters)
+    written = AND.split(text) if "AND" in text else [text]  # the search alone takes a fifth of a parse
+    return Prompt(tuple(map(_part, written)), adapters)
 
 
 def schedule(part: Part, steps: int, base_steps: int = 0) -> Schedule:

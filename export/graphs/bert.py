@@ -9,26 +9,27 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBe
 from torch import Tensor, nn
 
 from .precision import prepare
+from .text_encoder import emphasized, taken
 
 
 class BertEncoder(nn.Module):
-    """input_ids [rows, 77] int32 -> context [rows, 77, C]. LDMBertModel.forward without a mask, and without its check
+    """The inputs of `TextEncoder` -> context [rows, 77, C]. LDMBertModel.forward without a mask, and without its check
     of half precision, which depends on the values."""
 
     def __init__(self, model: LDMBertModel, dtype: torch.dtype, fused_attention: bool = False) -> None:
         super().__init__()
         prepare(model, dtype, fused_attention)
-        self.encoder = model.model
+        encoder = model.model
+        self.positions, self.layers, self.norm = encoder.embed_positions, encoder.layers, encoder.layer_norm
+        self.dtype = dtype
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        encoder = self.encoder
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        hidden = encoder.embed_tokens(input_ids) + encoder.embed_positions(positions)
-        for layer in encoder.layers:
-            hidden = hidden + attend(layer.self_attn, layer.self_attn_layer_norm(hidden))
-            hidden = hidden + layer.fc2(layer.activation_fn(layer.fc1(layer.final_layer_norm(hidden))))
-        context: Tensor = encoder.layer_norm(hidden).float()
-        return context
+    def forward(self, embeddings: Tensor, emphasis: Tensor, restore: Tensor, skip: Tensor) -> Tensor:
+        hidden = embeddings.to(self.dtype) + self.positions.weight
+        for number, layer in enumerate(self.layers, 1):
+            made = hidden + attend(layer.self_attn, layer.self_attn_layer_norm(hidden))
+            made = made + layer.fc2(layer.activation_fn(layer.fc1(layer.final_layer_norm(made))))
+            hidden = torch.where(taken(number, len(self.layers), skip), made, hidden)
+        return emphasized(self.norm(hidden).float(), emphasis, restore)
 
 
 def attend(attention: Any, hidden: Tensor) -> Tensor:

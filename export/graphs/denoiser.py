@@ -6,7 +6,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from ..sources.checks import check_unet
+from engine.contract import JOINS
+
+from ..sources.checks import PLAIN, check_unet
 from .precision import prepare
 
 LEAST_SQUARES = 1e-20
@@ -17,9 +19,12 @@ class Denoiser(nn.Module):
     """One whole denoising step: U-Net, guidance and sampler. The timestep of a sample is embedded once, in float32,
     and spread to its rows."""
 
+    joins: tuple[int, ...] = PLAIN
+    """How many channels the U-Net may see beside the latents."""
+
     def __init__(self, unet: UNet2DConditionModel, dtype: torch.dtype, fused_attention: bool = False) -> None:
         super().__init__()
-        check_unet(unet.config)
+        check_unet(unet.config, self.joins)
         prepare(unet, dtype, fused_attention)
         unet.time_embedding.float()
         self.unet, self.dtype = unet, dtype
@@ -43,11 +48,23 @@ class Denoiser(nn.Module):
         next_state = advance(state, guide(output, mixing, rescale), update, noise)
         return inpaint(next_state, mask, original, start_noise, blend)
 
-    def predict(self, sample: Tensor, row_sample: Tensor, context: Tensor, timestep: Tensor) -> Tensor:
+    def predict(
+        self,
+        sample: Tensor,
+        row_sample: Tensor,
+        context: Tensor,
+        timestep: Tensor,
+        concat: Tensor | None = None,
+        class_labels: Tensor | None = None,
+    ) -> Tensor:
         """What the U-Net makes of samples [batch, C, h, w], for each row, in float32."""
         rows = torch.index_select(sample, 0, row_sample)
+        if concat is not None:
+            rows = torch.cat([rows, concat], dim=1)
         embedding = self.unet.time_embedding(self.unet.time_proj(timestep))
         embedding = torch.index_select(embedding, 0, row_sample)
+        if class_labels is not None:
+            embedding = embedding + self.unet.class_embedding(class_labels).float()
         return self._evaluate(rows.to(self.dtype), embedding.to(self.dtype), context.to(self.dtype)).float()
 
     def _evaluate(self, sample: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
@@ -69,6 +86,29 @@ class Denoiser(nn.Module):
                 hidden_states=sample, temb=embedding, res_hidden_states_tuple=used, upsample_size=size, **crossed
             )
         return unet.conv_out(unet.conv_act(unet.conv_norm_out(sample)))
+
+
+class JoinedDenoiser(Denoiser):
+    """The step of a U-Net that sees `concat` [rows, c, h, w] beside the sample. The upscaler's also takes the noise
+    level of that as `class_labels` [rows]."""
+
+    joins = tuple(JOINS)
+
+    def forward(  # type: ignore[override]
+        self,
+        state: Tensor,
+        row_sample: Tensor,
+        context: Tensor,
+        timestep: Tensor,
+        mixing: Tensor,
+        rescale: Tensor,
+        update: Tensor,
+        noise: Tensor,
+        concat: Tensor,
+        class_labels: Tensor | None = None,
+    ) -> Tensor:
+        output = self.predict(state[:, 0], row_sample, context, timestep, concat, class_labels)
+        return advance(state, guide(output, mixing, rescale), update, noise)
 
 
 def guide(output: Tensor, mixing: Tensor, rescale: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from .bert import BertEncoder
-from .denoiser import Denoiser
+from .denoiser import Denoiser, JoinedDenoiser
 from .text_encoder import TextEncoder
 from .tracing import ATTENTION_OPSET
 from .unet2d import TextlessDenoiser
-from .vae import KlDecoder, PixelDecoder, VaeDecoder, VaeEncoder, VqDecoder
+from .vae import KlDecoder, PixelDecoder, UnscaledEncoder, UpscalerDecoder, VaeDecoder, VaeEncoder, VqDecoder
 
 
 class GraphModule(Protocol):
@@ -53,6 +53,16 @@ RECIPES: Recipes = {
     "denoiser": Recipe("unet", Denoiser, fuses=True),
 }
 """In the order in which they are traced: the largest last, when the memory of the others is free again."""
+
+_JOINED: Recipes = {**RECIPES, "denoiser": Recipe("unet", JoinedDenoiser, fuses=True)}
+
+JOINED: Mapping[str, Recipes] = {
+    "depth": _JOINED,
+    "mask": _JOINED,
+    "image": {**_JOINED, "vae_encoder": Recipe("vae", UnscaledEncoder)},
+    "low_resolution": {**_JOINED, "vae_decoder": Recipe("vae", UpscalerDecoder)},
+}
+"""U-Nets that see more than latents, by what they see (JOINS). The upscaler's family has no encoder."""
 
 PIXELS: Recipes = {
     "vae_decoder": Recipe("unet", PixelDecoder),

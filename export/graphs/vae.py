@@ -8,8 +8,11 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
-from ..sources.checks import check_vae
+from ..sources.checks import UPSCALER_FACTOR, check_vae
 from .precision import prepare
+
+UPSCALER_SCALE = 0.08333
+"""The scaling_factor that diffusers' pipeline takes, whatever the model says."""
 
 MAGNITUDE_UNIT = 2.0**-20
 """Keeps the sum over a picture's values near 1."""
@@ -82,6 +85,15 @@ class VaeDecoder(KlDecoder):
         super().__init__(vae, dtype, fused_attention)
 
 
+class UpscalerDecoder(KlDecoder):
+    """That of the x4 upscaler, whose latents have a quarter of a picture's height and width."""
+
+    def __init__(self, vae: AutoencoderKL, dtype: torch.dtype, fused_attention: bool = False) -> None:
+        check_vae(vae.config, UPSCALER_FACTOR)
+        super().__init__(vae, dtype, fused_attention)
+        self.scale = UPSCALER_SCALE
+
+
 class VaeEncoder(nn.Module):
     """image [batch, 8 height, 8 width, 3] in -1..1 -> mean and std of the latents, scaled as the U-Net sees
     them."""
@@ -100,3 +112,11 @@ class VaeEncoder(nn.Module):
         mean, log_variance = moments.float().chunk(2, dim=1)
         std = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
         return mean * self.scale, std * self.scale
+
+
+class UnscaledEncoder(VaeEncoder):
+    """That of InstructPix2Pix, whose U-Net sees a picture's latents as the VAE makes them."""
+
+    def __init__(self, vae: AutoencoderKL, dtype: torch.dtype, fused_attention: bool = False) -> None:
+        super().__init__(vae, dtype, fused_attention)
+        self.scale = 1.0

@@ -5,20 +5,33 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from engine.contract import PROMPT_TOKENS
-from engine.errors import shown
+from engine.contract import JOINS, PROMPT_TOKENS
+from engine.errors import SchedulerConfigError, shown
 from engine.family import STABLE_DIFFUSION
+from engine.manifest import LARGEST_CLASSES, LowResolution
+from engine.sampling.schedule import noising
 
 from ..errors import UnreadableModelError, UnsupportedModelError, UsageError
 
 CHANNELS, FACTOR = STABLE_DIFFUSION.channels, STABLE_DIFFUSION.factor
+
+UPSCALER_FACTOR = 4
+"""Pixels per latent element of the x4 upscaler."""
+
+PLAIN = (0,)
+"""The channels that a U-Net which makes pictures of texts alone sees beside the latents."""
+
+UPSCALER = next(concat for concat, what in JOINS.items() if what == "low_resolution")
+
+MAX_NOISE_LEVEL = 350
+"""That of StableDiffusionUpscalePipeline where a model does not say."""
 
 MODELS = "text-to-image models of Stable Diffusion 1.x and 2.x"
 
@@ -31,7 +44,6 @@ UNUSED_INPUTS = (
     "encoder_hid_dim",
     "encoder_hid_dim_type",
     "time_cond_proj_dim",
-    "num_class_embeds",
     "time_embedding_act_fn",
 )
 UNET_OPTIONS: dict[str, tuple[Any, ...]] = {
@@ -67,15 +79,10 @@ def with_defaults(cls: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     return {**{p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}, **config}
 
 
-def check_unet(config: Mapping[str, Any]) -> None:
-    """UnsupportedModelError for U-Nets that need other inputs than latents, timestep and text, or have another
-    structure."""
-    for name in ("in_channels", "out_channels"):
-        if config[name] != CHANNELS:
-            raise UnsupportedModelError(
-                f"the U-Net has {name}={shown(config[name])}; {MODELS} have {CHANNELS} (9 is inpainting, "
-                f"8 InstructPix2Pix, 5 depth, 7 upscaling)"
-            )
+def check_unet(config: Mapping[str, Any], joins: Collection[int] = PLAIN) -> None:
+    """UnsupportedModelError for U-Nets that need other inputs than latents, timestep, text and one of these numbers of
+    channels beside the latents, or have another structure."""
+    _check_channels(config, joins)
     for name in UNUSED_INPUTS:
         if config.get(name) is not None:
             raise UnsupportedModelError(
@@ -87,15 +94,39 @@ def check_unet(config: Mapping[str, Any]) -> None:
     _check_blocks("the U-Net", config)
 
 
-def check_vae(config: Mapping[str, Any]) -> None:
+def _check_channels(config: Mapping[str, Any], joins: Collection[int]) -> None:
+    channels, levels = config["in_channels"], config.get("num_class_embeds")
+    allowed = [CHANNELS + concat for concat in joins]
+    if channels not in allowed or isinstance(channels, bool):
+        which = MODELS if tuple(joins) == PLAIN else "models of this kind"
+        raise UnsupportedModelError(
+            f"the U-Net has in_channels={shown(channels)}; {which} have {' or '.join(map(str, allowed))} (9 is "
+            "inpainting, 8 InstructPix2Pix, 5 depth, 7 upscaling)"
+        )
+    if config["out_channels"] != CHANNELS:
+        raise UnsupportedModelError(f"the U-Net has out_channels={shown(config['out_channels'])}; {CHANNELS} is known")
+    if channels != CHANNELS + UPSCALER:
+        if levels is not None:
+            raise UnsupportedModelError(
+                f"the U-Net has num_class_embeds={shown(levels)}, an input that only the x4 upscaler has"
+            )
+    elif not isinstance(levels, int) or isinstance(levels, bool) or not 1 <= levels <= LARGEST_CLASSES:
+        raise UnsupportedModelError(
+            f"the U-Net has num_class_embeds={shown(levels)}; the x4 upscaler's is the number of noise levels, an "
+            f"integer from 1 to {LARGEST_CLASSES}"
+        )
+
+
+def check_vae(config: Mapping[str, Any], wanted: int = FACTOR) -> None:
     """UnsupportedModelError for VAEs of another factor, scale or number of channels than Stable Diffusion's."""
     channels = config["block_out_channels"]
     factor = 2 ** (len(channels) - 1) if isinstance(channels, (list, tuple)) and channels else shown(channels)
-    if factor != FACTOR or config["latent_channels"] != CHANNELS or config.get("shift_factor"):
+    if factor != wanted or config["latent_channels"] != CHANNELS or config.get("shift_factor"):
         raise UnsupportedModelError(
             f"the VAE has {shown(config['latent_channels'])} channels, a factor of {factor} and shift_factor="
-            f"{shown(config.get('shift_factor'))}; those of Stable Diffusion 1.x and 2.x have {CHANNELS}, "
-            f"{FACTOR} and none"
+            f"{shown(config.get('shift_factor'))}; those of "
+            f"{'the x4 upscaler' if wanted == UPSCALER_FACTOR else 'Stable Diffusion 1.x and 2.x'} have {CHANNELS}, "
+            f"{wanted} and none"
         )
     scale = config["scaling_factor"]
     number = isinstance(scale, (int, float)) and not isinstance(scale, bool) and math.isfinite(scale)
@@ -106,6 +137,22 @@ def check_vae(config: Mapping[str, Any]) -> None:
             f"(Stable Diffusion's is 0.18215)"
         )
     _check_blocks("the VAE", config)
+
+
+def check_low_resolution(config: Mapping[str, Any], most: Any, levels: int | None, where: str) -> LowResolution:
+    """How an upscaler adds noise, from its low_res_scheduler and its max_noise_level. UnsupportedModelError where that
+    is not known, or where the U-Net has no embedding for all levels."""
+    try:
+        known = len(noising(config).alphas_cumprod)
+    except SchedulerConfigError as error:
+        raise UnsupportedModelError(f"{where}: {error}") from error
+    limit = min(known, levels or known) - 1
+    if isinstance(most, bool) or not isinstance(most, int) or not 0 <= most <= limit:
+        raise UnsupportedModelError(
+            f"the model has max_noise_level={shown(most)}; it must be an integer from 0 to {limit}, the last level "
+            f"of the U-Net and of {where}"
+        )
+    return LowResolution(dict(config), most)
 
 
 def _check_blocks(whose: str, config: Mapping[str, Any]) -> None:
@@ -167,14 +214,15 @@ def latent_size(config: Mapping[str, Any]) -> int:
 @torch.no_grad()
 def run_once(model: CLIPTextModel | AutoencoderKL | UNet2DConditionModel) -> None:
     """One pass of a model on zeros, 64 pixels wide. It raises what the model raises."""
-    latents = torch.zeros(1, CHANNELS, 8, 8)
     if isinstance(model, CLIPTextModel):
         model(torch.zeros(1, PROMPT_TOKENS, dtype=torch.int64))
     elif isinstance(model, AutoencoderKL):
-        model.decode(latents)
+        model.decode(torch.zeros(1, CHANNELS, 8, 8))
         model.encode(torch.zeros(1, 3, 8 * FACTOR, 8 * FACTOR))
     else:
-        model(latents, 1, torch.zeros(1, PROMPT_TOKENS, int(model.config.cross_attention_dim)))
+        labels = None if model.config.num_class_embeds is None else torch.zeros(1, dtype=torch.int64)
+        context = torch.zeros(1, PROMPT_TOKENS, int(model.config.cross_attention_dim))
+        model(torch.zeros(1, model.config.in_channels, 8, 8), 1, context, class_labels=labels)
 
 
 def check_tokenizer(tokenizer: CLIPTokenizer, what: str, vocabulary: Any) -> None:

@@ -26,6 +26,10 @@ from .presets import ARCHITECTURES, Architecture
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
+JOINS = (0, 5, 4, 1)
+"""The channels that the U-Net of such a file may see beside the latents: none, or those of inpainting, InstructPix2Pix
+and depth models."""
+
 HEAD_SIZE = 64
 """Channels of an attention head in both text encoders and in SD 2.x's U-Net; SD 1.x's U-Net has 8 heads everywhere."""
 

@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from engine.bundle import sha256
 from engine.errors import shown
-from engine.family import STABLE_DIFFUSION
+from engine.manifest import LowResolution
 
 from ..errors import UnreadableModelError, UnsupportedModelError
 from . import checks, schedulers, weights
@@ -24,7 +24,17 @@ from .source import PARTS, TextToImage
 HASHED = {".json", ".txt", ".safetensors", ".bin"}
 """Suffixes of the files that a part of a diffusers folder is made of."""
 
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+PIPELINES = {
+    "StableDiffusionPipeline": checks.PLAIN,
+    "StableDiffusionImg2ImgPipeline": checks.PLAIN,
+    "StableDiffusionInpaintPipeline": (5, 0),
+    "StableDiffusionDepth2ImgPipeline": (1,),
+    "StableDiffusionInstructPix2PixPipeline": (4,),
+    "StableDiffusionUpscalePipeline": (checks.UPSCALER,),
+}
+"""The supported `_class_name` in model_index.json, with the channels that its U-Net may see beside the latents."""
+
+LOW_RESOLUTION = "low_res_scheduler"
 CLASSES = {
     "text_encoder": ("transformers", "CLIPTextModel"),
     "unet": ("diffusers", "UNet2DConditionModel"),
@@ -50,10 +60,15 @@ class DiffusersFolder(TextToImage):
             )
         index = read_object(file)
         _check_index(index, file)
-        for part in PARTS:
+        upscales = index["_class_name"] == "StableDiffusionUpscalePipeline"
+        for part in (*PARTS, LOW_RESOLUTION) if upscales else PARTS:
             if not (self.folder / part).is_dir():
                 raise UnreadableModelError(f"{self.folder} has no folder {part}/; the model is incomplete")
         return index
+
+    @property
+    def joins(self) -> tuple[int, ...]:
+        return PIPELINES[self._index["_class_name"]]
 
     def _load(self, cls: Any, part: str, safetensors: str, pickle: str, **options: Any) -> Any:
         return load_weights(self.folder / part, cls, safetensors, pickle, **options)
@@ -86,10 +101,17 @@ class DiffusersFolder(TextToImage):
 
     def scheduler_config(self) -> dict[str, Any]:
         config, file = read_scheduler(self.folder / "scheduler", self._index, self._sampler)
-        return schedulers.shipped(config, str(file), self._sampler)
+        return schedulers.of_family(config, str(file), self._sampler, self.family)
+
+    def low_resolution(self) -> LowResolution | None:
+        if self.family.joins != "low_resolution":
+            return None
+        file = self.folder / LOW_RESOLUTION / "scheduler_config.json"
+        most = self._index.get("max_noise_level", checks.MAX_NOISE_LEVEL)
+        return checks.check_low_resolution(read_object(file), most, self.family.noise_levels, str(file))
 
     def sample_size(self) -> int:
-        return STABLE_DIFFUSION.factor * checks.latent_size(self.config("unet"))
+        return self.family.factor * checks.latent_size(self.config("unet"))
 
     def _fingerprint(self, part: str) -> str:
         folder = self.folder / part
@@ -106,7 +128,7 @@ def _inside(folder: Path) -> str:
 def _check_index(index: Mapping[str, Any], file: Path) -> None:
     """UnsupportedModelError for a model_index.json of another kind of model, UnreadableModelError for a garbled one."""
     pipeline = index.get("_class_name")
-    if pipeline not in PIPELINES or "text_encoder_2" in index:
+    if pipeline not in tuple(PIPELINES) or "text_encoder_2" in index:
         raise UnsupportedModelError(
             f"{file} is of a {shown(pipeline)}; supported are {checks.MODELS} ({' or '.join(PIPELINES)}), "
             f"and {', '.join(checks.EARLIER)}"

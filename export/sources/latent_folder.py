@@ -92,7 +92,11 @@ class LatentFolder(Source):
         return checks.with_defaults(PARTS[self._index[part][1]], given)
 
     def sizes(self) -> dict[str, int]:
-        return {"context_size": int(self.config("unet")["cross_attention_dim"])}
+        width = int(self.config("unet")["cross_attention_dim"])
+        return {"context_size": width, "text_width": width}
+
+    def text_layers(self) -> int:
+        return int(self.config("bert")["encoder_layers"])
 
     def scheduler_config(self) -> dict[str, Any]:
         config, file = read_scheduler(self.folder / "scheduler", self._index, self._sampler)

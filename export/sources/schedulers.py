@@ -69,6 +69,14 @@ def shipped(config: Mapping[str, Any], where: str, sampler: str | None = None) -
     return config
 
 
+def of_family(config: Mapping[str, Any], where: str, sampler: str | None, family: Family) -> dict[str, Any]:
+    """scheduler_config.json as diffusers' pipeline of a family with texts uses it: that of `shipped`, but for depth,
+    InstructPix2Pix and the upscaler that of `kept`. Raises the errors of `shipped`."""
+    if family.joins in (None, "mask"):
+        return shipped(config, where, sampler)
+    return kept(config, where, sampler, family)
+
+
 def kept(config: Mapping[str, Any], where: str, sampler: str | None, family: Family) -> dict[str, Any]:
     """scheduler_config.json as diffusers' pipelines before Stable Diffusion use it: as it is, or that of another
     sampler. Raises the errors of `shipped`."""

@@ -77,6 +77,10 @@ class CompVisFile(TextToImage):
             CLIP_TOKENIZER, ("*.json", "*.txt"), "pass its folder with --tokenizer FOLDER"
         )
 
+    @property
+    def joins(self) -> tuple[int, ...]:
+        return compvis.JOINS
+
     def text_encoder(self) -> CLIPTextModel:
         return self._checked(compvis.text_encoder)
 
@@ -103,7 +107,7 @@ class CompVisFile(TextToImage):
         return config_of(self._architecture, part)
 
     def scheduler_config(self) -> dict[str, Any]:
-        return schedulers.shipped(self._architecture.scheduler, str(self.file), self._sampler)
+        return schedulers.of_family(self._architecture.scheduler, str(self.file), self._sampler, self.family)
 
     def sample_size(self) -> int:
         return STABLE_DIFFUSION.factor * int(self._architecture.unet["sample_size"])

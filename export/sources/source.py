@@ -14,14 +14,16 @@ from types import MappingProxyType
 from typing import Any
 
 import diffusers
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from engine.contract import Family
-from engine.family import STABLE_DIFFUSION
+from engine.family import STABLE_DIFFUSION, Traits, joined
+from engine.manifest import LowResolution
 
-from ..graphs.recipes import RECIPES, Recipes
+from .. import oracles
+from ..graphs.recipes import JOINED, RECIPES, Recipes
 from . import checks
 from .reading import reading
 
@@ -92,6 +94,14 @@ class Source(ABC):
         """The tokenizer of transformers; None for a model without texts."""
         return None
 
+    def text_layers(self) -> int:
+        """The number of the text encoder's layers; 0 for a model without texts."""
+        return 0
+
+    def low_resolution(self) -> LowResolution | None:
+        """How an upscaler adds noise to what it makes larger; None for other models."""
+        return None
+
     def sizes(self) -> dict[str, int]:
         """The sizes of the graphs' dimensions that are the model's, by name."""
         return {}
@@ -133,46 +143,69 @@ class TextToImage(Source):
     def tokenizer(self) -> CLIPTokenizer: ...
 
     @property
+    def joins(self) -> tuple[int, ...]:
+        """The numbers of channels that the U-Net of such a model may see beside the latents."""
+        return checks.PLAIN
+
+    @property
     def family(self) -> Family:
-        return STABLE_DIFFUSION
+        if self.joins == checks.PLAIN:
+            return STABLE_DIFFUSION
+        self._check_graphs()
+        unet = self.config("unet")
+        concat, levels = unet["in_channels"] - checks.CHANNELS, unet.get("num_class_embeds")
+        if not concat:
+            return STABLE_DIFFUSION
+        return joined(Traits(checks.CHANNELS, self._factor(concat), concat=concat, noise_levels=levels))
 
     @property
     def recipes(self) -> Recipes:
-        return RECIPES
+        joins = self.family.joins
+        return RECIPES if joins is None else JOINED[joins]
+
+    def _factor(self, concat: int) -> int:
+        return checks.UPSCALER_FACTOR if concat == checks.UPSCALER else checks.FACTOR
 
     def sizes(self) -> dict[str, int]:
-        return {"context_size": int(self.config("unet")["cross_attention_dim"])}
+        return {
+            "context_size": int(self.config("unet")["cross_attention_dim"]),
+            "text_width": int(self.config("text_encoder")["hidden_size"]),
+        }
+
+    def text_layers(self) -> int:
+        return int(self.config("text_encoder")["num_hidden_layers"])
 
     def load(self, part: str) -> nn.Module:
         return {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}[part]()
 
     def check_configs(self) -> None:
+        self._check_graphs()
         unet, text_encoder = self.config("unet"), self.config("text_encoder")
-        checks.check_unet(unet)
-        checks.check_vae(self.config("vae"))
         checks.check_text_encoder(text_encoder)
         checks.check_width(unet, text_encoder)
         self.sample_size()
         self.scheduler_config()
+        self.low_resolution()
         checks.check_tokenizer(self.tokenizer(), self._tokenizer_name(), text_encoder["vocab_size"])
+
+    def _check_graphs(self) -> None:
+        unet = self.config("unet")
+        checks.check_unet(unet, self.joins)
+        checks.check_vae(self.config("vae"), self._factor(unet["in_channels"] - checks.CHANNELS))
 
     def _tokenizer_name(self) -> str:
         return "the tokenizer"
 
-    def pipeline(self, load: Load | None = None) -> StableDiffusionPipeline:
+    def pipeline(self, load: Load | None = None) -> DiffusionPipeline:
         config, load = self.scheduler_config(), load or self.load
-        pipeline = StableDiffusionPipeline(
-            vae=load("vae"),
-            text_encoder=load("text_encoder"),
-            tokenizer=self.tokenizer(),
-            unet=load("unet"),
-            scheduler=getattr(diffusers, config["_class_name"]).from_config(config),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        parts = {
+            "vae": load("vae"),
+            "text_encoder": load("text_encoder"),
+            "tokenizer": self.tokenizer(),
+            "unet": load("unet"),
+            "scheduler": getattr(diffusers, config["_class_name"]).from_config(config),
+        }
+        return oracles.pipeline(self.family, parts, self.low_resolution())
 
 
 class Models:

@@ -20,13 +20,14 @@ ONE = Range(1, 1, 1)
 
 def with_rows(shapes: Shapes, most_rows: int = 2) -> list[Shapes]:
     """Profiles for the U-Net's rows with and without guidance: two for a fixed number of pictures, since fixed sizes
-    are the fastest, one for a range. `most_rows` are the family's for a picture; a model without texts has one."""
+    are the fastest, one for a range. `most_rows` are the family's for a picture: a model without texts has one,
+    InstructPix2Pix three."""
     batch = shapes.batch
     if most_rows == 1:
         return [Shapes(shapes.height, shapes.width, batch, batch)]
     fixed, ranged = (
-        [Range(n, n, n) for n in (2 * batch.opt, batch.opt)],
-        [Range(batch.min, 2 * batch.opt, 2 * batch.max)],
+        [Range(n, n, n) for n in (most_rows * batch.opt, batch.opt)],
+        [Range(batch.min, most_rows * batch.opt, most_rows * batch.max)],
     )
     rows = fixed if batch.static else ranged
     return [Shapes(shapes.height, shapes.width, batch, one) for one in rows]

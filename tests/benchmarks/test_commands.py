@@ -269,6 +269,7 @@ def test_mistakes_are_one_line(arguments, code, words, demo_bundle, tiny_bundles
 
 
 INTEGERS = [
+    ("prompt", "--rounds", 1),
     ("latency", "--pictures", 1),
     ("latency", "--steps", 1),
     ("latency", "--threads", 0),
@@ -283,6 +284,7 @@ INTEGERS = [
     ("settings", "--turns", 1),
     ("settings", "--runs", 1),
     ("memory", "--steps", 1),
+    ("tiling", "--side", 8),
 ]
 
 

@@ -20,6 +20,8 @@ from export.sources.presets import ARCHITECTURES
 from tests import traces
 
 SIZES = sizes_of(64, 48, 1, 2)
+WIDTHS = {"context_size": 768, "text_width": 768}
+"""Of SD 1.5."""
 
 
 def graph(tmp_path, nodes, inputs, outputs, weights=None):
@@ -130,8 +132,8 @@ def torch_flop(module, inputs):
 
 def meta_inputs(component, sizes):
     """Inputs of a component at these sizes, on the meta device."""
-    traced = example(STABLE_DIFFUSION[component], {"context_size": 768}).inputs
-    shapes = STABLE_DIFFUSION[component].shapes({**sizes, "context_size": 768})
+    traced = example(STABLE_DIFFUSION[component], WIDTHS).inputs
+    shapes = STABLE_DIFFUSION[component].shapes({**sizes, **WIDTHS})
     return {name: torch.empty(shape, dtype=traced[name].dtype, device="meta") for name, shape in shapes.items()}
 
 
@@ -159,7 +161,7 @@ def write_meta_graph(component, module, folder):
     import onnx_ir
 
     contract = STABLE_DIFFUSION[component]
-    inputs = example(contract, {"context_size": 768}).inputs
+    inputs = example(contract, WIDTHS).inputs
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")

@@ -58,10 +58,10 @@ def test_guidance_is_used_if_any_evaluation_is_guided(demo):
 
 
 def test_rows_without_guidance_weigh_1_and_nothing():
-    negative, prompt = guided({}, {}, np.array([3.0, 1.0]), 0.7)
+    negative, prompt = guided([({}, 1.0)], {}, np.array([3.0, 1.0]), 0.7)
     assert (negative.weight.tolist(), prompt.weight.tolist()) == ([-2.0, 0.0], [3.0, 1.0])
     assert (negative.rescale, prompt.rescale) == (0.0, 0.7)
-    assert [row.weight for row in guided({}, None, np.ones(2))] == [1.0]
+    assert [row.weight for row in guided([({}, 1.0)], None, np.ones(2))] == [1.0]
     assert isinstance(negative, Row)
 
 

@@ -8,6 +8,8 @@ from engine import errors as e
 from engine.checks import check_shapes
 from engine.contract import Range, Shapes
 
+EMBEDDING = np.zeros((1, 77, 128), np.float32)
+
 
 def message(demo, error, **arguments):
     with pytest.raises(error) as raised:
@@ -192,6 +194,74 @@ def message(demo, error, **arguments):
         ({"latents": np.ma.masked_array(np.zeros((1, 4, 8, 8), np.float32), True)}, e.LatentsError, "a MaskedArray"),
         ({"class_labels": 3}, e.ClassLabelError, "class_labels is 3, and this model has no classes; leave it out"),
         ({"scheduler": np.array(["a", "b"])}, e.UnknownSchedulerError, "is not known"),
+        ({"prompt_syntax": "compel"}, e.PromptError, "prompt_syntax is 'compel'; it must be 'plain' or 'a1111'"),
+        ({"prompt_syntax": None}, e.PromptError, "prompt_syntax is 'None'; it must be 'plain' or 'a1111'"),
+        ({"emphasis": "most"}, e.PromptError, "emphasis is 'most'; it must be one of 'original', 'no norm', 'ignore'"),
+        (
+            {"prompt": "(a:1001)", "prompt_syntax": "a1111"},
+            e.PromptWeightError,
+            "the weight of 'a' is 1001, the product of the brackets around it; write weights from -1000 to 1000",
+        ),
+        (
+            {"prompt": "a ring <lora:ink:0.8>", "prompt_syntax": "a1111"},
+            e.AdapterTagError,
+            "the prompt has the tag '<lora:ink:0.8>', and adapters can't be loaded yet; take the tag out",
+        ),
+        ({"prompt": "<lora:ink:x>", "prompt_syntax": "a1111"}, e.AdapterTagError, "write <lora:name>, <lora:name:0.8>"),
+        (
+            {"prompt": "[red:blue:5] ring", "prompt_syntax": "a1111", "num_inference_steps": 4},
+            e.PromptScheduleError,
+            "the prompt changes at step 5, and the loop has 4 steps; write a step up to 4, or a part of the steps",
+        ),
+        (
+            {"prompt": "[red:blue:1.5] ring", "prompt_syntax": "a1111"},
+            e.PromptScheduleError,
+            "the prompt changes at 1.5 of the steps",
+        ),
+        ({"clip_skip": 2}, e.ClipSkipError, "clip_skip is 2; it must be an integer from 0 to 1: this model's text "),
+        ({"clip_skip": True}, e.ClipSkipError, "clip_skip is True; it must be an integer"),
+        ({"clip_skip": 10**5000}, e.ClipSkipError, "clip_skip is an integer of 16610 bits"),
+        ({"prompt_embeds": EMBEDDING}, e.EmbeddingsError, "prompt and prompt_embeds both say what the prompt is"),
+        (
+            {"negative_prompt": "a", "negative_prompt_embeds": EMBEDDING},
+            e.EmbeddingsError,
+            "negative_prompt and negative_prompt_embeds both say what the negative_prompt is; pass one of them",
+        ),
+        (
+            {"prompt": None, "prompt_embeds": [1.0]},
+            e.EmbeddingsError,
+            "prompt_embeds is [1.0]; pass a NumPy array of float32 [prompts, tokens, 128]",
+        ),
+        (
+            {"prompt": None, "prompt_embeds": EMBEDDING[0]},
+            e.EmbeddingsError,
+            "prompt_embeds is an array of float32 of shape (77, 128); pass a NumPy array of float32 [prompts, tokens,",
+        ),
+        (
+            {"prompt": None, "prompt_embeds": EMBEDDING[:, :, :64]},
+            e.EmbeddingsWidthError,
+            "prompt_embeds has the shape (1, 77, 64), and this model takes embeddings of width 128; make them with its",
+        ),
+        (
+            {"prompt": None, "prompt_embeds": EMBEDDING * np.nan},
+            e.EmbeddingsError,
+            "prompt_embeds has 77 tokens and must hold finite values only, of at most 4928 tokens",
+        ),
+        (
+            {"prompt": None, "prompt_embeds": EMBEDDING, "negative_prompt_embeds": EMBEDDING[:, :70]},
+            e.EmbeddingsError,
+            "prompt_embeds has the shape (1, 77, 128) and negative_prompt_embeds (1, 70, 128); they must be the same",
+        ),
+        (
+            {"prompt": None, "prompt_embeds": EMBEDDING[:, :70]},
+            e.EmbeddingsError,
+            "embeddings of 70 tokens are given beside texts, which have a multiple of 77; pass both",
+        ),
+        (
+            {"pooled_prompt_embeds": EMBEDDING[:, 0]},
+            e.EmbeddingsError,
+            "pooled_prompt_embeds is given, and this model's U-Net takes no pooled embeddings; leave it out",
+        ),
     ],
 )
 def test_bad_input_gets_a_named_error(demo, arguments, error, words):
@@ -214,7 +284,10 @@ def test_every_input_error_was_produced_here():
     elsewhere = {e.ThreadsError, e.UnknownBackendError, e.DeviceError, e.OutputPathError, e.PromptsFileError}
     elsewhere |= {e.ImageError, e.StrengthError}  # tests/test_image_to_image.py
     elsewhere |= {e.MaskError}  # tests/test_inpainting.py
-    assert produced | elsewhere == set(InputError.__subclasses__())
+    elsewhere |= {e.HiresError, e.TilingError, e.PreviewError}  # tests/test_hires.py, test_tiling.py, test_preview.py
+    elsewhere |= {e.VariationError}  # tests/engine/test_variation.py
+    elsewhere |= {e.ChannelsError, e.DepthMapError, e.NoiseLevelError}  # tests/test_channels.py
+    assert (produced | elsewhere) >= set(InputError.__subclasses__())
 
 
 def test_a_calls_own_timesteps_say_how_many_steps_there_are(demo):
@@ -316,8 +389,8 @@ def test_defaults_come_from_the_first_profile_for_so_many_pictures():
         (
             (None, None, 2, 6),
             e.BatchError,
-            "2 pictures with guidance are 6 rows of the U-Net; this bundle was built for 2 or 1 to 4. Build for that: "
-            "build --rows 6",
+            "2 pictures with guidance and prompts of several parts are 6 rows of the U-Net; this bundle was built for "
+            "2 or 1 to 4. Build for that: build --rows 6",
         ),
     ],
 )

@@ -10,6 +10,7 @@ import numpy as np
 
 from ...contract import Sizes
 from ...errors import BackendError
+from ...tiling import Tiles
 from ..host import HostLanes, nobody
 from ..interface import Decoded
 from .device import DeviceArray, DeviceInput
@@ -119,11 +120,11 @@ class DeviceCall(Call):
 class OnnxRuntimeLanes(HostLanes):
     """Lanes whose latents go from the denoiser to the decoder without leaving the device."""
 
-    def decode(self, lanes: Sequence[int]) -> Callable[[], Decoded]:
+    def decode(self, lanes: Sequence[int], tiles: Tiles | None = None) -> Callable[[], Decoded]:
         call, backend = self._call, self._backend
         jobs = [self._job(lane) for lane in lanes]
-        if not isinstance(call, DeviceCall) or not set(jobs) <= set(self.entered):
-            return super().decode(lanes)
+        if tiles is not None or not isinstance(call, DeviceCall) or not set(jobs) <= set(self.entered):
+            return super().decode(lanes, tiles)
         sources = [call.latents(self._current, self.entered.index(job)) for job in jobs]
         decoded = backend.decode_on_device(sources)  # type: ignore[attr-defined]
         return lambda: decoded

@@ -51,7 +51,8 @@ class DeviceInput:
     def __setitem__(self, place: Any, content: Any) -> None:
         if isinstance(content, DeviceArray):
             self.flush()
-            self._copier.copy(self.value.data_ptr() + 4 * content.elements * place, content.address, content.elements)
+            start = self._array[place].ctypes.data - self._array.ctypes.data
+            self._copier.copy(self.value.data_ptr() + start, content.address, content.elements)
         else:
             self._array[place] = content
             self._changed = True

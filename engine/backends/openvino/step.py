@@ -10,6 +10,7 @@ import numpy as np
 from ...contract import Component, Shape
 from ...errors import BackendError
 from ...job import Job
+from ...tiling import Tiles
 from ..host import HostLanes, nobody
 from ..interface import Decoded
 from .pages import Scratch
@@ -136,11 +137,11 @@ class OpenVinoLanes(HostLanes):
         if not self._together:
             self._backend.keep_steps(1 if self._fewest_rows() is None else 2)  # type: ignore[attr-defined]
 
-    def decode(self, lanes: Sequence[int]) -> Callable[[], Decoded]:
+    def decode(self, lanes: Sequence[int], tiles: Tiles | None = None) -> Callable[[], Decoded]:
         if self._together:
-            return super().decode(lanes)
+            return super().decode(lanes, tiles)
         before = [name for name in self._backend.family.required if name != "vae_decoder"]
         self._backend.rest(*before)  # type: ignore[attr-defined]
-        decoded = super().decode(lanes)
+        decoded = super().decode(lanes, tiles)
         self._backend.rest("vae_decoder")  # type: ignore[attr-defined]
         return decoded

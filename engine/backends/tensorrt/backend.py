@@ -113,7 +113,11 @@ class TensorRtBackend(TensorRtRuntime):
         assert isinstance(execution.attached, Step)
         return execution.attached
 
-    def decode(self, latents: Sequence[int | np.ndarray], height: int, width: int) -> Callable[[], Decoded]:
+    def decode(self, latents: np.ndarray) -> Decoded:
+        """See `Backend.decode`. Waits for the GPU."""
+        return self.start_decode(list(latents), *latents.shape[2:])()
+
+    def start_decode(self, latents: Sequence[int | np.ndarray], height: int, width: int) -> Callable[[], Decoded]:
         """Starts the VAE decoder. `latents` are those of each picture, [C, h, w]: where they lie on the GPU, or
         themselves. The function that this returns waits for the pixels, the one wait of a picture."""
         engine = self.engines["vae_decoder"]

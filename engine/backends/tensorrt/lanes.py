@@ -10,7 +10,8 @@ import numpy as np
 
 from ...contract import PROMPT_TOKENS
 from ...job import Job, Phase
-from ..interface import Decoded
+from ...tiling import Tiles
+from ..interface import Decoded, decode_in_tiles
 from ..packing import Packing, pack
 from .places import Place
 from .steps import Step
@@ -88,7 +89,7 @@ class TensorRtLanes:
         backend, (height, width) = self._backend, self._size
         factor = backend.family.factor
         packing = pack(jobs, phases, height * factor, width * factor, backend.profiles)
-        step = backend.denoising(self._sizes(packing.batch, packing.rows))
+        step = backend.denoising(self._sizes(packing.batch, packing.rows, packing.tokens))
         step.enter(packing, self)
         for position, job in enumerate(jobs):
             self._place(job, step.execution.part(self._state.name, position)[0])
@@ -138,20 +139,21 @@ class TensorRtLanes:
         assert job is not None, f"lane {lane} is free"
         return job
 
-    def latents(self, lanes: Sequence[int]) -> np.ndarray:
+    def latents(self, lanes: Sequence[int], slot: int = 0) -> np.ndarray:
         jobs, backend = [self._job(lane) for lane in lanes], self._backend
         with backend.device:
             result = backend.results.take(len(jobs) * self._plane_bytes)
             for position, job in enumerate(jobs):
                 if job not in self._fresh:
                     target = result.address + position * self._plane_bytes
-                    backend.stream.download(target, self._address(job), self._plane_bytes)
+                    source = self._address(job) + slot * self._plane_bytes
+                    backend.stream.download(target, source, self._plane_bytes)
             backend.synchronize("waiting for the latents")
         content = result.bytes[: len(jobs) * self._plane_bytes].copy()
         latents = content.view(np.float32).reshape(len(jobs), *self._plane)
         for position, job in enumerate(jobs):
             if job in self._fresh:
-                latents[position] = self._fresh[job]
+                latents[position] = 0 if slot else self._fresh[job]
         return latents
 
     def replace(self, lanes: Sequence[int], latents: np.ndarray) -> None:
@@ -163,11 +165,14 @@ class TensorRtLanes:
                 else:
                     self._backend.uploads.put(self._address(job), value)
 
-    def decode(self, lanes: Sequence[int]) -> Callable[[], Decoded]:
+    def decode(self, lanes: Sequence[int], tiles: Tiles | None = None) -> Callable[[], Decoded]:
+        if tiles is not None:
+            decoded = decode_in_tiles(self._backend.decode, self.latents(lanes), tiles)
+            return lambda: decoded
         jobs = [self._job(lane) for lane in lanes]
         sources = [self._fresh[job] if job in self._fresh else self._address(job) for job in jobs]
-        return self._backend.decode(sources, *self._size)
+        return self._backend.start_decode(sources, *self._size)
 
-    def _sizes(self, batch: int, rows: int) -> dict[str, int]:
+    def _sizes(self, batch: int, rows: int, tokens: int = PROMPT_TOKENS) -> dict[str, int]:
         height, width = self._size
-        return {"batch": batch, "rows": rows, "tokens": PROMPT_TOKENS, "height": height, "width": width}
+        return {"batch": batch, "rows": rows, "tokens": tokens, "height": height, "width": width}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from ...contract import Shape
 from ...errors import CudaError, DeviceLostError, TensorRtError
 from ...job import Phase
 from ..packing import Packing
@@ -41,7 +43,7 @@ class Step:
         self._graph: Graph | None = None
         self._plain = not backend.cuda_graphs
         self._rows = Rows(backend.device, backend.stream, execution)
-        self._held: dict[tuple[str, int | None], Place | np.ndarray] = {}
+        self._held: dict[tuple[str, int, int], Place | np.ndarray] = {}
 
     @property
     def path(self) -> str:
@@ -53,35 +55,50 @@ class Step:
         written, but for what the inputs hold already."""
         self.leave()
         for name, value in packing.inputs.items():
-            self._write(name, None, value)
-        for name, index, value in packing.values(self.execution.component):
-            self._write(name, index, value)
+            self._write(name, (), value)
+        for name, place, value in packing.values(self.execution.component):
+            self._write(name, place, value)
         self._rows.enter(packing)
         self._owner = weakref.ref(owner)
 
     def change(self, packing: Packing, position: int, phase: Phase) -> None:
         """Writes the embeddings of the job at that position in another phase with the same rows."""
-        for name, index, value in packing.row_values(self.execution.component, position, phase):
-            self._write(name, index, value)
+        for name, place, value in packing.row_values(self.execution.component, position, phase):
+            self._write(name, place, value)
 
-    def _write(self, name: str, index: int | None, value: Place | np.ndarray) -> None:
-        """Writes an input, or one of its samples or rows."""
-        if same(self._held.get((name, index)), value):
+    def _write(self, name: str, place: tuple[Any, ...], value: Place | np.ndarray) -> None:
+        """Writes an input, or one of its samples or rows, or some tokens of a row."""
+        start, shape = self._part(name, place)
+        address, kind = self.execution.address[name] + start, self.execution.types[name]
+        end = start + math.prod(shape) * kind.itemsize
+        if same(self._held.get((name, start, end)), value):
             return
-        self._held.pop((name, index), None)
-        execution, backend = self.execution, self._backend
+        self._forget(name, start, end)
         if isinstance(value, Place):
-            address, nbytes = execution.part(name, index or 0)
-            backend.stream.copy(address, value.address, nbytes)
-            self._held[name, index] = value
+            self._backend.stream.copy(address, value.address, end - start)
+            self._held[name, start, end] = value
             return
-        shape, address = execution.shape[name], execution.address[name]
-        if index is not None:
-            shape, address = shape[1:], execution.part(name, index)[0]
-        array = np.empty(shape, execution.types[name])
+        array = np.empty(shape, kind)
         array[...] = value
-        backend.uploads.put(address, array)
-        self._held[name, index] = array
+        self._backend.uploads.put(address, array)
+        self._held[name, start, end] = array
+
+    def _forget(self, name: str, start: int, end: int) -> None:
+        """These bytes of an input are about to hold something else."""
+        for key in [key for key in self._held if key[0] == name and key[1] < end and start < key[2]]:
+            del self._held[key]
+
+    def _part(self, name: str, place: tuple[Any, ...]) -> tuple[int, Shape]:
+        """Where a part of an input starts, in bytes, and its shape."""
+        shape, start = self.execution.shape[name], 0
+        for axis, index in enumerate(place):
+            stride = math.prod(shape[axis + 1 :]) * self.execution.types[name].itemsize
+            first = index.start if isinstance(index, slice) else index
+            start += first * stride
+        last = place[-1] if place else None
+        if isinstance(last, slice):
+            return start, (last.stop - last.start, *shape[len(place) :])
+        return start, shape[len(place) :]
 
     def run(self, indices: Sequence[int]) -> None:
         """Starts one step, in which each job is at its own evaluation. The first of a size runs plainly, as TensorRT

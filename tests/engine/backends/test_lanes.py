@@ -90,6 +90,24 @@ def test_latents_are_the_oracles(backend, expected, options):
     np.testing.assert_allclose(latents(pipeline, PROMPT, **options), wanted, atol=tolerance * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a ring:0.5 AND a star:0.7",
+        "a [red:blue:0.5] ring",
+        "a ring BREAK a star",
+        "[a ring BREAK red|a star] AND blue:-1",
+    ],
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_prompts_of_several_texts_are_the_oracles(backend, expected, prompt, count):
+    """More rows, rows that change, more tokens, and all of these at once."""
+    pipeline, tolerance = backend
+    options = {"prompt_syntax": "a1111", "num_images_per_prompt": count, "height": 64, "width": 72}
+    wanted = latents(expected, prompt, **options)
+    np.testing.assert_allclose(latents(pipeline, prompt, **options), wanted, atol=tolerance * np.abs(wanted).max())
+
+
 def test_pixels_are_the_oracles(backend, expected):
     pipeline, _ = backend
     for options in ({}, {"num_images_per_prompt": 4}, {"num_images_per_prompt": 3, "height": 96}):
@@ -219,11 +237,20 @@ def test_calls_from_several_threads_wait_for_each_other(backend):
 REQUESTS = [
     {"prompt": PROMPT, "scheduler": "ddim", "num_inference_steps": 6, "guidance_scale": 5.0, "seed": 1},
     {"prompt": "a green star", "scheduler": "euler_a", "num_inference_steps": 4, "guidance_scale": 1.0, "seed": 2},
-    {"prompt": "a ring", "negative_prompt": "a star", "scheduler": "dpmpp_2m_karras", "num_inference_steps": 7,
-     "guidance_scale": 7.5, "seed": 3},
+    {
+        "prompt": "a ring",
+        "negative_prompt": "a star",
+        "scheduler": "dpmpp_2m_karras",
+        "num_inference_steps": 7,
+        "guidance_scale": 7.5,
+        "seed": 3,
+    },
     {"prompt": "a blue square", "scheduler": "pndm", "num_inference_steps": 3, "guidance_scale": 3.0, "seed": 4},
     {"prompt": PROMPT, "scheduler": "ddpm", "num_inference_steps": 5, "guidance_scale": 1.0, "seed": 5},
-]  # fmt: skip
+]
+
+OF_SEVERAL_TEXTS = {"prompt": "a ring BREAK a [red:blue:3] star AND a star:0.5", "prompt_syntax": "a1111",
+                    "num_inference_steps": 5, "guidance_scale": 3.0, "seed": 6}  # fmt: skip
 
 
 def serve(pipeline, jobs, count=2, size=64):
@@ -248,17 +275,18 @@ def serve(pipeline, jobs, count=2, size=64):
     return [(made[number][0], made[number][1]()) for number in range(len(jobs))]
 
 
-def test_pictures_that_join_and_leave_at_different_steps_equal_those_made_alone(backend):
+@pytest.mark.parametrize("options", [REQUESTS, [REQUESTS[0], OF_SEVERAL_TEXTS]], ids=["texts", "several texts"])
+def test_pictures_that_join_and_leave_at_different_steps_equal_those_made_alone(backend, options):
     """Other pictures in a call change the rounding of its sums: little in float32, more in half precision."""
     pipeline, _ = backend
     tolerance = 1e-4 if pipeline.bundle.precision == "fp32" else 2e-2
-    requests = [request_of(pipeline, options) for options in REQUESTS]
+    requests = [request_of(pipeline, one) for one in options]
     jobs = [job for one in requests for job in pipeline.jobs(one)]
     served = serve(pipeline, jobs)
-    for options, (found, decoded) in zip(REQUESTS, served, strict=True):
-        alone = pipeline(**options, output_type="latent", progress=False).images[0]
+    for one, (found, decoded) in zip(options, served, strict=True):
+        alone = pipeline(**one, output_type="latent", progress=False).images[0]
         np.testing.assert_allclose(found, alone, atol=tolerance * np.abs(alone).max())
-        picture = np.asarray(pipeline(**options, progress=False).images[0]).astype(int)
+        picture = np.asarray(pipeline(**one, progress=False).images[0]).astype(int)
         assert decoded.finite.all()
         assert (np.abs(decoded.image[0] - picture) <= 1).mean() > (0.999 if tolerance < 1e-3 else 0.98)
 

@@ -7,6 +7,7 @@ from engine import Pipeline
 from engine.backends.onnxruntime.backend import OnnxRuntimeBackend
 from engine.backends.onnxruntime.device import DeviceArray
 from engine.bundle import Bundle
+from engine.text.conditioning import Text
 
 PROMPT = "a large red circle on a blue background"
 FAST = {"num_inference_steps": 4, "seed": [0, 1], "guidance_scale": 5.0, "progress": False, "scheduler": "euler_a"}
@@ -49,8 +50,17 @@ def test_embeddings_and_latents_do_not_come_back_to_the_host(resident, monkeypat
     )
     resident([PROMPT, "a ring"], **FAST)
     assert downloads == []
-    embeddings = resident._encode([PROMPT, "a ring"])
-    assert all(isinstance(one["context"], DeviceArray) for one in embeddings)
+    embeddings = resident._encode([Text(PROMPT), Text("a ring BREAK red", "a1111")])
+    assert [len(one["context"].parts) for one in embeddings] == [1, 2]
+    assert all(isinstance(part, DeviceArray) for one in embeddings for part in one["context"].parts)
+
+
+def test_prompts_of_several_texts_make_the_same_pictures_on_the_device(resident, tiny_bundles):
+    """Of one chunk and of two in a call, which takes two: the shorter is repeated."""
+    options = {**FAST, "prompt_syntax": "a1111", "output_type": "latent"}
+    with Pipeline.load(tiny_bundles["sd1"], backend="onnxruntime") as pipeline:
+        for prompt in ("a ring BREAK red", "[a ring|a star BREAK red] AND blue:0.5"):
+            np.testing.assert_array_equal(*[one([prompt, "a ring"], **options).images for one in (pipeline, resident)])
 
 
 def sizes():

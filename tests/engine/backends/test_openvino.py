@@ -114,11 +114,12 @@ def test_a_decoder_that_overflows_is_told_apart_by_picture(backend):
 
 
 def test_texts_are_encoded_as_one_by_one(backend):
-    ids = np.random.default_rng(0).integers(0, 200, (3, 77)).astype(np.int32)
-    together = [one["context"] for one in backend.encode_text({"input_ids": ids})]
+    inputs = random_inputs(backend.family["text_encoder"], {"rows": 3, "text_width": 128})
+    together = [one["context"] for one in backend.encode_text(inputs)]
     assert [context.shape for context in together] == [(77, 128)] * 3
     for i, context in enumerate(together):
-        np.testing.assert_allclose(backend.encode_text({"input_ids": ids[i : i + 1]})[0]["context"], context, atol=1e-4)
+        alone = {name: array[i : i + 1] for name, array in inputs.items()}
+        np.testing.assert_allclose(backend.encode_text(alone)[0]["context"], context, atol=1e-4)
 
 
 def test_the_stopwatch_has_one_time_between_marks(backend):

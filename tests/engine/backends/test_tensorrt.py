@@ -294,6 +294,15 @@ def test_an_engine_that_refuses_to_be_captured(bundle, machine):
             assert pipeline(PROMPT, **FAST).timings["path"] == "plain"
 
 
+# --- long prompts
+
+
+def test_a_prompt_that_is_longer_than_the_plans_names_the_option_that_builds_for_it(bundle, machine):
+    words = r"up to 231 tokens, 3 chunks of 77, and the plans were built for up to 2\. .* --prompt-chunks 1:1:3$"
+    with Pipeline.load(bundle) as pipeline, pytest.raises(e.PromptLengthError, match=words):
+        pipeline(" BREAK ".join("abc"), **FAST, prompt_syntax="a1111")
+
+
 # --- failures
 
 
@@ -304,8 +313,8 @@ def test_an_engine_that_refuses_to_be_captured(bundle, machine):
         ("deserialize_cuda_engine", 2, "plan of the denoiser could not be deserialized"),
         ("create_execution_context", 1, "made no execution context for the text_encoder"),
         ("set_optimization_profile_async", 1, "refused profile 0 of the text_encoder"),
-        ("set_input_shape", 1, "refused shape .* for the text_encoder's input input_ids"),
-        ("set_tensor_address", 1, "refused an address for the text_encoder's input_ids"),
+        ("set_input_shape", 1, "refused shape .* for the text_encoder's input embeddings"),
+        ("set_tensor_address", 1, "refused an address for the text_encoder's embeddings"),
         ("execute_async_v3", 1, "did not start the text_encoder"),
         ("execute_async_v3", 2, "did not start the denoiser"),
         ("execute_async_v3", 4, "did not start the vae_decoder"),
@@ -418,7 +427,7 @@ def test_a_bundle_without_plans(demo_fp16, tmp_path, machine):
             "TensorRT 10.14.1 there",
         ),
         ({"precision": "bf16"}, "precision bf16 there, fp16 in the bundle"),
-        ({"format": 0}, "has format 0, not 2"),
+        ({"format": 0}, "has format 0, not 3"),
         (
             {"settings": {"optimization_level": 5}},
             "profiles or builder settings in build.json are not those that text_encoder, denoiser",
@@ -468,7 +477,7 @@ def test_a_plan_with_one_other_byte_is_never_executed(own_bundle, machine, verif
     assert machine.library.counts.deserializations == 1  # the text encoder, which is all right
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 2}', "\x00"])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 3}', "\x00"])
 def test_a_garbled_build_json(own_bundle, machine, content):
     (plan_folder(own_bundle) / "build.json").write_text(content)
     with pytest.raises(e.PlanDamagedError, match=r"build.json has a missing or wrong field: .*build the plans again"):

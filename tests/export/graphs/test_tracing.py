@@ -27,9 +27,9 @@ def as_torch_exports_it(graph: onnx.GraphProto) -> int:
     return len(slices)
 
 
-@pytest.mark.parametrize("component", STABLE_DIFFUSION.names)
+@pytest.mark.parametrize("component", [name for name in STABLE_DIFFUSION.names if name != "text_encoder"])
 def test_sizes_are_whole_shapes_and_slices_with_the_same_outputs(tiny_fp16, component, tmp_path):
-    """TensorRT 8.6 ignores Shape's start and end."""
+    """TensorRT 8.6 ignores Shape's start and end. The text encoder has neither: it slices nothing."""
     file = tiny_fp16 / "onnx" / f"{component}.onnx"
     model = onnx.load(str(file))
     assert not [node.name for node in model.graph.node if node.op_type == "Shape" and node.attribute]
@@ -78,5 +78,5 @@ def test_random_inputs_show_every_index_and_the_whole_range():
     assert inputs["row_sample"].tolist() == [0, 1, 0, 1, 0]
     assert inputs["timestep"].tolist() == [999.0, 3.5]
     assert (inputs["update"][:, 0] == [0, 0, 0, 0, 0, 1, 0]).all()
-    ids = random_inputs(STABLE_DIFFUSION["text_encoder"], EXAMPLE_SIZES)["input_ids"]
-    assert (ids.min() >= 0, ids.max() < 256, ids.dtype) == (True, True, "int32")
+    skips = random_inputs(STABLE_DIFFUSION["text_encoder"], {**EXAMPLE_SIZES, "text_width": 8})["skip"]
+    assert (set(skips.tolist()), skips.dtype) == ({0, 1}, "int32")

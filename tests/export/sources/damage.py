@@ -143,7 +143,7 @@ INDEXES: dict[str, tuple[Damage, str]] = {
         for name in (
             "StableDiffusionXLPipeline",
             "FluxPipeline",
-            "StableDiffusionInpaintPipeline",
+            "StableDiffusionLatentUpscalePipeline",
             None,
             5,
             ["StableDiffusionPipeline"],

@@ -12,7 +12,10 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from engine.fields import Field
+from engine.manifest import SOURCE_OPTIONS, Origin
 from export import errors as e
+from export import oracles
 from export.sources import averages, compvis
 from export.sources.checkpoint import BUILT_IN, resolve
 from export.sources.presets import ARCHITECTURES
@@ -68,6 +71,33 @@ def check_same(source, modules):
 def test_every_tensor_is_read_bit_for_bit(made, tmp_path, suffix):
     modules, tensors = made
     check_same(opened(saved(tensors, tmp_path / f"model{suffix}", global_step=1)), modules)
+
+
+def with_channels(unet, channels):
+    """A random U-Net of the same kind with so many channels."""
+    known = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    return UNet2DConditionModel(**{**known, "in_channels": channels}).eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels", "joins"), [("sd1", 9, "mask"), ("sd1", 8, "image"), ("sd2", 9, "mask"), ("sd2", 5, "depth")]
+)
+def test_models_that_see_more_than_latents_are_read_bit_for_bit(first, second, tmp_path, kind, channels, joins):
+    modules, _ = first if kind == "sd1" else second
+    modules = {**modules, "unet": with_channels(modules["unet"], channels)}
+    extra = {"depth_model.model.scratch.layer1_rn.weight": torch.zeros(1)} if joins == "depth" else {}
+    source = opened(saved({**compvis_state_dict(modules), **extra}, tmp_path / "model.ckpt"))
+    check_same(source, modules)
+    source.check_configs()
+    assert (source.family.joins, source.family.concat) == (joins, channels - 4)
+    assert oracles.joins_of(source.pipeline()) == joins
+
+
+def test_other_channels_are_refused_by_name(first, tmp_path):
+    unet = with_channels(first[0]["unet"], 6)
+    source = opened(saved(compvis_state_dict({**first[0], "unet": unet}), tmp_path / "model.safetensors"))
+    with pytest.raises(e.UnsupportedModelError, match=r"in_channels=6; .* have 4 or 9 or 8 or 5 \(9 is inpainting"):
+        source.check_configs()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -256,6 +286,15 @@ def test_a_vae_of_its_own_stands_in_for_the_files(first, other, tmp_path, layout
     plain = opened(file)
     assert source.fingerprint("vae") != plain.fingerprint("vae")
     assert source.fingerprint("unet") == plain.fingerprint("unet")
+
+
+def test_a_manifest_may_name_every_option_of_a_model(first, other, tmp_path):
+    (_, tensors), (_, names) = first, other
+    given = saved(names, tmp_path / "vae.ckpt")
+    file = saved({**tensors, **averaged(tensors, lambda value: value + 1)}, tmp_path / "full.ckpt")
+    source = opened(file, ema=True, vae=given, prediction_type="epsilon", scheduler="euler_a")
+    assert set(source.options) == set(SOURCE_OPTIONS)
+    assert Origin.of(Field({**source.origin, "options": source.options})).options == source.options
 
 
 def test_a_vae_may_be_a_folder_and_the_file_may_lack_its_own(first, other, tmp_path):
