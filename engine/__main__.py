@@ -74,12 +74,20 @@ def picture(options: argparse.Namespace) -> int:
     with pipeline:
         for file, token in options.textual_inversion:
             pipeline.load_textual_inversion(file, token)
+        load_adapters(pipeline, options.lora)
         results = make(pipeline, wanted, options)
         if not options.quiet:
             from .summary import summarize
 
             say(summarize(pipeline.bundle.manifest, pipeline.description, results))
     return 0
+
+
+def load_adapters(pipeline: Pipeline, given: Sequence[tuple[Path, float]]) -> None:
+    """Loads all adapters, then turns them on together: each switch takes seconds."""
+    weights = {pipeline.load_lora(file, weight=0): weight for file, weight in given}
+    if any(weights.values()):
+        pipeline.set_lora_weights(weights)
 
 
 Subject = str | int | None
@@ -230,6 +238,7 @@ def choose_seeds(first: int | None, count: int) -> list[int]:
 
 def check_call(options: argparse.Namespace, subjects: Sequence[Subject]) -> Bundle:
     """The bundle, after all checks that need no graph to be loaded. The pipeline checks the rest."""
+    from .adapters.files import read_adapter
     from .bundle import Bundle
     from .checks import check_class_labels, check_no_text, check_prompts
     from .guidance import check_guidance
@@ -242,6 +251,8 @@ def check_call(options: argparse.Namespace, subjects: Sequence[Subject]) -> Bund
 
     for file, token in options.textual_inversion:
         load_inversion(file, token)
+    for file, _ in options.lora:
+        read_adapter(file)
     given = call_arguments(subjects, options)
     if "prompt" in given:
         check_prompts(subjects, options.negative_prompt)

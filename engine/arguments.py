@@ -208,6 +208,15 @@ def _add_prompting(c: argparse.ArgumentParser) -> None:
         metavar="FILE[=TOKEN]",
         help="vectors that TOKEN stands for in the texts (default: the word in the file, or its name); may be repeated",
     )
+    c.add_argument(
+        "--lora",
+        type=adapter,
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help="an adapter, with its weight in every picture (default: 1; 0: only where a text has the tag "
+        "<lora:NAME:WEIGHT>, with the file's name); may be repeated",
+    )
 
 
 def _add_second_pass(c: argparse.ArgumentParser) -> None:
@@ -336,6 +345,14 @@ def inversion(text: str) -> tuple[Path, str | None]:
     if not token:
         raise argparse.ArgumentTypeError(f"{shorten(text)} has no word after the '='; write FILE=TOKEN, or FILE alone")
     return path(file), token
+
+
+def adapter(text: str) -> tuple[Path, float]:
+    """An argument's type: a file, and after the last ":" its weight, which is 1 if there is none."""
+    file, _, written = text.rpartition(":")
+    if not file or not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)", written):
+        return path(text), 1.0
+    return path(file), float(written)
 
 
 def device(text: str) -> str:

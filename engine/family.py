@@ -115,6 +115,7 @@ def _joined_denoiser(channels: int, concat: int, noise_levels: int | None) -> Co
             *labels,
         ),
         outputs=(Tensor("next_state", state),),
+        adapted="unet",
     )
 
 

@@ -33,7 +33,7 @@ MOST_LAYERS = 1024
 PICTURE = "verification.png"
 
 PRECISIONS = ("fp32", "fp16", "bf16")
-SOURCE_OPTIONS = ("tokenizer", "prediction-type", "scheduler", "vae", "ema")
+SOURCE_OPTIONS = ("tokenizer", "prediction-type", "scheduler", "vae", "ema", "lora")
 OPENVINO_PRECISIONS = ("fp32", "bf16")
 
 LARGEST_CHANNELS, LARGEST_FACTOR, LARGEST_CLASSES = 1024, 64, 1_000_000
@@ -56,7 +56,7 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 class Origin:
     """Which model a bundle was built from. kind: "built-in", "random", "folder", "file" or "hub". path: the model's
     folder or file. tokenizer, weights: hashes of what was read. options: the builder's options about the model, by
-    name."""
+    name; one that was given several times has a line for each."""
 
     kind: str
     id: str

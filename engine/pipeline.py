@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from . import checks
-from .adapters.loaded import OFF, Adapters, Strength, strength
+from .adapters.loaded import Adapters, Given, Strength, Weights
 from .backends import open_backend
 from .backends.interface import Backend, Decoded, Lanes
 from .beginnings import Begin, Encode, Encoded, from_images, from_noise
@@ -25,6 +25,7 @@ from .contract import Range, Shapes
 from .edit import Edit
 from .errors import (
     AdapterBusyError,
+    AdapterError,
     BusyPipelineError,
     ClosedPipelineError,
     InversionError,
@@ -77,7 +78,7 @@ class Pipeline:
         )
         self._encode = encode
         self._colours: LatentColours | None = None
-        self._adapters = Adapters(bundle)
+        self._adapters = Adapters(bundle, self._change_weights)
         self._given: WeakSet[Lanes] = WeakSet()
         """The lanes of other loops."""
         self._lock = threading.RLock()
@@ -284,6 +285,9 @@ class Pipeline:
         """Request -> loop -> decode, with hires a second loop in between."""
         self.interrupt = False
         clock = Clock(self._backend.stopwatch(), started)
+        for one in (request, request.second):
+            if one is not None:
+                self._adapters.needed(one.texts.loras)
         generators = [TorchGenerator(seed) for seed in request.seeds]
         last, (lanes, evaluations) = request, self._loop(request, generators, clock)
         if request.second is not None and not self.interrupt:
@@ -310,6 +314,8 @@ class Pipeline:
     ) -> tuple[Lanes, int]:
         """Jobs -> lanes -> step, step, step. The lanes at the end, and how many evaluations were run. `before` were run
         in a first pass."""
+        if self._adapters.turn_on(request.texts.loras):
+            clock.mark("prepare")
         made = self.jobs(request, partial(clock.mark, "tokenize"), generators)
         clock.mark("text_encoder")
         lanes = self._lanes(len(made), request.height, request.width)
@@ -361,9 +367,14 @@ class Pipeline:
         generators: Sequence[TorchGenerator] | None = None,
     ) -> list[Job]:
         """Encodes the texts of a request and makes one job for each picture. `tokenized` is called after tokenizing.
-        generators: for a second pass, those that the first has drawn from. Raises ClosedPipelineError, and
-        PromptLengthError for texts that are too long for the plans."""
+        generators: for a second pass, those that the first has drawn from. Raises ClosedPipelineError,
+        PromptLengthError for texts that are too long for the plans, and AdapterError unless the adapters that the texts
+        name are on."""
         self._require_open()
+        if not self._adapters.are_on(request.texts.loras):
+            raise AdapterError(
+                "the request needs other adapters than those that are on; call pipeline.switch_loras(request) first"
+            )
         if generators is None:
             generators = [TorchGenerator(seed) for seed in request.seeds]
         rows = self._rows(request, tokenized)
@@ -446,53 +457,45 @@ class Pipeline:
 
     @property
     def lora_weights(self) -> dict[str, Strength]:
-        """The adapters that are on, and how strongly."""
-        return self._adapters.strengths
+        """The adapters that are on in every call, and how strongly."""
+        return dict(self._adapters.base)
 
-    def load_lora(self, file: str | Path, name: str | None = None, weight: float | Mapping[str, float] = 1.0) -> str:
+    def load_lora(self, file: str | Path, name: str | None = None, weight: Given = 1.0) -> str:
         """Loads an adapter (LoRA, LyCORIS, peft, diffusers: docs/adapters.md) and turns it on beside those that are on
         already. name: the file's name without its extension, if None; it is returned. weight: for all of it, or
-        {"unet": ..., "text_encoder": ...}. Layers that this model lacks are a warning.
+        {"unet": ..., "text_encoder": ...}; 0 for an adapter that only tags in prompts turn on. Layers that this model
+        lacks are a warning.
 
         Raises AdapterError: AdapterFamilyError for another kind of model, AdapterShapeError, AdapterNameError,
         AdapterWeightError, AdapterBusyError while lanes hold jobs; TensorFileError. The pipeline is then as before.
         """
         with self._turn():
-            name, fitted = self._adapters.read(file, name)
-            strengths = {**self._adapters.strengths, name: strength(weight, name)}
-            self._adapters.add(name, fitted)
-            try:
-                self._switch(strengths)
-            except BaseException:
-                self._adapters.remove(name)
-                raise
-        return name
+            return self._adapters.load(file, name, weight)
 
-    def set_lora_weights(self, weights: Mapping[str, float | Mapping[str, float]]) -> None:
+    def set_lora_weights(self, weights: Mapping[str, Given]) -> None:
         """Turns exactly these adapters on; the others stay loaded, and are off. Raises the errors of `load_lora`."""
         with self._turn():
-            self._switch(self._adapters.checked(weights))
+            self._adapters.set_base(weights)
 
     def unload_lora(self, name: str | None = None) -> None:
         """Forgets an adapter, or all of them. The model is then bit for bit as before it was loaded."""
         with self._turn():
-            kept = self._adapters.without(name)
-            self._switch(kept)
-            self._adapters.remove(name)
+            self._adapters.unload(name)
 
-    def _switch(self, strengths: Mapping[str, Strength]) -> None:
-        """Brings the graphs' weights to these adapters."""
-        before = self._adapters.strengths
-        after = {name: one for name, one in strengths.items() if one != OFF}
-        if after == before:
-            return
+    def switch_loras(self, request: Request) -> None:
+        """Turns on the adapters that a request's tags name, on top of those of every call: what `jobs` needs. Raises
+        AdapterNameError, and AdapterBusyError while lanes hold jobs and other adapters are on."""
+        with self._turn():
+            self._adapters.turn_on(request.texts.loras)
+
+    def _change_weights(self, changed: Callable[[], Weights]) -> None:
+        """Brings the graphs to other weights."""
         if any(lanes.busy for lanes in self._given):
             raise AdapterBusyError(
                 "adapters can't be switched while lanes hold jobs, which would go on with other weights; release the "
                 "lanes first, or use a second pipeline"
             )
-        self._backend.change_weights(self._adapters.weights(after))
-        self._adapters.set(after)
+        self._backend.change_weights(changed())
         if self._encode is not None:
             self._encode.clear()
 

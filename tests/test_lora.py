@@ -16,6 +16,8 @@ from engine.errors import (
     AdapterWeightError,
     TensorFileError,
 )
+from engine.hires import Hires
+from engine.text.conditioning import Text
 from export.demo.judge import judge
 from export.demo.pictures import Scene, caption
 
@@ -218,7 +220,7 @@ def test_the_parts_may_have_weights_of_their_own(ours, theirs, tmp_path):
 
 
 def contexts(pipeline, texts):
-    return [next(iter(one.values())) for one in pipeline._encode(texts)]
+    return [next(iter(one.values())) for one in pipeline._encode([Text(text) for text in texts])]
 
 
 def recolouring(pipeline, unet, file, before, after):
@@ -261,21 +263,118 @@ def test_a_lora_that_makes_red_blue(demo_bundle, tmp_path):
         assert colours() == [(scene.shape, "red") for scene in scenes]
 
 
-# ------------------------------------------------------------------------------------------------------- errors
-
-
 @pytest.fixture(scope="module")
 def demo_pipeline(demo_bundle):
     with Pipeline.load(demo_bundle, backend="onnxruntime") as pipeline:
         yield pipeline
 
 
-@pytest.fixture(scope="module")
-def demo_lora(tmp_path_factory):
+def demo_layers(seed):
     from export.sources.checkpoint import resolve
 
-    lora = {"unet": lora_files.layers(resolve(None).load("unet"), ("to_q",), 0)}
-    return lora_files.kohya(tmp_path_factory.mktemp("lora") / "right.safetensors", lora)
+    source = resolve(None)
+    text = lora_files.layers(source.load("text_encoder"), ("q_proj",), seed + 1)
+    return {
+        "unet": lora_files.layers(source.load("unet"), ("to_q", "to_v"), seed),
+        "text_encoder": {name.removeprefix("text_model."): value for name, value in text.items()},
+    }
+
+
+@pytest.fixture(scope="module")
+def demo_lora(tmp_path_factory):
+    return lora_files.kohya(tmp_path_factory.mktemp("lora") / "right.safetensors", demo_layers(0))
+
+
+# -------------------------------------------------------------------------------------------------- tags in prompts
+
+
+@pytest.fixture
+def inks(demo_pipeline, demo_lora, tmp_path):
+    """A pipeline with the adapters "a" and "b", which are off."""
+    demo_pipeline.load_lora(demo_lora, name="a", weight=0)
+    demo_pipeline.load_lora(lora_files.kohya(tmp_path / "b.safetensors", demo_layers(5)), weight=0)
+    yield demo_pipeline
+    demo_pipeline.unload_lora()
+
+
+def written(pipeline, text, weights=None, **options):
+    """The latents of a text in A1111's language, with these adapters on in every call."""
+    if weights is not None:
+        pipeline.set_lora_weights(weights)
+    call = {"num_inference_steps": 2, "seed": 3, "progress": False, "output_type": "latent", **options}
+    return pipeline(text, prompt_syntax="a1111", **call).images
+
+
+def test_a_tag_gives_its_adapter_that_weight_bit_for_bit(inks):
+    plain = written(inks, "a ring")
+    tagged = written(inks, "a ring <lora:a:0.8>")
+    assert np.array_equal(written(inks, "a ring"), plain)
+    assert inks.lora_weights == {}
+    assert np.array_equal(written(inks, "a ring", {"a": 0.8}), tagged)
+    assert not np.array_equal(tagged, plain)
+    parts = {"a": {"unet": 0.8, "text_encoder": 0.3}}
+    wanted = written(inks, "a ring", parts)
+    assert np.array_equal(written(inks, "a ring<lora:a:te=0.3:unet=0.8>", {}), wanted)
+    assert np.array_equal(written(inks, "a ring<lora:a:0.3:0.8>"), wanted)
+
+
+def test_tags_come_on_top_of_what_is_on_in_every_call(inks):
+    both = written(inks, "a ring", {"a": 0.8, "b": 0.5})
+    assert np.array_equal(written(inks, "<lora:a:0.8> a ring", {"b": 0.5}), both)
+    assert set(inks.lora_weights) == {"b"}
+    assert np.array_equal(written(inks, "a ring <lora:b:1>"), written(inks, "a ring", {"b": 1}))
+    assert np.array_equal(written(inks, "a ring <lora:b:0>"), written(inks, "a ring", {}))
+
+
+def test_a_calls_adapters_stay_on_for_the_next_call_with_the_same_tags(inks):
+    written(inks, "a ring <lora:a:1><lora:b:0.5>")
+    weights = inks._backend._changed
+    written(inks, ["a star <lora:b:0.5> <lora:a>", "a heart <lora:a:1><lora:b:.5>"])
+    assert inks._backend._changed is weights
+    written(inks, "a star")
+    assert inks._backend._changed == {}
+
+
+def test_a_tag_may_cut_the_rank(inks, tmp_path):
+    lora = demo_layers(0)
+    for layers in lora.values():
+        for name, (down, up) in layers.items():
+            layers[name] = down[:2], up[:, :2]
+    inks.load_lora(lora_files.kohya(tmp_path / "cut.safetensors", lora, alpha=1.0), weight=0)
+    cut = written(inks, "a ring <lora:cut>")
+    np.testing.assert_allclose(written(inks, "a ring <lora:a:1:1:2>"), cut, atol=1e-5)
+    assert np.abs(written(inks, "a ring <lora:a>") - cut).max() > 1e-2
+
+
+def test_a_second_pass_has_the_adapters_of_its_own_prompt(inks):
+    small = {"height": 32, "width": 32}
+    both = written(inks, "a ring <lora:a>", hires=Hires(prompt="a star <lora:a>"), **small)
+    other = written(inks, "a ring <lora:a>", hires=Hires(prompt="a star"), **small)
+    assert inks._backend._changed == {}
+    assert not np.array_equal(both, other)
+    assert np.array_equal(written(inks, "a ring", {"a": 1.0}, hires=Hires(prompt="a star"), **small), both)
+
+
+def test_a_tag_for_an_adapter_that_is_not_loaded_is_named_before_any_work(inks):
+    words = (
+        r"no adapter is named 'ink'; loaded are 'a', 'b'. Load it: pipeline.load_lora\(FILE, name='ink'\), or on the"
+    )
+    for options in ({}, {"hires": Hires(prompt="a ring <lora:ink>")}):
+        with pytest.raises(AdapterNameError, match=words):
+            written(inks, "a ring" if options else "a ring <lora:ink:0.5>", **options)
+    with pytest.raises(AdapterWeightError, match="'a' is 1000; pass a number from -100 to 100"):
+        written(inks, "a ring <lora:a:1000>")
+
+
+def test_loops_of_ones_own_switch_before_they_make_jobs(inks):
+    asked = request_of(inks, {"prompt": "a ring <lora:a>", "prompt_syntax": "a1111", "num_inference_steps": 2})
+    with pytest.raises(AdapterError, match=r"other adapters than those that are on; call pipeline\.switch_loras\(req"):
+        inks.jobs(asked)
+    inks.switch_loras(asked)
+    assert len(inks.jobs(asked)) == 1
+
+
+# ------------------------------------------------------------------------------------------------------- errors
 
 
 def test_a_lora_of_another_family_says_which(demo_pipeline, tmp_path):
@@ -421,7 +520,10 @@ def test_a_model_without_texts_has_no_adapters(textless_bundles, demo_lora):
 def test_plans_say_that_they_take_an_adapter_when_they_are_built(planned, demo_lora):
     with fakes.install(VERSION), Pipeline.load(planned(VERSION)) as pipeline:
         before = pipeline(PROMPT, seed=0, num_inference_steps=2, progress=False).images[0]
-        with pytest.raises(AdapterError, match=r"build plans with the adapter in them: .* --lora FILE:WEIGHT"):
+        with pytest.raises(
+            AdapterError,
+            match=r"adapter in it: python build_engines\.py .* --lora FILE:WEIGHT && python build_engines\.py --backend",
+        ):
             pipeline.load_lora(demo_lora)
         again = pipeline(PROMPT, seed=0, num_inference_steps=2, progress=False).images[0]
     assert np.array_equal(np.asarray(before), np.asarray(again))

@@ -54,7 +54,17 @@ class Change:
     def delta(self, base: np.ndarray, weight: float = 1.0, dyn: int | None = None) -> np.ndarray:
         """The change of `base`, in its type and shape. dyn: of a LoRA, only the first so many ranks count.
 
-        AdapterShapeError if the layer is made for a weight of another shape."""
+        AdapterShapeError if the layer is made for a weight of another shape, or its own shapes don't go together."""
+        try:
+            return self._delta(base, weight, dyn)
+        except (ArithmeticError, LookupError, ValueError) as error:
+            shapes = ", ".join(f"{name} {tensor.shape}" for name, tensor in self.tensors.items())
+            raise AdapterShapeError(
+                f"the layer {self.layer} has tensors that don't go together ({shapes}): the file is damaged; get it "
+                "again"
+            ) from error
+
+    def _delta(self, base: np.ndarray, weight: float, dyn: int | None) -> np.ndarray:
         kind = self.kind
         if kind == "oft":
             return self._rotated(base, weight) - base

@@ -74,6 +74,12 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
     return found
 
 
+def files_of(path: Path) -> tuple[Path, ...]:
+    """The files that `read_adapter` reads. AdapterError if there are none."""
+    file, config = _file(path)
+    return (file, file.with_name(PEFT_CONFIG)) if config else (file,)
+
+
 def _file(path: Path) -> tuple[Path, Mapping[str, Any]]:
     """The file of tensors, and peft's configuration if it is beside it."""
     advice = "pass a .safetensors, .pt or .bin of a LoRA, or peft's folder"

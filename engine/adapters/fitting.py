@@ -123,7 +123,9 @@ def _fits(change: Change, weights: Sequence[Weight]) -> bool:
     weight = weights[0]
     rows, columns = weight.shape[::-1] if weight.transposed else weight.shape[:2]
     tensors = change.tensors
-    return {"up", "down"} <= set(tensors) and (tensors["up"].shape[0], tensors["down"].shape[1]) == (rows, columns)
+    if not {"up", "down"} <= set(tensors):
+        return False
+    return tensors["up"].shape[:1] + tensors["down"].shape[1:2] == (rows, columns)
 
 
 def _require_family(file: AdapterFile, changes: Mapping[Target, Change], tables: Tables) -> None:
@@ -162,7 +164,8 @@ def _trained_width(file: AdapterFile) -> int | None:
 
 
 def _input_widths(changes: Iterable[Change]) -> list[int]:
-    return [change.tensors["down"].shape[1] for change in changes if "down" in change.tensors]
+    downs = [change.tensors["down"].shape for change in changes if "down" in change.tensors]
+    return [shape[1] for shape in downs if len(shape) > 1]
 
 
 def _described(width: int) -> str:

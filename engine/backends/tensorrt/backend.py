@@ -39,6 +39,7 @@ class TensorRtBackend(TensorRtRuntime):
         on."""
         super().__init__(gpu, bundle.family)
         self.build_command, self.cuda_graphs = plans_command(bundle.folder), cuda_graphs
+        self._bundle_command = bundle.command()
         self._embeddings = Places(self.device, EMBEDDINGS_PER_BLOCK, "text embeddings")
         self.states = Places(self.device, 1, "pictures that wait")
         try:
@@ -96,8 +97,8 @@ class TensorRtBackend(TensorRtRuntime):
     def change_weights(self, weights: Mapping[str, Mapping[str, np.ndarray]]) -> None:
         """Raises AdapterError: the weights are in the plans."""
         raise AdapterError(
-            "the weights of TensorRT's plans are fixed when they are built; build plans with the adapter in them: "
-            f"{self.build_command} --lora FILE:WEIGHT"
+            "TensorRT's plans are built with their weights, and are not refitted yet; build the model with the adapter "
+            f"in it: {self._bundle_command} --lora FILE:WEIGHT && {self.build_command}"
         )
 
     def lanes(self, count: int, height: int, width: int) -> TensorRtLanes:
