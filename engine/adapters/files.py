@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -192,7 +193,7 @@ def _feeds_forward(name: str, shape: tuple[int, ...], config: Mapping[str, Any])
     """Whether peft's (IA)^3 multiplies a layer's input, as it does in feed-forward modules."""
     modules = config.get("feedforward_modules")
     if isinstance(modules, str):
-        return re.fullmatch(modules, name) is not None
+        return _matches(modules, name)
     if isinstance(modules, list):
         return any(name.endswith(str(one)) for one in modules)
     return len(shape) == 2 and shape[0] == 1
@@ -204,25 +205,30 @@ def _alpha(tensor: StoredTensor | None, name: str, config: Mapping[str, Any]) ->
         return None if tensor is None else tensor.number(), None
     alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", config.get("alpha")))
     rank = _by_pattern(config.get("rank_pattern"), name, config.get("r"))
-    numbers = [value for value in (alpha, rank) if value is not None]
-    if not all(isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0 for value in numbers):
+    if not all(value is None or _is_size(value) for value in (alpha, rank)):
         raise AdapterError(
-            f"{PEFT_CONFIG} has alpha {shown(alpha)} and r {shown(rank)}, which must be numbers; get it again"
+            f"{PEFT_CONFIG} has alpha {shown(alpha)} and r {shown(rank)}, which must be numbers from 0; get it again"
         )
     return alpha, int(rank) if rank else None
 
 
+def _is_size(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value >= 0
+
+
 def _by_pattern(patterns: Any, name: str, default: Any) -> Any:
     """peft's rule: the first pattern that is the name or an end of it behind a dot."""
-    for pattern, value in (patterns or {}).items():
-        try:
-            if re.fullmatch(rf"(.*\.)?({pattern})", name):
-                return value
-        except re.error as error:
-            raise AdapterError(
-                f"{PEFT_CONFIG} has the pattern {shown(pattern)}, which is none; get it again"
-            ) from error
-    return default
+    if not isinstance(patterns, Mapping):
+        return default
+    return next((value for pattern, value in patterns.items() if _matches(rf"(.*\.)?({pattern})", name)), default)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise AdapterError(f"{PEFT_CONFIG} has {shown(pattern)}, which is no pattern; get it again") from error
 
 
 def _ordered(part: str, simo: Mapping[tuple[str, int], Tensors], metadata: Mapping[str, str]) -> Ordered:

@@ -183,7 +183,7 @@ def warn_of_unused(path: str | os.PathLike[str], fitted: Fitted) -> None:
         return
     more = f" and {len(unused) - SHOWN} more" if len(unused) > SHOWN else ""
     warnings.warn(
-        f"{path}: {len(unused)} layers change nothing in this model: {', '.join(unused[:SHOWN])}{more}",
+        f"{path}: these change nothing in this model: {', '.join(unused[:SHOWN])}{more}",
         RuntimeWarning,
         stacklevel=5,
     )

@@ -285,6 +285,9 @@ INTEGERS = [
     ("settings", "--runs", 1),
     ("memory", "--steps", 1),
     ("tiling", "--side", 8),
+    ("adapters", "--rank", 1),
+    ("adapters", "--steps", 1),
+    ("adapters", "--turns", 1),
 ]
 
 
