@@ -259,8 +259,8 @@ class Pipeline:
         (docs/prompts.md); clip_skip: the text encoder's last layers that are left out, with "plain" not for the
         negative prompt; prompt_embeds, negative_prompt_embeds: [prompts, T, C] float32 in place of texts;
         pooled_prompt_embeds: for models that take some. Raises the InputErrors of engine/errors.py before any work,
-        NumericalError and not a black picture, BundleChangedError where the bundle's files were written to,
-        ClosedPipelineError, and BusyPipelineError in a callback.
+        AdapterErrors for tags (docs/adapters.md), NumericalError and not a black picture, BundleChangedError where the
+        bundle's files were written to, ClosedPipelineError, and BusyPipelineError in a callback.
         """
         started = perf_counter()
         request = Request.check(self.limits, prompt, height, width, num_inference_steps, guidance_scale,

@@ -1,5 +1,6 @@
 """Adapters in a pipeline: the pictures are diffusers', and switching leaves nothing behind."""
 
+import json
 import re
 
 import numpy as np
@@ -14,6 +15,7 @@ from engine.errors import (
     AdapterFamilyError,
     AdapterNameError,
     AdapterWeightError,
+    ManifestError,
     TensorFileError,
 )
 from engine.hires import Hires
@@ -22,6 +24,7 @@ from export.demo.judge import judge
 from export.demo.pictures import Scene, caption
 
 from . import fakes, lora_files
+from .conftest import copy_bundle
 from .engine.backends.made_up import request_of
 from .engine.backends.test_tensorrt import VERSION
 
@@ -203,6 +206,46 @@ def test_back_to_none_is_bit_exact(ours, theirs, tmp_path):
         assert not np.array_equal(first, second)
         pipeline.unload_lora()
         assert np.array_equal(latents(pipeline), plain)
+
+
+def test_full_differences_of_weights_biases_and_norms(ours, theirs, tmp_path):
+    """They are added to diffusers' parameters by hand."""
+    generator = torch.Generator().manual_seed(1)
+    layers = {
+        "down_blocks.0.resnets.0.conv1": ("diff", "diff_b"),
+        "down_blocks.0.attentions.0.proj_in": ("diff", "diff_b"),
+        "mid_block.attentions.0.norm": ("w_norm", "b_norm"),
+        "up_blocks.1.attentions.0.transformer_blocks.0.norm2": ("w_norm", "b_norm"),
+    }
+    tensors, changes = {}, []
+    for module, endings in layers.items():
+        for ending, name in zip(endings, ("weight", "bias")):
+            parameter = theirs.unet.get_parameter(f"{module}.{name}")
+            change = torch.randn(parameter.shape, generator=generator) * 0.2
+            tensors[f"lora_unet_{module.replace('.', '_')}.{ending}"] = change
+            changes.append((parameter, parameter.detach().clone(), change))
+    save_file(tensors, tmp_path / "full.safetensors")
+    try:
+        for parameter, before, change in changes:
+            parameter.data = before + 0.5 * change
+        wanted = latents_of_diffusers(theirs)
+    finally:
+        for parameter, before, _ in changes:
+            parameter.data = before
+    for pipeline in ours:
+        assert np.abs(latents(pipeline) - wanted).max() > 0.05
+        pipeline.load_lora(tmp_path / "full.safetensors", weight=0.5)
+        assert np.abs(latents(pipeline) - wanted).max() < 1e-3 * max(1, np.abs(wanted).max())
+
+
+def test_a_bundle_in_half_precision_is_as_close_to_diffusers_as_without(tiny_sources, tiny_fp16, tmp_path):
+    theirs = tiny_sources["sd1"].pipeline()
+    file = lora_files.kohya(tmp_path / "a.safetensors", lora_files.random_lora(theirs, convolutions=True))
+    with Pipeline.load(tiny_fp16, backend="onnxruntime") as pipeline:
+        plain = np.abs(latents(pipeline) - latents_of_diffusers(theirs)).max()
+        theirs.load_lora_weights(str(tmp_path), weight_name=file.name)
+        pipeline.load_lora(file)
+        assert np.abs(latents(pipeline) - latents_of_diffusers(theirs)).max() < max(2 * plain, 0.02)
 
 
 def test_the_parts_may_have_weights_of_their_own(ours, theirs, tmp_path):
@@ -507,6 +550,24 @@ def test_a_switch_in_a_callback_is_refused(demo_pipeline, demo_lora):
 
     with pytest.raises(BusyPipelineError):
         demo_pipeline(PROMPT, callback_on_step_end=switch, num_inference_steps=2, progress=False)
+
+
+def test_a_bundle_without_a_table_of_weights_says_how_it_is_built_again(
+    demo_bundle, demo_lora, tmp_path, edit_manifest
+):
+    """As one that was built before there were adapters."""
+    bundle = copy_bundle(demo_bundle, tmp_path)
+    files = json.loads((bundle / "manifest.json").read_text())["files"]
+    edit_manifest(bundle, files={name: file for name, file in files.items() if not name.endswith(".weights.json")})
+    for table in (bundle / "onnx").glob("*.weights.json"):
+        table.unlink()
+    with (
+        Pipeline.load(bundle, backend="onnxruntime") as pipeline,
+        pytest.raises(
+            ManifestError, match=r"weights\.json can't be read .*\. Build the bundle again: python build_engi"
+        ),
+    ):
+        pipeline.load_lora(demo_lora)
 
 
 def test_a_model_without_texts_has_no_adapters(textless_bundles, demo_lora):

@@ -21,7 +21,7 @@ from engine.contract import DYNAMIC, PROMPT_TOKENS, Component, Sizes
 
 from ..compare import random_inputs
 from ..errors import ToOnnxError
-from .weights import name_views, save
+from .weights import name_views, save, split_equal
 
 OPSET = 18
 """The lowest that torch's exporter writes properly. TensorRT 8.6 documents opsets up to 17 and misreads what later ones
@@ -85,8 +85,9 @@ def export_onnx(component: Component, module: nn.Module, sizes: Sizes, file: Pat
                 optimize=False,
             )
             assert program is not None
-            name_views(program.model)
+            uses = name_views(program.model)
             program.optimize()
+            split_equal(program.model, uses)
             _slice_whole_shapes(program.model)
             save(program.model, file, {name for name, _ in module.named_parameters()})
         onnx.checker.check_model(str(file))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,39 @@ DTYPES: dict[int, str] = {
 }
 
 
-def name_views(model: ir.Model) -> None:
-    """Names each view of a parameter NAME:transposed or NAME:unsqueezed, and so the weight that it is folded into."""
+Uses = Sequence[tuple[ir.Node, int, str]]
+"""Where a weight is an input: the node, the number of the input, and the weight's name."""
+
+
+def name_views(model: ir.Model) -> Uses:
+    """Names each view of a parameter NAME:transposed or NAME:unsqueezed, and so the weight that it is folded into.
+    Returns what uses the weights."""
+    uses = []
     for value in list(model.graph.initializers.values()):
         for number, (node, place) in enumerate(list(value.uses())):
             if place == 0 and node.op_type in VIEWS:
-                _last(node.outputs[0]).name = f"{value.name}:{VIEWS[node.op_type]}{number or ''}"
+                view = _last(node.outputs[0])
+                view.name = f"{value.name}:{VIEWS[node.op_type]}{number or ''}"
+                uses += [(use.node, use.idx, view.name) for use in view.uses()]
+            else:
+                uses.append((node, place, str(value.name)))
+    return uses
+
+
+def split_equal(model: ir.Model, uses: Uses) -> None:
+    """The optimizer makes one weight of small ones that are equal, such as those of norms that were never trained. An
+    adapter may change one of them, so each becomes a weight of its own again."""
+    graph = model.graph
+    for node, place, name in uses:
+        if node.graph is not graph:
+            continue
+        kept = node.inputs[place]
+        if kept is None or kept.name == name or kept.const_value is None:
+            continue
+        if name not in graph.initializers:
+            tensor = ir.tensor(kept.const_value.numpy(), kept.const_value.dtype, name)
+            graph.register_initializer(ir.Value(name=name, shape=kept.shape, type=kept.type, const_value=tensor))
+        node.replace_input_with(place, graph.initializers[name])
 
 
 def _last(value: ir.Value) -> ir.Value:

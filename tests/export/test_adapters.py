@@ -60,6 +60,15 @@ def test_only_what_an_adapter_changes_is_traced_again(model, file):
     assert len({*plain[:2], *one[:2], *other[:2]}) == 6
 
 
+def test_a_plain_models_adapter_changes_the_first_channels_of_an_inpainting_model(joined_sources, tmp_path):
+    source = joined_sources["inpaint"]
+    save_file({"lora_unet_conv_in.diff": torch.ones(32, 4, 3, 3)}, tmp_path / "full.safetensors")
+    fused = resolve(str(source.folder), loras=[(tmp_path / "full.safetensors", 0.5)])
+    change = fused.load("unet").conv_in.weight - source.load("unet").conv_in.weight
+    torch.testing.assert_close(change[:, :4], torch.full((32, 4, 3, 3), 0.5))
+    assert not change[:, 4:].any()
+
+
 @pytest.mark.slow
 def test_a_bundle_with_an_adapter_in_it_makes_the_pictures_of_the_adapter(
     model, tiny_sources, tiny_bundles, tmp_path, capsys
