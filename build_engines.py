@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine import __version__
+from engine.arguments import adapter
 from engine.backends import BACKENDS, default_backend, gpu_number, tensorrt_is_usable
 from engine.backends.openvino.backend import OpenVinoBackend
 from engine.commands import show_what_cannot_be_printed
@@ -50,6 +51,7 @@ FOR_A_MODEL = (
     "scheduler",
     "ema",
     "vae",
+    "lora",
 )
 """Options that say how a model becomes a bundle, and that a bundle which is there has behind it."""
 
@@ -172,6 +174,13 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE_OR_FOLDER",
         help="another VAE for a single file, in CompVis' or diffusers' layout (default: the file's own)",
+    )
+    p.add_argument(
+        "--lora",
+        type=adapter,
+        action="append",
+        metavar="FILE[:WEIGHT]",
+        help="an adapter that becomes a part of the model, with this weight (default: 1); may be repeated",
     )
     p.add_argument(
         "--scheduler",
@@ -336,6 +345,7 @@ def build_bundle(
         options.scheduler,
         options.ema,
         options.vae,
+        options.lora or (),
     )
     if options.name is not None:
         source.name = options.name

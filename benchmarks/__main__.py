@@ -23,6 +23,7 @@ COMMANDS = {
     "parity": "how far the pictures are from float32 diffusers', by backend and precision",
     "memory": "peak memory of building and of a picture",
     "tiling": "peak memory of decoding large pictures in tiles",
+    "adapters": "seconds to switch a LoRA, and a step with and without it",
     "settings": "what the settings of the libraries and the exact savings give",
     "prompt": "the time of the parser of prompts, and how it grows with their length",
     "convergence": "the order at which each solver's error falls",

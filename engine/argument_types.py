@@ -143,3 +143,11 @@ def inversion(text: str) -> tuple[Path, str | None]:
     if not token:
         raise argparse.ArgumentTypeError(f"{shorten(text)} has no word after the '='; write FILE=TOKEN, or FILE alone")
     return path(file), token
+
+
+def adapter(text: str) -> tuple[Path, float]:
+    """An argument's type: a file, and after the last ":" its weight, which is 1 if there is none."""
+    file, _, written = text.rpartition(":")
+    if not file or not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)", written):
+        return path(text), 1.0
+    return path(file), float(written)

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from .argument_types import (
     ByName,
+    adapter,
     axis,
     device,
     enlargement,
@@ -241,6 +242,15 @@ def _add_vectors(c: Group) -> None:
         default=[],
         metavar="FILE[=TOKEN]",
         help="vectors that TOKEN stands for in the texts (default: the word in the file, or its name); may be repeated",
+    )
+    c.add_argument(
+        "--lora",
+        type=adapter,
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help="an adapter, with its weight in every picture (default: 1; 0: only where a text has the tag "
+        "<lora:NAME:WEIGHT>, with the file's name); may be repeated",
     )
 
 

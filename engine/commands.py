@@ -68,5 +68,8 @@ def _model(source: Origin) -> list[str]:
     kinds = {"built-in": [] if source.id == "demo" else [source.id], "random": [source.id, "--random-weights"]}
     words: list[str] = kinds.get(source.kind, [source.path or source.id])
     for name, value in source.options.items():
-        words += [f"--{name}"] if name == "ema" else [f"--{name}", value]
+        if name == "ema":
+            words.append("--ema")
+        for line in value.splitlines() if name != "ema" else ():
+            words += [f"--{name}", line]
     return words

@@ -80,13 +80,14 @@ class Tensor:
 @dataclass(frozen=True)
 class Component:
     """A graph. `required`: every picture needs it. `halves`: a CPU may run it in bfloat16, if the builder has measured
-    that pictures stay right."""
+    that pictures stay right. `adapted`: what files of adapters such as LoRA call it; None if they don't change it."""
 
     name: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     required: bool = True
     halves: bool = True
+    adapted: str | None = None
 
     def input(self, name: str) -> Tensor:
         return next(tensor for tensor in self.inputs if tensor.name == name)

@@ -184,6 +184,32 @@ class UnsafePickleError(TensorFileError):
     """A .pt or .bin asks for something else than tensors. Nothing of it was run."""
 
 
+class AdapterError(EngineError):
+    """A file holds no adapter, or one that can't be read, such as a layer with half of its tensors."""
+
+    exit_code = 2
+
+
+class AdapterFamilyError(AdapterError):
+    """An adapter was trained for another family of models."""
+
+
+class AdapterShapeError(AdapterError):
+    """A change of a layer does not have the shape of the layer's weight."""
+
+
+class AdapterNameError(AdapterError):
+    """No adapter of that name is loaded, or one is already."""
+
+
+class AdapterWeightError(AdapterError):
+    """The weight of an adapter is no number within its limits."""
+
+
+class AdapterBusyError(AdapterError):
+    """Adapters can't be switched while lanes hold jobs."""
+
+
 class InversionError(EngineError):
     """A file holds no vectors of a textual inversion, or too many, or its word can't stand in a prompt."""
 

@@ -67,6 +67,7 @@ def _text_encoder() -> Component:
         ),
         outputs=(Tensor("context", ("rows", PROMPT_TOKENS, "context_size")),),
         halves=False,  # it takes a thousandth of a picture's time, and every step sees its errors
+        adapted="text_encoder",
     )
 
 
@@ -90,6 +91,7 @@ def _denoiser(channels: int) -> Component:
             Tensor("start_noise", ("batch", *plane), default=0.0, solver=True),
         ),
         outputs=(Tensor("next_state", state),),
+        adapted="unet",
     )
 
 
@@ -113,6 +115,7 @@ def _joined_denoiser(channels: int, concat: int, noise_levels: int | None) -> Co
             *labels,
         ),
         outputs=(Tensor("next_state", state),),
+        adapted="unet",
     )
 
 

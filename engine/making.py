@@ -49,7 +49,15 @@ def load(options: argparse.Namespace, bundle: Bundle) -> Pipeline:
         )
     for file, token in options.textual_inversion:
         pipeline.load_textual_inversion(file, token)
+    load_adapters(pipeline, options.lora)
     return pipeline
+
+
+def load_adapters(pipeline: Pipeline, given: Sequence[tuple[Path, float]]) -> None:
+    """Loads all adapters, then turns them on together: each switch takes seconds."""
+    weights = {pipeline.load_lora(file, weight=0): weight for file, weight in given}
+    if any(weights.values()):
+        pipeline.set_lora_weights(weights)
 
 
 Subject = str | int | None
@@ -198,6 +206,7 @@ def subseeds(options: argparse.Namespace, pictures: range) -> list[int] | None:
 
 def check_call(options: argparse.Namespace, subjects: Sequence[Subject]) -> Bundle:
     """The bundle, after all checks that need no graph to be loaded. The pipeline checks the rest."""
+    from .adapters.files import read_adapter
     from .bundle import Bundle
     from .checks import check_class_labels, check_no_text, check_prompts
     from .guidance import check_guidance
@@ -210,6 +219,8 @@ def check_call(options: argparse.Namespace, subjects: Sequence[Subject]) -> Bund
 
     for file, token in options.textual_inversion:
         load_inversion(file, token)
+    for file, _ in options.lora:
+        read_adapter(file)
     given = subject_arguments(subjects, options)
     if "prompt" in given:
         check_prompts(subjects, options.negative_prompt)
@@ -217,7 +228,8 @@ def check_call(options: argparse.Namespace, subjects: Sequence[Subject]) -> Bund
     if not bundle.family.tokenizers:
         check_no_text(given.get("prompt"), given["negative_prompt"])
     else:
-        texts_of(options, subjects, bundle)
+        for subject in dict.fromkeys(subjects):
+            texts_of(options, [subject], bundle)
     check_class_labels(given.get("class_labels"), bundle.family.classes)
     schedule = bundle.schedule()
     sampling = Sampling.check(
@@ -280,15 +292,17 @@ def quickest_backend(bundle: Bundle, device: str | None) -> str | None:
 def call_sizes(pipeline: Pipeline, options: argparse.Namespace, subjects: Sequence[Subject]) -> list[int]:
     """How many pictures of these, up to all, one call may make with these options: as if each had the rows of the one
     with most. With a mask and with the upscaler it is one: pictures of a call share a draw about the image, so that
-    each would not come again from its own seed."""
+    each would not come again from its own seed. So it is where texts name different adapters."""
     family, scale, total = pipeline.bundle.family, options.guidance_scale, len(subjects)
     if options.mask_image is not None or family.joins == "low_resolution":
         return [1]
     guided = (max(scale) if isinstance(scale, list) else scale) > 1
     rows = 1
     if family.tokenizers:
-        distinct = dict.fromkeys(subjects)
-        rows = max(texts_of(options, [subject], pipeline.bundle).rows(guided, family.most_rows) for subject in distinct)
+        every = [texts_of(options, [subject], pipeline.bundle) for subject in dict.fromkeys(subjects)]
+        if len({texts.loras for texts in every}) > 1:
+            return [1]
+        rows = max(texts.rows(guided, family.most_rows) for texts in every)
 
     def serves(profile: Shapes, batch: int) -> bool:
         sides = (options.height is None or options.height in profile.height) and (

@@ -33,7 +33,7 @@ MOST_LAYERS = 1024
 PICTURE = "verification.png"
 
 PRECISIONS = ("fp32", "fp16", "bf16")
-SOURCE_OPTIONS = ("tokenizer", "prediction-type", "scheduler", "vae", "ema")
+SOURCE_OPTIONS = ("tokenizer", "prediction-type", "scheduler", "vae", "ema", "lora")
 OPENVINO_PRECISIONS = ("fp32", "bf16")
 
 LARGEST_CHANNELS, LARGEST_FACTOR, LARGEST_CLASSES = 1024, 64, 1_000_000
@@ -56,7 +56,7 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 class Origin:
     """Which model a bundle was built from. kind: "built-in", "random", "folder", "file" or "hub". path: the model's
     folder or file. tokenizer, weights: hashes of what was read. options: the builder's options about the model, by
-    name."""
+    name; one that was given several times has a line for each."""
 
     kind: str
     id: str
@@ -247,7 +247,7 @@ class Manifest:
         return _given(content)
 
     def files_of(self, component: str) -> dict[str, File]:
-        """A component's graph and its weights; the text encoder's are also the vectors of the tokens."""
+        """A component's graph, its weights and their table; the text encoder's are also the vectors of the tokens."""
         return {name: self.files[name] for name in component_files(component) if name in self.files}
 
 
@@ -331,9 +331,10 @@ def graph_file(component: str) -> str:
 
 
 def component_files(component: str) -> tuple[str, ...]:
-    """The files that a component may have."""
+    """The files that a component may have. The table says which parameter of the model each weight is."""
     graph = graph_file(component)
-    return (graph, f"{graph}.data", *((TOKEN_TABLE,) if component == "text_encoder" else ()))
+    vectors = (TOKEN_TABLE,) if component == "text_encoder" else ()
+    return graph, f"{graph}.data", f"{graph}.weights.json", *vectors
 
 
 def own_files(family: Family) -> frozenset[str]:

@@ -10,11 +10,13 @@ from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 from PIL import Image
 
 from . import checks
+from .adapters.loaded import Adapters, Given, Strength, Weights
 from .backends import open_backend
 from .backends.interface import Backend, Decoded, Lanes
 from .beginnings import Begin, Encode, Encoded, from_images, from_noise
@@ -22,6 +24,8 @@ from .bundle import Bundle, as_path, while_replaced
 from .contract import Range, Shapes
 from .edit import Edit
 from .errors import (
+    AdapterBusyError,
+    AdapterError,
     BusyPipelineError,
     ClosedPipelineError,
     InversionError,
@@ -74,6 +78,9 @@ class Pipeline:
         )
         self._encode = encode
         self._colours: LatentColours | None = None
+        self._adapters = Adapters(bundle, self._change_weights)
+        self._given: WeakSet[Lanes] = WeakSet()
+        """The lanes of other loops."""
         self._lock = threading.RLock()
         self._busy = self._closed = self._interrupt = False
 
@@ -169,9 +176,11 @@ class Pipeline:
 
     @property
     def loaded(self) -> str:
-        """The textual inversions that are loaded, with the beginnings of their hashes."""
+        """The textual inversions and adapters that are loaded, with the beginnings of their hashes, and how strongly
+        the latter are on in every call."""
         words = {} if self._encode is None else self._encode.table.hashes
-        return ", ".join(f"textual inversion {word!r} {digest[:10]}" for word, digest in sorted(words.items()))
+        inversions = [f"textual inversion {word!r} {digest[:10]}" for word, digest in sorted(words.items())]
+        return ", ".join([*inversions, *self._adapters.described()])
 
     @property
     def profiles(self) -> tuple[Shapes, ...]:
@@ -259,8 +268,9 @@ class Pipeline:
         (docs/prompts.md); clip_skip: the text encoder's last layers that are left out, with "plain" not for the
         negative prompt; prompt_embeds, negative_prompt_embeds: [prompts, T, C] float32 in place of texts;
         pooled_prompt_embeds: for models that take some; metadata: whether the pictures hold their settings. Raises the
-        InputErrors of engine/errors.py before any work, NumericalError and not a black picture, BundleChangedError
-        where the bundle's files were written to, ClosedPipelineError, and BusyPipelineError in a callback.
+        InputErrors of engine/errors.py before any work, AdapterErrors for tags (docs/adapters.md), NumericalError and
+        not a black picture, BundleChangedError where the bundle's files were written to, ClosedPipelineError, and
+        BusyPipelineError in a callback.
         """
         started = perf_counter()
         request = Request.check(self.limits, prompt, height, width, num_inference_steps, guidance_scale,
@@ -285,6 +295,9 @@ class Pipeline:
         """Request -> loop -> decode, with hires a second loop in between."""
         self.interrupt = False
         clock = Clock(self._backend.stopwatch(), started)
+        for one in (request, request.second):
+            if one is not None:
+                self._adapters.needed(one.texts.loras)
         generators = [TorchGenerator(seed) for seed in request.seeds]
         last, (lanes, evaluations) = request, self._loop(request, generators, clock)
         if request.second is not None and not self.interrupt:
@@ -311,9 +324,11 @@ class Pipeline:
     ) -> tuple[Lanes, int]:
         """Jobs -> lanes -> step, step, step. The lanes at the end, and how many evaluations were run. `before` were run
         in a first pass."""
+        if self._adapters.turn_on(request.texts.loras):
+            clock.mark("prepare")
         made = self.jobs(request, partial(clock.mark, "tokenize"), generators)
         clock.mark("text_encoder")
-        lanes = self.lanes(len(made), request.height, request.width)
+        lanes = self._lanes(len(made), request.height, request.width)
         every = range(len(made))
         for lane in every:
             lanes.admit(lane, made[lane])
@@ -362,9 +377,14 @@ class Pipeline:
         generators: Sequence[TorchGenerator] | None = None,
     ) -> list[Job]:
         """Encodes the texts of a request and makes one job for each picture. `tokenized` is called after tokenizing.
-        generators: for a second pass, those that the first has drawn from. Raises ClosedPipelineError, and
-        PromptLengthError for texts that are too long for the plans."""
+        generators: for a second pass, those that the first has drawn from. Raises ClosedPipelineError,
+        PromptLengthError for texts that are too long for the plans, and AdapterError unless the adapters that the texts
+        name are on."""
         self._require_open()
+        if not self._adapters.are_on(request.texts.loras):
+            raise AdapterError(
+                "the request needs other adapters than those that are on; call pipeline.switch_loras(request) first"
+            )
         if generators is None:
             generators = [TorchGenerator(seed) for seed in request.seeds]
         rows = self._rows(request, tokenized)
@@ -437,8 +457,57 @@ class Pipeline:
         for side, value in (("height", height), ("width", width)):
             allowed = [getattr(profile, side) for profile in limits.profiles]
             checks.check_size(value, side, allowed, limits.build_command, limits.family.factor)
+        lanes = self._lanes(count, height, width)
+        self._given.add(lanes)
+        return lanes
+
+    def _lanes(self, count: int, height: int, width: int) -> Lanes:
         _, rows, columns = self.bundle.family.plane(height, width)
         return self._backend.lanes(count, rows, columns)
+
+    @property
+    def lora_weights(self) -> dict[str, Strength]:
+        """The adapters that are on in every call, and how strongly."""
+        return dict(self._adapters.base)
+
+    def load_lora(self, file: str | Path, name: str | None = None, weight: Given = 1.0) -> str:
+        """Loads an adapter (LoRA, LyCORIS, peft, diffusers: docs/adapters.md) and turns it on beside those that are on
+        already. name: the file's name without its extension, if None; it is returned. weight: for all of it, or
+        {"unet": ..., "text_encoder": ...}; 0 for an adapter that only tags in prompts turn on. Layers that this model
+        lacks are a warning.
+
+        Raises AdapterError: AdapterFamilyError for another kind of model, AdapterShapeError, AdapterNameError,
+        AdapterWeightError, AdapterBusyError while lanes hold jobs; TensorFileError. The pipeline is then as before.
+        """
+        with self._turn():
+            return self._adapters.load(file, name, weight)
+
+    def set_lora_weights(self, weights: Mapping[str, Given]) -> None:
+        """Turns exactly these adapters on; the others stay loaded, and are off. Raises the errors of `load_lora`."""
+        with self._turn():
+            self._adapters.set_base(weights)
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Forgets an adapter, or all of them. The model is then bit for bit as before it was loaded."""
+        with self._turn():
+            self._adapters.unload(name)
+
+    def switch_loras(self, request: Request) -> None:
+        """Turns on the adapters that a request's tags name, on top of those of every call: what `jobs` needs. Raises
+        AdapterNameError, and AdapterBusyError while lanes hold jobs and other adapters are on."""
+        with self._turn():
+            self._adapters.turn_on(request.texts.loras)
+
+    def _change_weights(self, changed: Callable[[], Weights]) -> None:
+        """Brings the graphs to other weights."""
+        if any(lanes.busy for lanes in self._given):
+            raise AdapterBusyError(
+                "adapters can't be switched while lanes hold jobs, which would go on with other weights; release the "
+                "lanes first, or use a second pipeline"
+            )
+        self._backend.change_weights(changed())
+        if self._encode is not None:
+            self._encode.clear()
 
     def _call_back(self, request: Request, lanes: Lanes, index: int, before: int) -> None:
         """Shows a callback the latents in diffusers' scale, and takes them over if it returned others or wrote to

@@ -25,7 +25,8 @@ UNRECORDED = frozenset({"output_type", "callback_on_step_end", "progress", "meta
 class Model:
     """What made a picture. weights: the manifest's hash of the model's files, None where it has none; build: a hash of
     the bundle's graphs, its tokenizer and its scheduler's configuration; backend: the inference library, its version
-    and the device; loaded: the textual inversions in it, with the beginnings of their hashes."""
+    and the device; loaded: the textual inversions and adapters in it, with the beginnings of
+    their hashes."""
 
     bundle: str
     family: str
@@ -161,4 +162,4 @@ def _model(content: Mapping[str, Any]) -> Model:
     wrong = [name for name, text in texts.items() if not isinstance(text, str) and (name, text) != ("weights", None)]
     if wrong:
         raise MetadataError(f"the record in the picture has a model whose {wrong[0]} is {shown(texts[wrong[0]])}")
-    return Model(**texts)  # type: ignore[arg-type]
+    return Model(**texts)

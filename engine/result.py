@@ -41,10 +41,10 @@ class Timings(_ByName):
     """Seconds of each stage of a call; `timings["denoise"]` and `dict(timings)` work too.
 
     tokenize: of the host. text_encoder, prepare, denoise and vae_decoder: of the device. `text_encoder` has the time of
-    the VAE encoder too, where a call starts from an image. `prepare` is for buffers and tables, and where a size is
-    new, for compiling the denoiser. Each is the sum of both passes, where there are two. steps: each step
-    of `denoise`. total: from the call to its return. host: see HostTimings. path: how the steps ran, as a "cuda_graph"
-    or as "plain" calls of the inference library.
+    the VAE encoder too, where a call starts from an image. `prepare` is for buffers and tables, for compiling the
+    denoiser where a size is new, and for switching adapters. Each is the sum of both passes, where there are two.
+    steps: each step of `denoise`. total: from the call to its return. host: see HostTimings. path: how the steps ran,
+    as a "cuda_graph" or as "plain" calls of the inference library.
     """
 
     tokenize: float

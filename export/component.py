@@ -27,6 +27,7 @@ from .graphs.precision import DTYPES, round_weights
 from .graphs.recipes import Recipe
 from .graphs.text_encoder import token_table
 from .graphs.tracing import export_onnx
+from .graphs.weights import parameter_names, write_table
 from .sources.source import Models, Source
 from .verify import Reference, check_component, reference
 
@@ -87,11 +88,14 @@ class Exporter:
         started, file = perf_counter(), folder / graph_file(self.component.name)
         fused = self.recipe.fuses_attention(self.form.precision, self.form.opset)
         model = models(self.recipe.part)
+        names = parameter_names(model)
         module = self.recipe.module(model, self.form.dtype, fused)
         count = sum(parameter.numel() for parameter in module.parameters())
         require_disk(folder, count * self.form.dtype.itemsize)
         report(f"{label}: tracing {count / 1e6:.1f} M parameters in {self.form.precision}")
         export_onnx(self.component, module, self.source.sizes(), file, self.form.opset)
+        if self.component.adapted:
+            write_table(file, module, names)
         if self.component.name == "text_encoder":
             table = token_table(model)
             np.save(folder / TOKEN_TABLE, (table.float() if table.dtype == torch.bfloat16 else table).numpy())

@@ -19,6 +19,7 @@ from engine import __main__ as command
 from engine import __version__, arguments, making
 from engine.contract import Range, Shapes
 from export.errors import UsageError
+from export.sources.checkpoint import resolve
 
 ROOT = Path(__file__).parents[1]
 
@@ -171,6 +172,11 @@ def test_picture_command_numbers_several_pictures(demo_bundle, tmp_path):
         (["--clip-skip", "2"], 2, "clip_skip is 2; it must be an integer from 0 to 1: this model's text encoder has 2"),
         (["--emphasis", "most"], 2, "--emphasis: invalid choice: 'most' (choose from"),
         (["--textual-inversion", "/nowhere.pt"], 2, "/nowhere.pt is no file, or is empty; pass a .safetensors, .pt"),
+        (
+            ["--lora", "/nowhere.safetensors:0.8"],
+            2,
+            "/nowhere.safetensors is no file, or is empty; pass a .safetensors",
+        ),
         (["--textual-inversion", "/nowhere.pt="], 2, "has no word after the '='; write FILE=TOKEN, or FILE alone"),
         (["--output", "/dev/null/a.png"], 1, "/dev/null/a.png cannot be written: /dev/null is not a folder"),
         (
@@ -232,6 +238,23 @@ def test_a_word_of_the_command_stands_for_the_vectors_of_a_file(demo_bundle, tmp
     save_file({"emb_params": np.zeros((2, 768), np.float32)}, file)
     assert picture(demo_bundle, "a ring", "--textual-inversion", file, "--output", tmp_path / "a.png") == 2
     assert "are for text_encoder of width 768 (SD 1.x), and this model takes vectors for" in capsys.readouterr().err
+
+
+def test_an_adapter_of_the_command_is_on_or_waits_for_a_tag(demo_bundle, tmp_path, capsys):
+    layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_v"
+    size = resolve(None).config("unet")["block_out_channels"][-1]
+    factors = {"down": np.full((2, size), 0.2, np.float32), "up": np.full((size, 2), 0.2, np.float32)}
+    file = tmp_path / "ink.safetensors"
+    save_file({f"{layer}.lora_{name}.weight": value for name, value in factors.items()}, file)
+
+    def made(text, *arguments):
+        assert picture(demo_bundle, text, *arguments, "--seed", 7, "--output", tmp_path / "a.png") == 0
+        return Image.open(tmp_path / "a.png").tobytes()
+
+    tagged = made("a ring <lora:ink:0.8>", "--lora", f"{file}:0")
+    assert made("a ring", "--lora", f"{file}:0.8") == tagged != made("a ring", "--lora", f"{file}:0")
+    assert picture(demo_bundle, "a ring <lora:ink>", "--output", tmp_path / "a.png") == 2
+    assert "no adapter is named 'ink'; none is loaded. Load it" in capsys.readouterr().err
 
 
 def test_each_of_several_pictures_comes_again_from_its_own_seed(demo_bundle, tmp_path, capsys):

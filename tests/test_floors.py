@@ -32,7 +32,7 @@ FLOORS = (
         "engine.variation",
     ),
     ("engine.depth", "engine.edit", "engine.job", "engine.request", "engine.seen", "engine.upscale"),
-    ("engine.backends", "engine.text"),
+    ("engine.adapters", "engine.backends", "engine.text", "engine.weights"),
     ("engine",),
     ("export",),
     ("build_engines",),

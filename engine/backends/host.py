@@ -132,6 +132,10 @@ class HostLanes:
     def path(self) -> str:
         return self._path if self._call is None else self._call.path
 
+    @property
+    def busy(self) -> bool:
+        return any(job is not None for job in self._jobs)
+
     def admit(self, lane: int, job: Job) -> None:
         state = np.zeros(self._denoiser.state.shape(self._sizes(1, 1))[1:], np.float32)
         state[0] = job.latents

@@ -39,6 +39,10 @@ class Lanes(Protocol):
     def path(self) -> str:
         """How the steps ran: "cuda_graph", or "plain" calls of the inference library."""
 
+    @property
+    def busy(self) -> bool:
+        """Whether a lane has a job."""
+
     def admit(self, lane: int, job: Job) -> None:
         """Gives a free lane a job that has not started."""
 
@@ -98,6 +102,10 @@ class Backend(Protocol):
 
     def decode(self, latents: np.ndarray) -> Decoded:
         """Latents [n, C, h, w] float32 -> pixels."""
+
+    def change_weights(self, weights: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        """From now on the components' weights are the bundle's, but for these: by component, by the weight's name in
+        the graph. No lane may have a job. If it fails the weights are those from before."""
 
     def lanes(self, count: int, height: int, width: int) -> Lanes:
         """`count` free lanes for latents of h x w elements. Several sets of lanes may be in use at the same time."""

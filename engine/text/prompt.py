@@ -177,7 +177,7 @@ def lora(adapter: Adapter) -> Lora:
         raise _tag_error(adapter)
     text_encoder = values.get("te", "1")
     try:
-        rank = int(values["dyn"]) if "dyn" in values else None
+        rank = _rank(values["dyn"]) if "dyn" in values else None
         return Lora(values["name"], _weight(text_encoder), _weight(values.get("unet", text_encoder)), rank)
     except ValueError as error:
         raise _tag_error(adapter) from error
@@ -188,6 +188,13 @@ def _tag_error(adapter: Adapter) -> AdapterTagError:
         f"the tag {shown(str(adapter))} can't be read; write <lora:name>, <lora:name:0.8>, "
         f"<lora:name:0.5:0.8> or <lora:name:te=0.5:unet=0.8:dyn=8> with weights from -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
     )
+
+
+def _rank(text: str) -> int:
+    rank = int(text)
+    if rank < 1:
+        raise ValueError(text)
+    return rank
 
 
 def _weight(text: str) -> float:

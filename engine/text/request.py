@@ -20,7 +20,7 @@ from ..errors import (
     shown,
 )
 from .emphasis import EMPHASES, Emphasis, emphasis
-from .prompt import Open, Prompt, lora, parse
+from .prompt import Lora, Open, Prompt, lora, parse
 
 LONGEST = 64 * PROMPT_TOKENS
 """The most tokens of embeddings that a call passes."""
@@ -43,7 +43,7 @@ class Texts:
 
     prompts, negatives: as they were given, "" where embeddings are given instead; parsed, negative: the same in their
     syntax; skip, negative_skip: the text encoder's layers that are left out; embeds, negative_embeds: [prompts, T, C]
-    float32, or None.
+    float32, or None; loras: the adapters that the tags of the prompts name, by name.
     """
 
     prompts: tuple[str, ...]
@@ -56,6 +56,7 @@ class Texts:
     negative_skip: int = 0
     embeds: np.ndarray | None = None
     negative_embeds: np.ndarray | None = None
+    loras: tuple[Lora, ...] = ()
 
     @classmethod
     def check(
@@ -81,17 +82,19 @@ class Texts:
         mode = emphasis(_word(emphasis_mode))
         syntax = _word(prompt_syntax)
         skip = check_clip_skip(clip_skip, reads.layers)
+        parsed = tuple(parse(text, syntax) for text in prompts)
         return cls(
             tuple(prompts),
             tuple(negatives),
             syntax,
-            tuple(_parsed(text, syntax) for text in prompts),
-            tuple(_parsed(text, syntax, negative=True) for text in negatives),
+            parsed,
+            tuple(_negative(text, syntax) for text in negatives),
             mode,
             skip,
             skip if syntax == "a1111" else 0,
             embeds,
             negative_embeds,
+            _loras(parsed),
         )
 
     @classmethod
@@ -117,12 +120,14 @@ class Texts:
         if prompts is None and negatives is None:
             return self
         new, against = checks.check_prompts(_keep(prompts, self.prompts), _keep(negatives, self.negatives))
+        parsed = tuple(parse(text, self.syntax) for text in new)
         return replace(
             self,
             prompts=tuple(new),
             negatives=tuple(against),
-            parsed=tuple(_parsed(text, self.syntax) for text in new),
-            negative=tuple(_parsed(text, self.syntax, negative=True) for text in against),
+            parsed=parsed,
+            loras=_loras(parsed),
+            negative=tuple(_negative(text, self.syntax) for text in against),
             embeds=self.embeds if prompts is None else None,
             negative_embeds=self.negative_embeds if negatives is None else None,
         )
@@ -185,14 +190,39 @@ def _word(value: Any) -> str:
     return value if isinstance(value, str) else shown(value)
 
 
-def _parsed(text: str, syntax: str, negative: bool = False) -> Prompt:
-    prompt = parse(text, syntax, negative)
+def _negative(text: str, syntax: str) -> Prompt:
+    prompt = parse(text, syntax, negative=True)
     for adapter in prompt.adapters:
-        lora(adapter)
         raise AdapterTagError(
-            f"the prompt has the tag {shown(str(adapter))}, and adapters can't be loaded yet; take the tag out"
+            f"the negative prompt has the tag {shown(str(adapter))}, and both prompts' rows have the same weights; "
+            "write the tag into the prompt"
         )
     return prompt
+
+
+def _loras(prompts: Sequence[Prompt]) -> tuple[Lora, ...]:
+    """The adapters that the prompts of a call name, sorted by name. AdapterTagError for prompts that name others."""
+    named = [_named(prompt) for prompt in prompts]
+    for number, loras in enumerate(named):
+        if loras != named[0]:
+            raise AdapterTagError(
+                f"prompt 1 has the tags {_written(prompts[0])} and prompt {number + 1} {_written(prompts[number])}; "
+                "one call has one set of adapters, so write the same tags into all prompts, or make two calls"
+            )
+    return named[0] if named else ()
+
+
+def _named(prompt: Prompt) -> tuple[Lora, ...]:
+    found: dict[str, Lora] = {}
+    for one in map(lora, prompt.adapters):
+        if one.name in found:
+            raise AdapterTagError(f"a prompt has two tags for the adapter {shown(one.name)}; write one")
+        found[one.name] = one
+    return tuple(found[name] for name in sorted(found))
+
+
+def _written(prompt: Prompt) -> str:
+    return shown("".join(map(str, prompt.adapters))) if prompt.adapters else "none"
 
 
 def _in_place(text: Any, name: str, embeds: np.ndarray | None) -> Any:

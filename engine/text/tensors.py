@@ -20,6 +20,8 @@ MAX_HEADER = 2**24
 
 MAX_DIMENSIONS = 8
 
+METADATA = "__metadata__"
+
 
 @dataclass(eq=False)
 class Storage:
@@ -37,6 +39,19 @@ class StoredTensor:
     storage: Storage
     shape: tuple[int, ...]
     offset: int = 0
+
+    def number(self) -> float:
+        """The one number of a tensor, of whatever type. TensorFileError if it has more or fewer."""
+        kinds = {"F64": "<f8", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "u1"}
+        kind = kinds.get(self.storage.dtype)
+        if math.prod(self.shape) != 1:
+            raise TensorFileError(
+                f"a tensor has the shape {shown(self.shape)} where one number belongs; get the file again"
+            )
+        if kind is None:
+            return float(self.values().reshape(()))
+        size = BYTES[self.storage.dtype]
+        return float(np.frombuffer(self.storage.data[self.offset * size : (self.offset + 1) * size], kind)[0])
 
     def values(self) -> np.ndarray:
         """The tensor as float32. TensorFileError for types other than float16, bfloat16 and float32, and if the file
@@ -61,6 +76,19 @@ def read_safetensors(data: memoryview) -> dict[str, StoredTensor]:
 
     Source: huggingface/safetensors, "Format".
     """
+    header, body = _header(data)
+    return {name: _tensor(name, entry, body) for name, entry in header.items() if name != METADATA}
+
+
+def safetensors_metadata(data: memoryview) -> dict[str, str]:
+    """The texts that a safetensors file has beside its tensors."""
+    found = _header(data)[0].get(METADATA)
+    texts = found if isinstance(found, Mapping) else {}
+    return {key: value for key, value in texts.items() if isinstance(value, str)}
+
+
+def _header(data: memoryview) -> tuple[dict[str, Any], memoryview]:
+    """The header, and what it describes."""
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(len(data) - 8, MAX_HEADER):
         raise TensorFileError(f"the header would take {length} bytes: this is no safetensors file, or it is damaged")
@@ -70,8 +98,7 @@ def read_safetensors(data: memoryview) -> dict[str, StoredTensor]:
         raise TensorFileError("the header is not JSON: this is no safetensors file, or it is damaged") from error
     if not isinstance(header, dict):
         raise TensorFileError("the header is no JSON object: this is no safetensors file, or it is damaged")
-    header.pop("__metadata__", None)
-    return {name: _tensor(name, entry, data[8 + length :]) for name, entry in header.items()}
+    return header, data[8 + length :]
 
 
 def _tensor(name: str, entry: Any, data: memoryview) -> StoredTensor:

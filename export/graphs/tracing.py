@@ -21,6 +21,7 @@ from engine.contract import DYNAMIC, PROMPT_TOKENS, Component, Sizes
 
 from ..compare import random_inputs
 from ..errors import ToOnnxError
+from .weights import name_views, save, split_equal
 
 OPSET = 18
 """The lowest that torch's exporter writes properly. TensorRT 8.6 documents opsets up to 17 and misreads what later ones
@@ -81,10 +82,14 @@ def export_onnx(component: Component, module: nn.Module, sizes: Sizes, file: Pat
                 output_names=list(component.output_names),
                 dynamic_shapes=dynamic_shapes(component),
                 verbose=False,
+                optimize=False,
             )
             assert program is not None
+            uses = name_views(program.model)
+            program.optimize()
+            split_equal(program.model, uses)
             _slice_whole_shapes(program.model)
-            program.save(str(file), external_data=True)
+            save(program.model, file, {name for name, _ in module.named_parameters()})
         onnx.checker.check_model(str(file))
     except OSError:
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,13 +38,15 @@ def resolve(
     scheduler: str | None = None,
     ema: bool = False,
     vae: Path | None = None,
+    loras: Sequence[tuple[Path, float]] = (),
 ) -> Source:
     """The source that MODEL stands for. `tokenizer`, `prediction_type`, `ema` (the running averages of the U-Net) and
     `vae` (a file or folder that stands in for the file's) are for single files of Stable Diffusion.
     `scheduler`, a name in engine.sampling.catalog.SAMPLERS or a diffusers class name, replaces the model's own.
+    loras: files of adapters that go into the model, each with its weight.
 
-    Raises UnknownModelError, UnreadableModelError, UnsupportedModelError, UnsafePickleError, NoNetworkError or
-    UsageError.
+    Raises UnknownModelError, UnreadableModelError, UnsupportedModelError, UnsafePickleError, NoNetworkError,
+    UsageError, or engine's AdapterError.
     """
     source = _resolve(
         model,
@@ -59,6 +62,7 @@ def resolve(
         "ema": "yes" if ema else None,
     }
     source.options = {name: value for name, value in given.items() if value}
+    source.fuse(loras)
     return source
 
 

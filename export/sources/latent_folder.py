@@ -71,7 +71,7 @@ class LatentFolder(Source):
     def recipes(self) -> Recipes:
         return BERT_VQ if self._index["vqvae"][1] == "VQModel" else BERT_KL
 
-    def load(self, part: str) -> nn.Module:
+    def read(self, part: str) -> nn.Module:
         cls, folder = PARTS[self._index[part][1]], self.folder / part
         if part == "bert":
             model: nn.Module = load_weights(folder, cls, "model.safetensors", "pytorch_model.bin")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +23,8 @@ from engine.family import STABLE_DIFFUSION, Traits, joined
 from engine.manifest import LowResolution
 
 from .. import oracles
+from ..adapters import Fusion
+from ..errors import UsageError
 from ..graphs.recipes import JOINED, RECIPES, Recipes
 from . import checks
 from .reading import reading
@@ -44,6 +46,7 @@ class Source(ABC):
     def __init__(self, name: str, origin: Mapping[str, str], inputs: tuple[Path, ...] = ()) -> None:
         self.name, self.origin, self.inputs = name, dict(origin), inputs
         self.options: dict[str, str] = {}
+        self._fusion: Fusion | None = None
         self._fingerprints: dict[str, str] = {}
 
     @property
@@ -57,8 +60,31 @@ class Source(ABC):
         """How the graphs are made of the parts."""
 
     @abstractmethod
+    def read(self, part: str) -> nn.Module:
+        """A new model of one of `models`, float32 on the CPU, as it was trained."""
+
     def load(self, part: str) -> nn.Module:
-        """A new model of one of `models`, float32 on the CPU."""
+        """The same, with the adapters that it is built with."""
+        model = self.read(part)
+        if self._fusion is not None:
+            self._fusion.apply(part, model)
+        return model
+
+    def fuse(self, adapters: Sequence[tuple[Path, float]]) -> None:
+        """Puts adapters (docs/adapters.md), each with its weight, into the model. UsageError for a family that adapters
+        don't change, AdapterError for a file that holds none."""
+        if not adapters:
+            return
+        adapted = {component.name: component.adapted for component in self.family.components if component.adapted}
+        parts = {recipe.part: adapted[name] for name, recipe in self.recipes.items() if name in adapted}
+        if not parts:
+            raise UsageError(
+                f"--lora {adapters[0][0]} is for Stable Diffusion, and {self.name} is a model without texts, whose "
+                "weights adapters don't change; leave it out"
+            )
+        self._fusion = Fusion(adapters, parts, self.read)
+        self.inputs = (*self.inputs, *self._fusion.files)
+        self.options["lora"] = str(self._fusion)
 
     @abstractmethod
     def config(self, part: str) -> dict[str, Any]:
@@ -87,7 +113,8 @@ class Source(ABC):
         """A hash of everything that determines a part, the tokenizer or the scheduler. It is computed once: files that
         change later are seen by a new Source."""
         if part not in self._fingerprints:
-            self._fingerprints[part] = self._fingerprint(part)
+            own = self._fingerprint(part)
+            self._fingerprints[part] = own if self._fusion is None else self._fusion.fingerprint(part, own)
         return self._fingerprints[part]
 
     def tokenizer(self) -> Any:
@@ -175,7 +202,7 @@ class TextToImage(Source):
     def text_layers(self) -> int:
         return int(self.config("text_encoder")["num_hidden_layers"])
 
-    def load(self, part: str) -> nn.Module:
+    def read(self, part: str) -> nn.Module:
         return {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}[part]()
 
     def check_configs(self) -> None:

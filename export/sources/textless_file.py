@@ -47,7 +47,7 @@ class TextlessFile(Textless):
     def decoder(self) -> str | None:
         return None if self._latent is None else self._latent.decoder.__name__
 
-    def load(self, part: str) -> nn.Module:
+    def read(self, part: str) -> nn.Module:
         if part == "unet" or self._latent is None:
             model: nn.Module = reading(self.file, lambda: self._unet.model(self.file))
         else:

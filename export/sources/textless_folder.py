@@ -60,7 +60,7 @@ class TextlessFolder(Textless):
     def _class(self, part: str) -> Any:
         return CLASSES[self._index[part][1]]
 
-    def load(self, part: str) -> nn.Module:
+    def read(self, part: str) -> nn.Module:
         name = "diffusion_pytorch_model"
         model: nn.Module = load_weights(
             self._place(part), self._class(part), f"{name}.safetensors", f"{name}.bin", low_cpu_mem_usage=False

@@ -111,6 +111,14 @@ def test_parity_is_against_float32_diffusers(demo_bundle, results):
     assert found["sides"]["openvino"]["max_difference"] <= 1
 
 
+def test_adapters_says_what_a_switch_takes(demo_bundle, results):
+    words = ["--bundle", str(demo_bundle), "--backend", "onnxruntime", "--steps", "1", "--turns", "1"]
+    found = measured(results, "adapters", "adapters", *words)
+    assert found["layers"] == 90
+    (one,) = found["backends"]
+    assert all(one[name] > 0 for name in ("load", "on", "off", "step", "step_with"))
+
+
 def test_guidance_says_what_an_interval_saves_and_changes(demo_bundle, results):
     found = measured(
         results,
@@ -285,6 +293,9 @@ INTEGERS = [
     ("settings", "--runs", 1),
     ("memory", "--steps", 1),
     ("tiling", "--side", 8),
+    ("adapters", "--rank", 1),
+    ("adapters", "--steps", 1),
+    ("adapters", "--turns", 1),
 ]
 
 

@@ -203,10 +203,21 @@ def message(demo, error, **arguments):
             "the weight of 'a' is 1001, the product of the brackets around it; write weights from -1000 to 1000",
         ),
         (
-            {"prompt": "a ring <lora:ink:0.8>", "prompt_syntax": "a1111"},
+            {"prompt": "a ring", "negative_prompt": "ugly <lora:ink:0.8>", "prompt_syntax": "a1111"},
             e.AdapterTagError,
-            "the prompt has the tag '<lora:ink:0.8>', and adapters can't be loaded yet; take the tag out",
+            "the negative prompt has the tag '<lora:ink:0.8>', and both prompts' rows have the same weights",
         ),
+        (
+            {"prompt": ["a ring <lora:ink:0.8>", "a star"], "prompt_syntax": "a1111"},
+            e.AdapterTagError,
+            "prompt 1 has the tags '<lora:ink:0.8>' and prompt 2 none; one call has one set of adapters",
+        ),
+        (
+            {"prompt": "a ring <lora:ink:0.8><lora:ink:0.5>", "prompt_syntax": "a1111"},
+            e.AdapterTagError,
+            "a prompt has two tags for the adapter 'ink'; write one",
+        ),
+        ({"prompt": "<lora:ink:1:1:0>", "prompt_syntax": "a1111"}, e.AdapterTagError, "can't be read"),
         ({"prompt": "<lora:ink:x>", "prompt_syntax": "a1111"}, e.AdapterTagError, "write <lora:name>, <lora:name:0.8>"),
         (
             {"prompt": "[red:blue:5] ring", "prompt_syntax": "a1111", "num_inference_steps": 4},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import cached_property
 from io import StringIO
@@ -79,6 +79,8 @@ class OnnxRuntimeBackend(HostCoder):
         self._cuda_graphs = cuda_graphs and gpu is not None
         self._resident = gpu is not None
         self._sessions: dict[str, Any] = {}
+        self._changed: Mapping[str, Mapping[str, Any]] = {}
+        """Weights that are not the bundle's, as OrtValues. A session reads them where they are."""
         self._graph_ids = count(1)
         self._calls: Recent[tuple[int, ...], Call] = Recent(SHAPES_KEPT, Call.leave)
         self.profiles: tuple[Shapes, ...] = (shapes,) if shapes else ()
@@ -94,7 +96,9 @@ class OnnxRuntimeBackend(HostCoder):
         path, library = self.graphs[component], self._library
         self._recheck(component)
         try:
-            session = library.InferenceSession(str(path), self._options(path), providers=self._providers(cuda_graph))
+            options, changed = self._options(path), self._changed.get(component, {})
+            options.add_external_initializers(list(changed), list(changed.values()))
+            session = library.InferenceSession(str(path), options, providers=self._providers(cuda_graph))
         except Exception as error:  # ONNX Runtime's errors have no common base
             if cuda_graph:
                 return self.without_cuda_graph(error)
@@ -107,6 +111,26 @@ class OnnxRuntimeBackend(HostCoder):
                 "its log on standard error says why (usually CUDA or cuDNN have another version than it was built for)"
             )
         return session
+
+    def change_weights(self, weights: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        """See `Backend.change_weights`. The components that change are loaded again."""
+        make, before = self._library.OrtValue.ortvalue_from_numpy, self._changed
+        components = {*weights, *before}
+        self._changed = {component: {name: make(a) for name, a in some.items()} for component, some in weights.items()}
+        try:
+            self._load_again(components)
+        except BaseException:
+            self._changed = before
+            self._load_again(components)
+            raise
+
+    def _load_again(self, components: Iterable[str]) -> None:
+        """The old sessions are freed first: two of a large model may be too much."""
+        self._calls.clear()
+        for component in components:
+            self._sessions.pop(component, None)
+        for component in components:
+            self.load(component)
 
     def _providers(self, cuda_graph: bool) -> list[Any]:
         if self._gpu is None:

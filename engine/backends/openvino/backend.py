@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from .pages import Scratch, drop_pages, pages_given_back
 from .parts import fix_shapes, split
 from .rewrites import REWRITES, Keep
 from .step import Call, OpenVinoLanes, Runner
+from .weights import replace_weights
 
 COMPILED_SHAPES = 8
 """The number of sizes for which a small graph stays compiled. A large one (LARGE_GRAPH) stays compiled for its last
@@ -73,6 +74,10 @@ class OpenVinoBackend(HostCoder):
         kept = {component: 1 if self.is_large(component) else COMPILED_SHAPES for component in graphs}
         self._runners: dict[str, Recent[tuple[int, ...], Runner]] = {name: Recent(size) for name, size in kept.items()}
         self._calls: Recent[tuple[int, ...], Call] = Recent(kept.get("denoiser", 1), Call.leave)
+        self._changed: Mapping[str, Mapping[str, np.ndarray]] = {}
+        """Weights that are not the bundle's."""
+        self._latest: Sizes | None = None
+        """The sizes for which the denoiser was compiled last."""
         self.profiles: tuple[Shapes, ...] = (shapes,) if shapes else ()
         precisions = ", ".join(f"{component} {precision}" for component, precision in self.precision.items())
         self.description = f"OpenVINO {openvino.__version__.split('-')[0]} on the CPU ({precisions})"
@@ -90,9 +95,35 @@ class OpenVinoBackend(HostCoder):
         path = self.graphs[component]
         self._recheck(component)
         try:
-            return self._core.read_model(path)
+            model = self._core.read_model(path)
         except Exception as error:
             raise BackendError(f"OpenVINO {self._library.__version__} does not load {path}: {error}") from error
+        if component in self._changed:
+            replace_weights(self._library, model, self._changed[component])
+        return model
+
+    def change_weights(self, weights: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        """See `Backend.change_weights`. The components that change are compiled again, the denoiser for the sizes that
+        it was used at last."""
+        before, self._changed = self._changed, weights
+        components = {*weights, *before}
+        try:
+            self._compile_again(components)
+        except BaseException:
+            self._changed = before
+            self._compile_again(components)
+            raise
+
+    def _compile_again(self, components: Collection[str]) -> None:
+        """The old graphs are freed first: two of a large model may be too much."""
+        for component in components:
+            self._runners[component].clear()
+        if "text_encoder" in components:
+            self.runner("text_encoder", {})
+        if "denoiser" in components:
+            self._calls.clear()
+            if self._latest is not None:
+                self.call(self._latest)
 
     def compile(self, component: str, model: Any, precision: str, what: str) -> Runner:
         """Compiles a model that was made from a component's graph or a part of it. OpenVINO copies the weights into a
@@ -167,6 +198,7 @@ class OpenVinoBackend(HostCoder):
 
     def _compile_parts(self, sizes: Sizes) -> Call:
         denoiser, (one, model) = self.family["denoiser"], (self.read("denoiser") for _ in range(2))
+        self._latest = dict(sizes)
         shapes = self._shapes("denoiser", model, sizes)
         fix_shapes(self._library, one, self._shapes("denoiser", one, {**sizes, "rows": sizes["batch"]}))
         fix_shapes(self._library, model, shapes)

@@ -14,6 +14,7 @@ import numpy as np
 
 from ...bundle import Bundle
 from ...contract import Sizes, Tensor
+from ...errors import AdapterError
 from ...job import Conditioning
 from ...plans import Plans, plans_command
 from ..interface import Decoded, encode_in_parts
@@ -38,6 +39,7 @@ class TensorRtBackend(TensorRtRuntime):
         on."""
         super().__init__(gpu, bundle.family)
         self.build_command, self.cuda_graphs = plans_command(bundle.folder), cuda_graphs
+        self._bundle_command = bundle.command()
         self._embeddings = Places(self.device, EMBEDDINGS_PER_BLOCK, "text embeddings")
         self.states = Places(self.device, 1, "pictures that wait")
         try:
@@ -91,6 +93,13 @@ class TensorRtBackend(TensorRtRuntime):
             return [outputs[name][: len(some)] for name in engine.component.output_names]
 
         return encode_in_parts(run, images, high)
+
+    def change_weights(self, weights: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        """Raises AdapterError: the weights are in the plans."""
+        raise AdapterError(
+            "TensorRT's plans are built with their weights, and are not refitted yet; build the model with the adapter "
+            f"in it: {self._bundle_command} --lora FILE:WEIGHT && {self.build_command}"
+        )
 
     def lanes(self, count: int, height: int, width: int) -> TensorRtLanes:
         """So many free lanes for latents of h x w elements."""

@@ -47,6 +47,10 @@ class TensorRtLanes:
     def path(self) -> str:
         return self._path if self._step is None else self._step.path
 
+    @property
+    def busy(self) -> bool:
+        return any(job is not None for job in self._jobs)
+
     def admit(self, lane: int, job: Job) -> None:
         self._jobs[lane], self._fresh[job] = job, job.latents
 

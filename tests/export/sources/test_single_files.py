@@ -292,7 +292,9 @@ def test_a_manifest_may_name_every_option_of_a_model(first, other, tmp_path):
     (_, tensors), (_, names) = first, other
     given = saved(names, tmp_path / "vae.ckpt")
     file = saved({**tensors, **averaged(tensors, lambda value: value + 1)}, tmp_path / "full.ckpt")
-    source = opened(file, ema=True, vae=given, prediction_type="epsilon", scheduler="euler_a")
+    lora = tmp_path / "norm.safetensors"
+    save_file({"lora_unet_conv_norm_out.b_norm": torch.zeros(64)}, lora)
+    source = opened(file, ema=True, vae=given, prediction_type="epsilon", scheduler="euler_a", loras=[(lora, 0.5)])
     assert set(source.options) == set(SOURCE_OPTIONS)
     assert Origin.of(Field({**source.origin, "options": source.options})).options == source.options
 

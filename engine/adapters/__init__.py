@@ -1,0 +1,1 @@
+"""Adapters: files of changes to a model's weights, such as LoRA."""
