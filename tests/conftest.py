@@ -22,6 +22,7 @@ with suppress(ImportError):
 from engine import Pipeline
 from engine.contract import Range, Shapes
 from export import component as exported
+from export import verify
 from export.build import build, default_shapes, shapes_of
 from export.sources.checkpoint import DiffusersFolder, resolve
 from export.sources.textless_folder import TextlessFolder
@@ -42,6 +43,14 @@ ONE, TWO, FIXED = (Range(n, n, n) for n in (1, 2, 64))
 def _equal_modules_are_traced_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exported, "export_onnx", shared_export)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _bundles_are_compared_over_two_steps():
+    """As those of large models; tests/export/test_verify.py shows the twenty of small ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "SMALL", 0)
         yield
 
 
