@@ -1,5 +1,6 @@
 """Bundles that the tests share: built once, and kept in build/ until something that they are made of changes."""
 
+import gc
 import json
 import os
 import shutil
@@ -233,3 +234,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     with one at the end. The tests of a file stay together: they share fixtures, and some read others' results."""
     slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
     items.sort(key=lambda item: (turn(item), item.path not in slow))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: a build collects garbage four times, and each time would look at all of torch."""
+    gc.collect()
+    gc.freeze()
