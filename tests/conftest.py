@@ -208,16 +208,20 @@ def edit_manifest():
 
 
 LONGEST = (
-    "benchmarks/test_gpu.py",
+    "export/test_build.py",
+    "export/sources/test_joined_folders.py",
+    "engine/backends/test_lanes.py",
     "benchmarks/test_commands.py",
     "test_offline.py",
-    "engine/backends/test_lanes.py",
-    "export/test_build.py",
-    "test_parity.py",
-    "engine/backends/test_openvino.py",
+    "test_textless.py",
+    "benchmarks/test_gpu.py",
     "engine/test_torch_free.py",
+    "engine/backends/test_openvino.py",
     "export/tensorrt/test_build.py",
     "engine/backends/test_tensorrt.py",
+    "test_parity.py",
+    "test_inpainting.py",
+    "test_demo_model.py",
     "test_remedies.py",
 )
 """The files that take the most processor time, the longest first."""
