@@ -237,7 +237,7 @@ def test_tensorrt_makes_the_pictures_of_onnxruntime(joined_bundles, tmp_path, ki
 
 
 def test_the_rows_of_two_guidance_scales():
-    rows = Edit(1.5).rows({}, {}, np.array([7.5, 1.0]))
+    rows = Edit(1.5).rows([({}, 1.0)], {}, np.array([7.5, 1.0]))
     assert [row.weight.tolist() for row in rows] == [[-0.5, 0.0], [-6.0, 0.0], [7.5, 1.0]]
     assert [row.blind for row in rows] == [True, False, False]
 
