@@ -5,12 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .init_image import InitImage
 from .sampling.noise import TorchGenerator
 from .sampling.table import StepTable
+
+if TYPE_CHECKING:  # it reads files with Pillow, which plans are built without
+    from .init_image import InitImage
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,5 +1,6 @@
 """Bundles that the tests share: built once, and kept in build/ until something that they are made of changes."""
 
+import gc
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ with suppress(ImportError):
 from engine import Pipeline
 from engine.contract import Range, Shapes
 from export import component as exported
+from export import verify
 from export.build import build, default_shapes, shapes_of
 from export.sources.checkpoint import DiffusersFolder, resolve
 from export.sources.textless_folder import TextlessFolder
@@ -42,6 +44,14 @@ ONE, TWO, FIXED = (Range(n, n, n) for n in (1, 2, 64))
 def _equal_modules_are_traced_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exported, "export_onnx", shared_export)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _bundles_are_compared_over_two_steps():
+    """As those of large models; tests/export/test_verify.py shows the twenty of small ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "SMALL", 0)
         yield
 
 
@@ -198,16 +208,20 @@ def edit_manifest():
 
 
 LONGEST = (
-    "benchmarks/test_gpu.py",
+    "export/test_build.py",
+    "export/sources/test_joined_folders.py",
+    "engine/backends/test_lanes.py",
     "benchmarks/test_commands.py",
     "test_offline.py",
-    "engine/backends/test_lanes.py",
-    "export/test_build.py",
-    "test_parity.py",
-    "engine/backends/test_openvino.py",
+    "test_textless.py",
+    "benchmarks/test_gpu.py",
     "engine/test_torch_free.py",
+    "engine/backends/test_openvino.py",
     "export/tensorrt/test_build.py",
     "engine/backends/test_tensorrt.py",
+    "test_parity.py",
+    "test_inpainting.py",
+    "test_demo_model.py",
     "test_remedies.py",
 )
 """The files that take the most processor time, the longest first."""
@@ -224,3 +238,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     with one at the end. The tests of a file stay together: they share fixtures, and some read others' results."""
     slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
     items.sort(key=lambda item: (turn(item), item.path not in slow))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: a build collects garbage four times, and each time would look at all of torch."""
+    gc.collect()
+    gc.freeze()

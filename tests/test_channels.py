@@ -34,13 +34,13 @@ from .test_inpainting import mask
 
 pytestmark = pytest.mark.slow
 FAST = {"num_inference_steps": 2, "progress": False}
-QUICK = {"num_inference_steps": 3, "backends": ["onnxruntime"]}
+QUICK = {"num_inference_steps": 2, "backends": ["onnxruntime"]}
 KINDS = ("inpaint", "depth", "edit", "upscale")
 IMAGES = [picture(0), picture(1)]
 MASKS = [mask(), mask(part=(0, 0, 64, 40))]
 DEPTHS = np.random.default_rng(2).random((2, 48, 80), np.float32)
 SMALL = [picture(0, 16, 24), picture(1, 16, 24)]
-SAMPLERS = ("ddim", "euler_a", "dpmpp_2m_karras")
+SAMPLERS = ("ddim", "euler_a")
 
 
 class Both:
@@ -63,7 +63,7 @@ class Both:
 
     def check(self, sampler, seed, size=False, backends=BACKENDS, **options):
         """Latents after the last step. `size`: diffusers is told height and width."""
-        options = {"prompt": PROMPTS, "num_inference_steps": 5, "guidance_scale": 7.5, **options}
+        options = {"prompt": PROMPTS, "num_inference_steps": 4, "guidance_scale": 7.5, **options}
         told = {"height": HEIGHT, "width": WIDTH} if size else {}
         wanted = self.diffusers(sampler, seed, output_type="latent", **options, **told).numpy()
         for name in backends:
@@ -237,7 +237,7 @@ def test_tensorrt_makes_the_pictures_of_onnxruntime(joined_bundles, tmp_path, ki
 
 
 def test_the_rows_of_two_guidance_scales():
-    rows = Edit(1.5).rows({}, {}, np.array([7.5, 1.0]))
+    rows = Edit(1.5).rows([({}, 1.0)], {}, np.array([7.5, 1.0]))
     assert [row.weight.tolist() for row in rows] == [[-0.5, 0.0], [-6.0, 0.0], [7.5, 1.0]]
     assert [row.blind for row in rows] == [True, False, False]
 

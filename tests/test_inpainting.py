@@ -21,7 +21,7 @@ from export.graphs.denoiser import inpaint
 from . import fakes
 from .engine.backends.test_tensorrt import VERSION
 from .engine.sampling.test_samplers import CLASSES
-from .test_image_to_image import BACKENDS, HEIGHT, PROMPTS, WIDTH, beside_diffusers, picture, with_sampler
+from .test_image_to_image import BACKENDS, HEIGHT, PROMPTS, WIDTH, beside_diffusers, one_model, picture, with_sampler
 
 FAST = {"num_inference_steps": 4, "progress": False}
 slow = pytest.mark.slow
@@ -59,7 +59,7 @@ def with_diffusers(both, sampler, seed, image, mask_image, prompts=PROMPTS, **op
 
 
 def check_same(both, sampler, seed, image, mask_image, prompts=PROMPTS, **options):
-    options = {"strength": 1.0, "num_inference_steps": 10, "guidance_scale": 7.5, **options}
+    options = {"strength": 1.0, "num_inference_steps": 6, "guidance_scale": 7.5, **options}
     wanted = with_diffusers(both, sampler, seed, image, mask_image, prompts, output_type="latent", **options).numpy()
     for backend, pipeline in zip(BACKENDS, both[0], strict=True):
         made = pipeline(
@@ -82,6 +82,7 @@ def test_the_same_seeds_give_diffusers_pictures(both, sampler):
     check_same(both, sampler, [3, 1234567], [picture(0), picture(1)], [mask(), mask(part=(0, 0, 64, 40))])
 
 
+@one_model
 @slow
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
 @pytest.mark.parametrize("seed", [7, [7, 8]], ids=["one seed", "two seeds"])
@@ -90,21 +91,25 @@ def test_a_strength_below_one_begins_with_the_image(both, sampler, seed):
     check_same(both, sampler, seed, picture(0), mask(), strength=0.6)
 
 
+@one_model
 @slow
 def test_one_seed_draws_for_all_pictures_at_once(both):
     check_same(both, "euler_a", 7, [picture(0), picture(1)], mask(), num_inference_steps=4)
 
 
+@one_model
 @slow
 def test_several_pictures_of_one_image(both):
     check_same(both, "ddim", 7, picture(0), mask(), PROMPTS[0], num_images_per_prompt=2, num_inference_steps=4)
 
 
+@one_model
 @slow
 def test_without_guidance(both):
     check_same(both, "dpmpp_2m", 7, picture(0), mask(), PROMPTS[0], guidance_scale=1.0)
 
 
+@one_model
 @slow
 def test_the_part_around_the_mask_is_painted_as_in_diffusers(both):
     """The tiny model's own latents of the part, and what it makes of them, come back with a difference of rounding."""

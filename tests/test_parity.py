@@ -13,9 +13,11 @@ pytestmark = pytest.mark.slow
 PROMPTS = ["a large red circle on a blue background", "a small green star on the left of a white background"]
 NEGATIVE = ["", "a square"]
 BACKENDS = ["onnxruntime", "openvino"]
-HEIGHT, WIDTH, STEPS, GUIDANCE = 64, 96, 10, 7.5
-FEW = {"num_inference_steps": 4}
+HEIGHT, WIDTH, STEPS, GUIDANCE = 64, 96, 8, 7.5
+FEW = {"num_inference_steps": 3}
 """Enough where the sampler is not the subject."""
+tiny = pytest.mark.parametrize("both", ["sd1", "sd2"], indirect=True)
+one_model = pytest.mark.parametrize("both", ["sd1"], indirect=True)
 
 
 @pytest.fixture(scope="module", params=["demo", "sd1", "sd2"])
@@ -92,6 +94,7 @@ def test_same_seeds_give_the_same_pictures_as_diffusers(both, sampler):
     check_same(our_runs(ours, sampler, SEEDS), diffusers_run(theirs, config, sampler, generators))
 
 
+@one_model
 @pytest.mark.parametrize("sampler", ["ddpm", "euler_a"])
 def test_one_seed_for_two_pictures_is_one_generator(both, sampler):
     """Those that draw noise at every step."""
@@ -100,6 +103,7 @@ def test_one_seed_for_two_pictures_is_one_generator(both, sampler):
     check_same(our_runs(ours, sampler, 1234567), diffusers_run(theirs, config, sampler, generator))
 
 
+@one_model
 def test_several_images_per_prompt_come_in_diffusers_order(both):
     ours, theirs, config = both
     check_same(
@@ -108,6 +112,7 @@ def test_several_images_per_prompt_come_in_diffusers_order(both):
     )
 
 
+@one_model
 def test_guidance_scale_1_leaves_the_negative_prompt_out(both):
     ours, theirs, config = both
     check_same(
@@ -116,6 +121,7 @@ def test_guidance_scale_1_leaves_the_negative_prompt_out(both):
     )
 
 
+@tiny
 def test_eta_is_that_of_diffusers(both):
     ours, theirs, config = both
     check_same(
@@ -124,6 +130,7 @@ def test_eta_is_that_of_diffusers(both):
     )
 
 
+@tiny
 def test_guidance_rescale_is_that_of_diffusers(both):
     ours, theirs, config = both
     check_same(
@@ -149,13 +156,14 @@ def dynamic(scales):
     return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
 
 
-LIST = [GUIDANCE] * 3 + [1.0] * 4 + [4.0] * 3
+LIST = [GUIDANCE] * 3 + [1.0] * 3 + [4.0] * 2
 
 
+@one_model
 @pytest.mark.parametrize(
     ("sampler", "ours_take", "scales", "rescale"),
     [
-        ("ddim", {"guidance_interval": (0.0, 0.5)}, [GUIDANCE] * 6 + [1.0] * 4, 0.7),
+        ("ddim", {"guidance_interval": (0.0, 0.5)}, [GUIDANCE] * 5 + [1.0] * 3, 0.7),
         ("dpmpp_2m", {"guidance_scale": LIST}, LIST, 0.0),
         ("ddim", {"guidance_scale": lambda i, timestep: 7.5 - 0.3 * i}, [7.5 - 0.3 * i for i in range(STEPS)], 0.0),
     ],
@@ -168,6 +176,7 @@ def test_guidance_by_evaluation_is_a_callback_of_diffusers(both, sampler, ours_t
     check_same(found, diffusers_run(theirs, config, sampler, generator, guidance_rescale=rescale, **dynamic(scales)))
 
 
+@one_model
 def test_given_latents_take_the_place_of_noise(both):
     ours, theirs, config = both
     latents = torch.randn((2, 4, HEIGHT // 8, WIDTH // 8), generator=torch.Generator().manual_seed(9))
@@ -177,6 +186,7 @@ def test_given_latents_take_the_place_of_noise(both):
     )
 
 
+@tiny
 @pytest.mark.parametrize(("height", "width"), [(72, 40), (64, 64), (104, 128)])
 def test_sizes_that_halving_rounds_equal_diffusers(both, height, width):
     ours, theirs, config = both
@@ -186,6 +196,7 @@ def test_sizes_that_halving_rounds_equal_diffusers(both, height, width):
     )
 
 
+@one_model
 def test_np_output_is_the_picture_in_0_to_1(both):
     pipeline = both[0][0]
     arguments = {"num_inference_steps": 2, "seed": 0, "height": 32, "width": 32}

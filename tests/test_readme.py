@@ -16,11 +16,11 @@ README = PAGES["README.md"]
 
 
 @pytest.mark.slow
-def test_the_python_examples_make_pictures(demo_bundle, tmp_path, monkeypatch, capsys):
+def test_the_python_examples_make_pictures(tiny_bundles, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for page in ("README.md", "python.md", "samplers.md"):
         for code in re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL):
-            exec(code.replace("engines/demo", str(demo_bundle)), {})
+            exec(code.replace("engines/demo", str(tiny_bundles["sd1"])), {})
     assert "Seed: 0" in Image.open("circle.png").text["parameters"]
     assert "'total'" in capsys.readouterr().out
 

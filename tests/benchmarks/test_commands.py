@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import latency, machine
+from benchmarks import latency, machine, scaling, settings
 from benchmarks.__main__ import COMMANDS, main, parser
 from benchmarks.errors import BenchmarkUsageError, SideError, SkippedSide
 from benchmarks.machine import PRODUCTS, copy_rate, matrix_rate
@@ -178,9 +178,9 @@ def test_scaling_covers_steps_batch_and_pixels(tiny_bundles, results):
         "--steps",
         "2",
         "--pictures",
-        "1",
-        "--rounds",
         "2",
+        "--rounds",
+        "1",
     )
     assert all(point["seconds"]["n"] == 2 for found in found["against"].values() for point in found["points"])
     assert [point["steps"] for point in found["against"]["steps"]["points"]] == [1, 2, 4]
@@ -188,15 +188,48 @@ def test_scaling_covers_steps_batch_and_pixels(tiny_bundles, results):
     assert [point["pixels"] for point in found["against"]["pixels"]["points"]] == [32**2, 64**2, 96**2, 128**2]
 
 
+def test_rounds_go_over_all_points(tiny_bundles, monkeypatch, tmp_path):
+    """So that a drift of the machine shows as their spread."""
+    seen = []
+
+    def measure(setup, interpreters, request, pictures):
+        seen.append(request)
+        return {"totals": [1.0] * pictures, "peak_bytes": 1, "device_bytes": None}
+
+    monkeypatch.setattr(scaling, "measure", measure)
+    asked = ["--bundle", str(tiny_bundles["sd1"]), "--backend", "onnxruntime", "--pictures", "3", "--rounds", "2"]
+    found = measured(tmp_path, "scaling", "scaling", *asked)
+    assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
+    assert found["rounds"] == 2
+    assert all(point["seconds"]["n"] == 6 for axis in found["against"].values() for point in axis["points"])
+
+
 def test_settings_are_measured_one_by_one(tiny_bundles, results, monkeypatch):
+    """Two of each library: the next test has them all."""
+    for name in ("ONNXRUNTIME", "OPENVINO"):
+        monkeypatch.setattr(settings, name, dict(list(getattr(settings, name).items())[:2]))
     monkeypatch.setattr(OpenVinoBackend, "has_bf16", lambda self: False)  # the same settings again
     bundle = str(tiny_bundles["sd1"])
     found = measured(results, "settings", "settings", "--bundle", bundle, "--runs", "1", "--turns", "1")
     rows, sampler = found["tables"]
-    assert {row["library"] for row in rows} == {"onnxruntime", "openvino"}
+    assert [row["library"] for row in rows] == ["onnxruntime", "onnxruntime", "openvino", "openvino"]
     assert len({(row["precision"], row["setting"]) for row in rows}) == len(rows)
     assert len(sampler) == 5
     assert found["skipped"] == {"openvino bf16": "openvino in bf16: this CPU has no instructions for it"}
+
+
+@pytest.mark.parametrize(
+    ("library", "setting"),
+    [(library, name) for library in ("onnxruntime", "openvino") for name in getattr(settings, library.upper())],
+)
+def test_every_setting_runs(tiny_bundles, monkeypatch, library, setting):
+    monkeypatch.setattr(settings, "SETTLE", 0.0)
+    job = {"graph": str(tiny_bundles["sd1"] / "onnx" / "denoiser.onnx"), "library": library, "precision": "fp32"}
+    service = settings.Service()
+    loaded = service({**job, "height": 64, "width": 64, **getattr(settings, library.upper())[setting]})
+    assert loaded["create"] > 0
+    assert service({"runs": 1})["step"] > 0
+    assert service({"finish": True})["peak_bytes"] > 0
 
 
 def test_the_report_is_one_page_of_all_results(results):
@@ -376,7 +409,7 @@ def wait_for_child(pid: int) -> str:
 @pytest.mark.parametrize(
     ("command", "where"),
     [
-        ("parity", "benchmarks.sides.Side.picture"),
+        ("parity", "benchmarks.sides.Side.__init__"),
         ("latency", "benchmarks.latency._warm_up"),
         ("scaling", "benchmarks.scaling.measure"),
         ("settings", "benchmarks.settings._turn"),

@@ -8,7 +8,6 @@ import torch
 
 from engine import Bundle
 from export import component as tracing
-from export import verify
 from export.build import build, default_shapes
 from export.errors import ToOnnxError
 from export.sources.checkpoint import DiffusersFolder
@@ -61,8 +60,7 @@ def start(source, engines, precision="fp32", **options):
     return lines
 
 
-def test_the_graphs_of_another_bundle_are_not_traced_again(other, engines, traced, monkeypatch):
-    monkeypatch.setattr(verify, "SMALL", 0)
+def test_the_graphs_of_another_bundle_are_not_traced_again(other, engines, traced):
     lines = []
     outcome = build(other, engines, "fp32", SHAPES, report=lines.append)
     assert (outcome.exported, traced) == ((), [])
@@ -76,9 +74,8 @@ def test_the_graphs_of_another_bundle_are_not_traced_again(other, engines, trace
         assert second.graphs[name].stat().st_nlink == 1
 
 
-def test_every_model_is_made_once_a_build(other, engines, traced, monkeypatch):
+def test_every_model_is_made_once_a_build(other, engines, traced):
     """Though it is checked, makes diffusers' pictures and is compared with its graph."""
-    monkeypatch.setattr(verify, "SMALL", 0)
     file = engines / "sd1" / "manifest.json"
     manifest = json.loads(file.read_text())
     file.write_text(json.dumps({**manifest, "verification": {"done": False, "reason": "x", "components": {}}}))

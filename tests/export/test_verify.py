@@ -24,12 +24,6 @@ from .sources.damage import SCHEDULER, TEXT_WEIGHTS, copy_model, edit, edit_weig
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(autouse=True)
-def few_steps(monkeypatch):
-    """Two steps, as for large models: builds of the tests take twenty."""
-    monkeypatch.setattr(verify, "SMALL", 0)
-
-
 @pytest.fixture
 def copied(tiny_bundles, tmp_path):
     """A copy of a tiny bundle."""
@@ -126,6 +120,11 @@ def test_an_overflow_has_a_remedy_for_its_precision(tiny_sources, copied, precis
     with pytest.raises(e.VerificationError, match=f"not finite.* the model overflows in {precision}") as caught:
         check_picture(tiny_sources["sd1"], copied, precision)
     assert ("--precision fp32" in str(caught.value)) == (precision == "fp16")
+
+
+def test_small_models_are_compared_over_twenty_steps(tiny_sources, monkeypatch):
+    monkeypatch.setattr(verify, "SMALL", 50_000_000)
+    assert verify.with_diffusers(tiny_sources["sd1"].pipeline(), 64, 64).steps == 20
 
 
 def test_the_manifest_says_what_was_verified(tiny_sources, copied):

@@ -1,5 +1,5 @@
-"""What every backend does: the same functions for ONNX Runtime, OpenVINO, TensorRT on the fake GPU in three versions,
-and the real one.
+"""What every backend does: the same functions for ONNX Runtime, OpenVINO, TensorRT on the fake GPU in its oldest and
+newest version, and the real one.
 
 The oracle is ONNX Runtime's plain run of the same graphs, which the parity tests compare with diffusers.
 """
@@ -12,6 +12,7 @@ import pytest
 from engine import Pipeline
 from engine.backends import tensorrt_is_usable
 from engine.errors import NumericalError
+from engine.text.conditioning import KEPT, Text
 from tests import fakes
 from tests.conftest import PROFILES, copy_bundle
 from tests.engine.backends.made_up import request_of
@@ -19,7 +20,7 @@ from tests.engine.backends.made_up import request_of
 pytestmark = pytest.mark.slow
 PROMPT = "a large red circle on a blue background"
 FAST = {"num_inference_steps": 4, "seed": 0, "guidance_scale": 5.0, "progress": False}
-FAKES = [f"fake {version}" for version in fakes.VERSIONS]
+FAKES = [f"fake {version}" for version in (fakes.VERSIONS[0], fakes.VERSIONS[-1])]
 
 
 @pytest.fixture(scope="module")
@@ -91,15 +92,14 @@ def test_latents_are_the_oracles(backend, expected, options):
 
 
 @pytest.mark.parametrize(
-    "prompt",
+    ("prompt", "count"),
     [
-        "a ring:0.5 AND a star:0.7",
-        "a [red:blue:0.5] ring",
-        "a ring BREAK a star",
-        "[a ring BREAK red|a star] AND blue:-1",
+        ("a ring:0.5 AND a star:0.7", 2),
+        ("a [red:blue:0.5] ring", 2),
+        ("a ring BREAK a star", 1),
+        ("[a ring BREAK red|a star] AND blue:-1", 2),
     ],
 )
-@pytest.mark.parametrize("count", [1, 2])
 def test_prompts_of_several_texts_are_the_oracles(backend, expected, prompt, count):
     """More rows, rows that change, more tokens, and all of these at once."""
     pipeline, tolerance = backend
@@ -110,7 +110,7 @@ def test_prompts_of_several_texts_are_the_oracles(backend, expected, prompt, cou
 
 def test_pixels_are_the_oracles(backend, expected):
     pipeline, _ = backend
-    for options in ({}, {"num_images_per_prompt": 4}, {"num_images_per_prompt": 3, "height": 96}):
+    for options in ({}, {"num_images_per_prompt": 3, "height": 96}):
         pictures = [
             np.stack([np.asarray(image).astype(int) for image in one(PROMPT, **FAST, **options).images])
             for one in (pipeline, expected)
@@ -129,9 +129,10 @@ def test_the_same_call_gives_the_same_picture_whatever_came_between(backend):
 
 def test_more_prompts_than_are_cached_do_not_mix(backend, expected):
     pipeline, tolerance = backend
-    for i in range(70):
-        latents(pipeline, f"a ring number {i}", num_inference_steps=1)
-    for prompt in ("a ring number 69", "a ring number 3"):
+    count = KEPT + 2  # and the negative prompt
+    for i in range(count):
+        pipeline._encode([Text(f"a ring number {i}")])
+    for prompt in (f"a ring number {count - 1}", "a ring number 3"):
         wanted = latents(expected, prompt)
         np.testing.assert_allclose(latents(pipeline, prompt), wanted, atol=tolerance * np.abs(wanted).max())
 

@@ -79,12 +79,12 @@ def test_even_the_first_picture_is_waited_for_once(bundle, machine):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("eager", [False, True], ids=["lazy", "eager"])
-def test_the_host_may_run_ahead_by_any_number_of_steps(planned, version, demo_fp16, eager):
+def test_the_host_may_run_ahead_by_any_number_of_steps(bundle, demo_fp16, eager):
     """The lazy GPU starts when the host waits, the eager one at once: neither sees memory that the host has changed
     since."""
     with Pipeline.load(demo_fp16, backend="onnxruntime") as oracle:
         wanted = pixels(oracle(PROMPT, **{**FAST, "num_inference_steps": 40}, scheduler="euler_a"))
-    with fakes.install(version, eager=eager), Pipeline.load(planned(version)) as pipeline:
+    with fakes.install(VERSION, eager=eager), Pipeline.load(bundle) as pipeline:
         for _ in range(2):
             np.testing.assert_array_equal(
                 pixels(pipeline(PROMPT, **{**FAST, "num_inference_steps": 40}, scheduler="euler_a")), wanted

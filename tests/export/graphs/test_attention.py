@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
 from engine.backends.onnxruntime.backend import OnnxRuntimeBackend
@@ -14,9 +15,9 @@ from export.graphs import attention as graphs
 from export.graphs.attention import PlainAttention, bounded_scores, centred
 from export.graphs.denoiser import Denoiser
 from export.graphs.precision import round_weights
-from export.graphs.tracing import export_onnx
 from tests.fakes.tensorrt_plan import read_graph
-from tests.models import tiny_modules
+from tests.models import SHALLOW_UNET
+from tests.traces import shared_export
 
 
 def as_they_are(unet):
@@ -47,7 +48,9 @@ def spread_out(unet):
 
 def changed_unet(change):
     """A U-Net of the SD 2.x kind with weights that half precision can hold."""
-    unet = tiny_modules("sd2")["unet"]
+    torch.manual_seed(0)
+    options = {"use_linear_projection": True, "upcast_attention": True}
+    unet = UNet2DConditionModel(**SHALLOW_UNET, attention_head_dim=2, **options).eval()
     with torch.no_grad():
         change(unet)
     round_weights(unet, torch.float16)
@@ -131,7 +134,7 @@ def test_a_product_in_half_costs_what_it_costs_models_that_do_not_overflow(size)
 @pytest.mark.slow
 def test_the_graph_does_the_same_and_every_tensorrt_reads_it(tmp_path):
     file = tmp_path / "denoiser.onnx"
-    export_onnx(DENOISER, Denoiser(changed_unet(with_much_in_common), torch.float16), SIZES, file)
+    shared_export(DENOISER, Denoiser(changed_unet(with_much_in_common), torch.float16), SIZES, file)
     (output,) = OnnxRuntimeBackend({"denoiser": file}).run("denoiser", INPUTS)
     assert (
         difference(output[:, 0], guided(with_much_in_common, torch.float32)).relative_rms < COMPONENT_TOLERANCE["fp16"]
