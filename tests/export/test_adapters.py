@@ -73,7 +73,7 @@ def test_a_plain_models_adapter_changes_the_first_channels_of_an_inpainting_mode
 def test_a_bundle_with_an_adapter_in_it_makes_the_pictures_of_the_adapter(
     model, tiny_sources, tiny_bundles, tmp_path, capsys
 ):
-    """Of the text encoder: it is traced in 3 seconds, and the other graphs are those of the bundle beside."""
+    """Of the text encoder alone: the trace of the U-Net is shared, and the VAE is that of the bundle beside."""
     plain = copy_bundle(tiny_bundles["sd1"], tmp_path)
     lora = lora_files.random_lora(tiny_sources["sd1"].pipeline(), seed=7)
     file = lora_files.kohya(tmp_path / "ink.safetensors", {"text_encoder": lora["text_encoder"]})
@@ -81,7 +81,7 @@ def test_a_bundle_with_an_adapter_in_it_makes_the_pictures_of_the_adapter(
     options = ["--lora", f"{file}:0.5", "--lora", f"{file}:0.3"]
     assert build_engines.main([model, "--name", "inked", "--output", str(tmp_path), *form, *options]) == 0
     said = capsys.readouterr().out
-    assert f"denoiser: the same as in {plain}" in said
+    assert f"vae_decoder: the same as in {plain}" in said
     assert "text_encoder: exported in" in said
     call = {"seed": 0, "num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent", "progress": False}
     with Pipeline.load(tmp_path / "inked", backend="onnxruntime") as pipeline:
