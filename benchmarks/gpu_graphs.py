@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from engine.bundle import sha256
 from engine.contract import PROMPT_TOKENS
 from engine.family import STABLE_DIFFUSION
-from engine.manifest import File, Manifest, read, write
+from engine.manifest import File, Manifest, component_files, read, write
 from export.component import Exporter, GraphFormat
 from export.graphs import attention, precision
 from export.graphs.recipes import RECIPES
@@ -42,7 +42,7 @@ def write_denoiser(source: Source, bundle: Path, graph: str, opset: int) -> None
             exporter.export(models, bundle, graph, lambda message: None)
     manifest = Manifest.of(read(bundle))
     changed = replace(manifest.components["denoiser"], opset=opset, fingerprint=f"benchmarks.gpu_graphs {graph}")
-    names = (f"onnx/{file.name}", f"onnx/{file.name}.data")
+    names = component_files("denoiser")
     files = {name: File(sha256(bundle / name), (bundle / name).stat().st_size) for name in names}
     write(
         bundle,

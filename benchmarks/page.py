@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu, guidance, plots
+from benchmarks import adapters, gpu, guidance, plots
 from benchmarks.errors import ResultsError
 from benchmarks.report import markdown
 
@@ -250,6 +250,19 @@ def _guidance(content: dict[str, Any]) -> list[str]:
     ]
 
 
+def _adapters(content: dict[str, Any]) -> list[str]:
+    return [
+        f"A random LoRA of rank {content['rank']} for {content['layers']} layers of {content['bundle']}. load, on and "
+        "off include the next picture of one step:",
+        markdown(*adapters.table(content["backends"])),
+    ]
+
+
+def _tiling(content: dict[str, Any]) -> list[str]:
+    header = ["VAE decoder of SD 1.5, random weights, fp32", "pixels", "how", "seconds", "peak GiB"]
+    return [markdown(header, content["rows"])]
+
+
 def _overhead(content: dict[str, Any]) -> list[str]:
     parts = [
         f"Host time of one more step outside the U-Net call, {content['latents']} latents:",
@@ -294,6 +307,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "scaling": _scaling,
     "parity": _parity,
     "guidance": _guidance,
+    "adapters": _adapters,
+    "tiling": _tiling,
     "overhead": _overhead,
     "memory": _memory,
     "settings": _settings,

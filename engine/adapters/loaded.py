@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from weakref import WeakMethod
 
 import numpy as np
 
@@ -51,8 +52,9 @@ class Adapters:
     loaded."""
 
     def __init__(self, bundle: Bundle, change: Callable[[Callable[[], Weights]], None]) -> None:
-        """`change` brings the graphs to the weights that it is given a function for."""
-        self._bundle, self._change = bundle, change
+        """`change` brings the graphs to the weights that it is given a function for. Its object owns this one, so it is
+        not kept alive here."""
+        self._bundle, self._change = bundle, WeakMethod(change)
         self._fitted: dict[str, Fitted] = {}
         self._hashes: dict[str, str] = {}
         self.base: dict[str, Strength] = {}
@@ -123,7 +125,9 @@ class Adapters:
     def _switch(self, on: dict[str, Strength]) -> bool:
         if on == self._on:
             return False
-        self._change(partial(self._weights, on))
+        change = self._change()
+        assert change is not None
+        change(partial(self._weights, on))
         self._on = on
         return True
 
