@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import adapters, gpu, guidance, plots
+from benchmarks import adapters, gpu, guidance, plots, tiling
 from benchmarks.errors import ResultsError
 from benchmarks.report import markdown
 
@@ -259,8 +259,7 @@ def _adapters(content: dict[str, Any]) -> list[str]:
 
 
 def _tiling(content: dict[str, Any]) -> list[str]:
-    header = ["VAE decoder of SD 1.5, random weights, fp32", "pixels", "how", "seconds", "peak GiB"]
-    return [markdown(header, content["rows"])]
+    return [markdown(tiling.HEADER, content["rows"])]
 
 
 def _overhead(content: dict[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ GRAPH_BYTES = 400_000_000
 
 WHOLE = (512, 1024)
 """Sides of pictures that are decoded at once: more needs tens of gigabytes."""
+HEADER = ["VAE decoder of SD 1.5, random weights, fp32", "pixels", "how", "seconds", "peak GiB"]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
                 )
                 how = f"tiles of {tile}" if tile else "whole"
                 rows.append([backend, f"{side} x {side}", how, float(lines[-1].split()[0]), round(peak, 2)])
-    print_table(["VAE decoder of SD 1.5, random weights, fp32", "pixels", "how", "seconds", "peak GiB"], rows)
+    print_table(HEADER, rows)
     write_json(options.json, {"benchmark": "tiling", "rows": rows, **conditions()})
 
 

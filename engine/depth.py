@@ -12,12 +12,10 @@ from .beginnings import Begin, Encode, Encoded, from_images, seeing
 from .errors import DepthMapError
 from .init_image import each_of
 from .pixels import MOST_PIXELS, read_image
+from .resize import resampled
 
 if TYPE_CHECKING:
     from .request import Request
-
-CUBIC = -0.75
-"""The parameter a of torch's bicubic filter (Keys 1981)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +38,7 @@ class Depth:
 
     def channels(self, height: int, width: int) -> np.ndarray:
         """The maps at the size of latents, [n, 1, height, width] float32, each stretched to -1..1."""
-        maps = np.stack([bicubic(one, height, width) for one in self.maps])
+        maps = np.stack([resampled(one, height, width, "bicubic") for one in self.maps])
         low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
         scaled = 2 * (maps - low) / (high - low) - 1
         return scaled[:, np.newaxis].astype(np.float32)
@@ -75,29 +73,3 @@ def _from_array(array: np.ndarray, what: str) -> np.ndarray:
     if not np.isfinite(depth).all():
         raise DepthMapError(f"{what} holds values that are not finite; pass numbers for every pixel")
     return depth
-
-
-def bicubic(plane: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A plane [H, W] at another size, float64, as torch.nn.functional.interpolate(mode="bicubic") makes it."""
-    resampled: np.ndarray = (
-        _filter(plane.shape[0], height) @ plane.astype(np.float64) @ _filter(plane.shape[1], width).T
-    )
-    return resampled
-
-
-def _filter(size: int, wanted: int) -> np.ndarray:
-    """The matrix [wanted, size] that resamples a column. Beyond the edges it repeats them."""
-    places = (np.arange(wanted) + 0.5) * (size / wanted) - 0.5
-    first = np.floor(places).astype(int)
-    matrix = np.zeros((wanted, size))
-    for offset in (-1, 0, 1, 2):
-        distance = np.abs(places - (first + offset))
-        np.add.at(matrix, (np.arange(wanted), np.clip(first + offset, 0, size - 1)), _cubic(distance))
-    return matrix
-
-
-def _cubic(x: np.ndarray) -> np.ndarray:
-    """Keys' cubic convolution at distances 0 <= x <= 2."""
-    near = ((CUBIC + 2) * x - (CUBIC + 3)) * x * x + 1
-    far = ((CUBIC * x - 5 * CUBIC) * x + 8 * CUBIC) * x - 4 * CUBIC
-    return np.where(x <= 1, near, far)

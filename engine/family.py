@@ -71,19 +71,26 @@ def _text_encoder() -> Component:
     )
 
 
+def _guided_step(state: tuple[int | str, ...]) -> tuple[Tensor, ...]:
+    """The inputs of every step that is guided by texts."""
+    return (
+        Tensor("state", state, changes="step", fed_by="next_state"),
+        Tensor("row_sample", ("rows",), "int32", below="batch"),
+        Tensor("context", ("rows", "tokens", "context_size")),
+        Tensor("timestep", ("batch",), changes="step", below=1000, exact=True),
+        Tensor("mixing", ("batch", "rows"), changes="step", solver=True),
+        Tensor("rescale", ("batch", "rows"), below=1, solver=True),
+        Tensor("update", ("batch", SLOTS, SLOTS + 2), changes="step", solver=True),
+    )
+
+
 def _denoiser(channels: int) -> Component:
     plane = (channels, "height", "width")
     state = ("batch", SLOTS, *plane)
     return Component(
         "denoiser",
         inputs=(
-            Tensor("state", state, changes="step", fed_by="next_state"),
-            Tensor("row_sample", ("rows",), "int32", below="batch"),
-            Tensor("context", ("rows", "tokens", "context_size")),
-            Tensor("timestep", ("batch",), changes="step", below=1000, exact=True),
-            Tensor("mixing", ("batch", "rows"), changes="step", solver=True),
-            Tensor("rescale", ("batch", "rows"), below=1, solver=True),
-            Tensor("update", ("batch", SLOTS, SLOTS + 2), changes="step", solver=True),
+            *_guided_step(state),
             Tensor("blend", ("batch", 2), changes="step", below=1, default=0.0, solver=True),
             Tensor("noise", ("batch", *plane), changes="step", solver=True),
             Tensor("mask", ("batch", 1, "height", "width"), below=1, default=1.0, solver=True),
@@ -103,13 +110,7 @@ def _joined_denoiser(channels: int, concat: int, noise_levels: int | None) -> Co
     return Component(
         "denoiser",
         inputs=(
-            Tensor("state", state, changes="step", fed_by="next_state"),
-            Tensor("row_sample", ("rows",), "int32", below="batch"),
-            Tensor("context", ("rows", "tokens", "context_size")),
-            Tensor("timestep", ("batch",), changes="step", below=1000, exact=True),
-            Tensor("mixing", ("batch", "rows"), changes="step", solver=True),
-            Tensor("rescale", ("batch", "rows"), below=1, solver=True),
-            Tensor("update", ("batch", SLOTS, SLOTS + 2), changes="step", solver=True),
+            *_guided_step(state),
             Tensor("noise", ("batch", *plane), changes="step", solver=True),
             Tensor("concat", ("rows", concat, "height", "width")),
             *labels,

@@ -287,9 +287,7 @@ class Request:
         hires = check_hires(hires, image)
         counted = counted_steps(sampling.run, len(guidance.scales))
         texts.check_loop(counted, guidance.used, 0 if hires is None else hires.steps or counted)
-        rows = batch
-        if limits.family.tokenizers:
-            rows = texts.rows(guidance.used, limits.family.most_rows) * int(num_images_per_prompt)
+        rows = _rows(limits, texts, guidance, batch, int(num_images_per_prompt))
         whole = inpaint is None or inpaint.padding is None
         height, width = _size(limits, height, width, batch, rows, init if whole else None)
         if inpaint is not None:
@@ -336,6 +334,13 @@ def _table(limits: Limits, sampling: Sampling, watch: bool) -> tuple[StepTable, 
     return made.table, made.slots
 
 
+def _rows(limits: Limits, texts: Texts, guidance: Guidance, batch: int, images_per_prompt: int) -> int:
+    """The U-Net's rows for a call of so many pictures."""
+    if not limits.family.tokenizers:
+        return batch
+    return texts.rows(guidance.used, limits.family.most_rows) * images_per_prompt
+
+
 def _second_pass(limits: Limits, first: Request, hires: Hires) -> Request:
     """The request of a second pass, whose image is not there yet."""
     init = InitImage((), None, check_strength(hires.strength))
@@ -346,9 +351,7 @@ def _second_pass(limits: Limits, first: Request, hires: Hires) -> Request:
     texts = _with_prompts(limits, first, hires)
     second = replace(texts, sampling=sampling, table=table, x0_slots=slots, steps=sampling.count)
     guidance = _second_guidance(limits, second, hires)
-    rows = first.batch
-    if limits.family.tokenizers:
-        rows = second.texts.rows(guidance.used) * first.images_per_prompt
+    rows = _rows(limits, second.texts, guidance, first.batch, first.images_per_prompt)
     before = counted_steps(first.sampling.run, len(first.guidance.scales))
     height, width = hires.size(first.height, first.width, limits.family.factor)
     try:

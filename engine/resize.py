@@ -13,10 +13,15 @@ CUBIC, CUBIC_ANTIALIASED = -0.75, -0.5
 
 def resize(latents: np.ndarray, height: int, width: int, mode: str) -> np.ndarray:
     """Latents [n, C, h, w] -> [n, C, height, width] float32. `mode` is one of MODES."""
+    return np.ascontiguousarray(resampled(latents, height, width, mode), np.float32)
+
+
+def resampled(planes: np.ndarray, height: int, width: int, mode: str) -> np.ndarray:
+    """Planes [..., h, w] -> [..., height, width] float64."""
     matrix = MODES[mode]
-    rows, columns = matrix(latents.shape[2], height), matrix(latents.shape[3], width)
-    made = rows @ (latents.astype(np.float64) @ columns.T)
-    return np.ascontiguousarray(made, np.float32)
+    rows, columns = matrix(planes.shape[-2], height), matrix(planes.shape[-1], width)
+    made: np.ndarray = rows @ (planes.astype(np.float64) @ columns.T)
+    return made
 
 
 def _nearest(size: int, target: int, offset: float) -> np.ndarray:

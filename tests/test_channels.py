@@ -9,7 +9,7 @@ from engine import Pipeline
 from engine.__main__ import main
 from engine.bundle import Bundle
 from engine.contract import Range, Shapes
-from engine.depth import Depth, bicubic
+from engine.depth import Depth
 from engine.edit import Edit
 from engine.errors import (
     ChannelsError,
@@ -21,6 +21,7 @@ from engine.errors import (
     StrengthError,
 )
 from engine.picture import psnr
+from engine.resize import resampled
 from export.oracles import beside_text
 from export.tensorrt.build import build_plans
 from export.tensorrt.profiles import with_rows
@@ -169,7 +170,7 @@ def test_bicubic_is_torchs(shape):
     plane = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     given = torch.from_numpy(plane)[None, None]
     wanted = torch.nn.functional.interpolate(given, size=(8, 12), mode="bicubic", align_corners=False)[0, 0]
-    np.testing.assert_allclose(bicubic(plane, 8, 12), wanted.numpy(), atol=1e-5)
+    np.testing.assert_allclose(resampled(plane, 8, 12, "bicubic"), wanted.numpy(), atol=1e-5)
 
 
 def test_a_picture_of_depths_is_read_as_grey():

@@ -160,6 +160,7 @@ def test_tensorrt_makes_the_second_pass_of_onnxruntime(planned, demo_fp16):
         (Hires(strength=2), StrengthError, "strength is 2; it must be a number from 0 to 1"),
         (Hires(strength=0.1), StrengthError, "leaves no step"),
         (Hires(guidance_scale="7"), GuidanceError, "guidance_scale is '7'"),
+        ({"scale": 2, "size": 3}, HiresError, "hires has 'size'; there are: scale, height, width"),
         (Hires(prompt=["a", "b", "c"]), PromptError, "hires has 3 prompts for 2 of the first pass"),
     ],
 )

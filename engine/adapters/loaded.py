@@ -70,6 +70,7 @@ class Adapters:
         except BaseException:
             del self._fitted[name]
             raise
+        self._hashes[name] = sha256(fitted.file)
         return name
 
     def set_base(self, weights: Mapping[str, Given]) -> None:
@@ -88,17 +89,15 @@ class Adapters:
         self._rebase({other: one for other, one in self.base.items() if other not in gone})
         for other in gone:
             del self._fitted[other]
-            self._hashes.pop(other, None)
+            del self._hashes[other]
 
     def described(self) -> list[str]:
         """Each adapter with the beginning of its file's hash and its weights in every call."""
         found = []
-        for name, fitted in sorted(self._fitted.items()):
-            if name not in self._hashes:
-                self._hashes[name] = sha256(fitted.file)
+        for name, digest in sorted(self._hashes.items()):
             on = self.base.get(name)
             weights = "" if on is None else f" at {on.unet:g}, text encoder {on.text_encoder:g}"
-            found.append(f"adapter {name!r} {self._hashes[name][:10]}{weights}")
+            found.append(f"adapter {name!r} {digest[:10]}{weights}")
         return found
 
     def needed(self, tags: Iterable[Lora]) -> dict[str, Strength]:

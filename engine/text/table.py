@@ -26,6 +26,7 @@ class TokenTable:
             raise ManifestError(f"{file} holds {table.dtype} of shape {table.shape} instead of vectors of tokens")
         self._table: np.ndarray = table
         self._added: dict[str, tuple[range, np.ndarray]] = {}
+        self._hashes: dict[str, str] = {}
         self._next = len(table)
 
     @property
@@ -45,7 +46,7 @@ class TokenTable:
     @property
     def hashes(self) -> Mapping[str, str]:
         """The SHA-256 of each word's vectors."""
-        return {word: hashlib.sha256(vectors.tobytes()).hexdigest() for word, (_, vectors) in self._added.items()}
+        return dict(self._hashes)
 
     def add(self, inversion: Inversion) -> None:
         """Adds a word. InversionWidthError if its vectors are another model's, InversionError if it is there, in any
@@ -58,6 +59,7 @@ class TokenTable:
             )
         ids = range(self._next, self._next + inversion.count)
         self._added[inversion.word] = ids, inversion.vectors[FIRST]
+        self._hashes[inversion.word] = hashlib.sha256(inversion.vectors[FIRST].tobytes()).hexdigest()
         self._next = ids.stop
 
     def remove(self, word: str) -> None:
@@ -66,7 +68,7 @@ class TokenTable:
         if known is None:
             loaded = ", ".join(map(repr, self._added)) or "none"
             raise InversionError(f"no textual inversion has the word {shown(word)}; loaded are: {loaded}")
-        del self._added[known]
+        del self._added[known], self._hashes[known]
 
     def _known(self, word: str) -> str | None:
         """The word as it was added, which prompts may write in any case."""
